@@ -1,0 +1,1 @@
+"""Models: where a name leads to files, and how the files become tensors."""

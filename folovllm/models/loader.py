@@ -1,0 +1,342 @@
+"""From a model name to files, and from files to a Hugging Face config, tokenizer and model.
+
+A name is, in this order: a bundled model, a folder, a hub id (`org/name`). Everything that can be wrong with a
+checkpoint ends in one ValueError that says which file or tensor it is; a model with freshly initialised holes,
+which `from_pretrained` would return with a warning, is never handed out.
+"""
+
+from __future__ import annotations
+
+import platform
+import re
+import textwrap
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedTokenizerBase,
+)
+
+from folovllm.models.dummy import build_dummy_model
+
+if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
+    from transformers import PreTrainedModel
+
+BUNDLED_MODEL = "folo-tiny"
+BUNDLED_CONFIGS = {  # shape without weights -> the hub id that has them
+    "qwen3-0.6b": "Qwen/Qwen3-0.6B",
+    "qwen2.5-0.5b": "Qwen/Qwen2.5-0.5B",
+    "llama-3.2-1b": "meta-llama/Llama-3.2-1B",
+}
+BUNDLED = (BUNDLED_MODEL, *BUNDLED_CONFIGS)
+
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+DTYPES = {
+    "float32": torch.float32,
+    "float": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+    "half": torch.float16,
+}
+
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
+_WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
+_DOWNLOAD_ADVICE = (
+    "to use a model from the hub, run `hf download ORG/NAME --local-dir DIR` and pass DIR, "
+    "or pass the id ORG/NAME where there is a network"
+)
+# What reading a damaged or foreign checkpoint raises, across transformers, safetensors and json.
+_LOAD_ERRORS = (
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """Where a model's files are.
+
+    `path_or_id` is what `from_pretrained` takes: a folder, or a hub id when `kind` is "hub".
+    `has_weights` is False for config-only shapes and folders without weight files; a hub id is taken to have them.
+    """
+
+    name: str
+    path_or_id: str
+    kind: Literal["bundled", "config", "local", "hub"]
+    has_weights: bool
+
+    def __str__(self) -> str:
+        return self.name if self.kind == "bundled" else f"{self.name} ({self.path_or_id})"
+
+
+def resolve_model(model: str) -> ModelSource:
+    """Find out what `model` names; nothing is read but folder listings, and no network is used.
+
+    Raises ValueError for an unknown bare name, a path that does not exist, a file, or a folder without config.json.
+    """
+    if not isinstance(model, str) or not model.strip():
+        raise ValueError(f"model must be a bundled name, a folder or a hub id, got {model!r}")
+    lowered = model.lower()
+    if lowered == BUNDLED_MODEL:
+        return ModelSource(lowered, str(_asset(lowered)), "bundled", has_weights=True)
+    if lowered in BUNDLED_CONFIGS:
+        return ModelSource(lowered, str(_asset("configs", lowered)), "config", has_weights=False)
+
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ValueError(f"model={model!r} is a folder without config.json, so it is not a Hugging Face model")
+        has_weights = any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern))
+        return ModelSource(path.resolve().name, str(path), "local", has_weights)
+    if path.exists():
+        raise ValueError(f"model={model!r} is a file; pass the folder that holds config.json and the weights")
+    if _HUB_ID.fullmatch(model):
+        return ModelSource(model, model, "hub", has_weights=True)
+    if "/" in model or "\\" in model or model.startswith((".", "~")):
+        raise ValueError(f"model={model!r} looks like a path, but there is no such folder; {_DOWNLOAD_ADVICE}")
+    raise ValueError(f"model={model!r} is unknown; bundled models are {', '.join(BUNDLED)}; {_DOWNLOAD_ADVICE}")
+
+
+def load_config(source: ModelSource) -> PretrainedConfig:
+    """The model's config.json as a Hugging Face config. Raises ValueError if it cannot be had or read."""
+    try:
+        with _quiet():
+            config = AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=False)
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, "config.json", error) from error
+    return config
+
+
+def load_generation_config(source: ModelSource) -> GenerationConfig | None:
+    """The model's generation_config.json (its end-of-sequence ids), or None where there is none.
+
+    Raises ValueError if the file of a folder or a bundled model cannot be read.
+    """
+    if source.kind != "hub" and not (Path(source.path_or_id) / "generation_config.json").is_file():
+        return None
+    try:
+        with _quiet():
+            return GenerationConfig.from_pretrained(source.path_or_id)
+    except _LOAD_ERRORS as error:
+        if source.kind == "hub" and isinstance(error, OSError):  # config.json was had: this one does not exist
+            return None
+        raise _load_error(source, "generation_config.json", error) from error
+
+
+def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
+    """The model's tokenizer; None for a config-only shape and a folder without tokenizer files.
+
+    Raises ValueError if there is one that cannot be had or read.
+    """
+    if source.kind == "config":
+        return None
+    if source.kind == "local" and not any((Path(source.path_or_id) / name).is_file() for name in _TOKENIZER_FILES):
+        return None
+    try:
+        with _quiet():
+            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                source.path_or_id, trust_remote_code=False
+            )
+    except (*_LOAD_ERRORS, ImportError) as error:
+        raise _load_error(source, "the tokenizer", error) from error
+    return tokenizer
+
+
+def eos_token_ids(
+    hf_config: PretrainedConfig,
+    generation_config: GenerationConfig | None,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> tuple[int, ...]:
+    """The ids that end a sequence, in the order given, without repeats; empty if none are known.
+
+    generation_config.json has the last word (chat models list several there), then config.json, then the tokenizer.
+    """
+    for holder in (generation_config, hf_config, hf_config.get_text_config(), tokenizer):
+        ids = getattr(holder, "eos_token_id", None)
+        if ids is not None and ids != []:
+            return tuple(dict.fromkeys(ids if isinstance(ids, (list, tuple)) else [ids]))
+    return ()
+
+
+def load_hf_model(
+    source: ModelSource,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+    attn_implementation: str = "sdpa",
+) -> PreTrainedModel:
+    """The model on `device` in `dtype`, ready for inference: eval mode, KV cache on, no gradients.
+
+    load_format: "auto" takes the weight files that are there, "safetensors" only those, "dummy" none of them
+    (random weights of `folovllm.models.dummy`, from `seed`). Raises ValueError, chained to its cause, if weights
+    are absent, damaged, missing a tensor, or of another shape than the config says.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format={load_format!r} is not valid; allowed: {', '.join(LOAD_FORMATS)}")
+    config = load_config(source)
+    if load_format == "dummy":
+        with _quiet():
+            model = build_dummy_model(config, dtype, device, seed, attn_implementation)
+            model.generation_config = load_generation_config(source) or model.generation_config
+    else:
+        model = _load_checkpoint(source, config, dtype, device, load_format, attn_implementation)
+    model.config.use_cache = True
+    return model.eval().requires_grad_(False)
+
+
+def resolve_dtype(dtype: str | torch.dtype, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
+    """The number format to run in.
+
+    "auto" on a GPU: the checkpoint's own 16-bit format; for a float32 checkpoint bfloat16, or float16 where the GPU
+    has no bfloat16. "auto" on a CPU: bfloat16 if the checkpoint is bfloat16 and the CPU computes with it natively,
+    else float32. float16 is much slower than float32 on a CPU, so it is used there only if asked for by name.
+    Raises ValueError for another name or type.
+    """
+    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+        return dtype
+    if isinstance(dtype, str) and dtype in DTYPES:
+        return DTYPES[dtype]
+    if dtype != "auto":
+        raise ValueError(f"dtype={dtype!r} is not valid; allowed: auto, {', '.join(DTYPES)}")
+    stored = hf_config.dtype or hf_config.get_text_config().dtype
+    if device.type == "cpu":
+        return torch.bfloat16 if stored == torch.bfloat16 and cpu_has_bfloat16() else torch.float32
+    if stored == torch.float16 or not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def resolve_device(device: str) -> torch.device:
+    """ "auto" (a GPU if there is one), "cpu", "cuda" or "cuda:N". Raises ValueError for others and absent GPUs."""
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device == "cpu":
+        return torch.device("cpu")
+    found = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
+    if found is None:
+        raise ValueError(f"device={device!r} is not valid; allowed: auto, cpu, cuda, cuda:N")
+    if int(found[1] or 0) >= torch.cuda.device_count():
+        raise ValueError(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+    return torch.device(device)
+
+
+@cache
+def cpu_has_bfloat16() -> bool:
+    """Whether this CPU has bfloat16 dot products (x86 AVX512-BF16 or AMX, Arm BF16): without, they are emulated.
+
+    Known on Linux, from /proc/cpuinfo; False elsewhere.
+    """
+    if platform.system() != "Linux":
+        return False
+    flags = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace")
+    return re.search(r"^(?:flags|Features)\s*:.*\b(?:avx512_bf16|amx_bf16|bf16)\b", flags, re.MULTILINE) is not None
+
+
+def _asset(*parts: str) -> Path:
+    return Path(str(files("folovllm").joinpath("assets", *parts)))
+
+
+def _load_checkpoint(
+    source: ModelSource,
+    config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str,
+    attn_implementation: str,
+) -> PreTrainedModel:
+    if source.kind == "config":
+        raise ValueError(
+            f"model={source.name!r} is bundled as a shape without weights: pass load_format='dummy' for random ones, "
+            f"or the hub id {BUNDLED_CONFIGS[source.name]!r} for the real ones"
+        )
+    if not source.has_weights:
+        raise ValueError(
+            f"{source}: the folder has no weight files ({', '.join(_WEIGHT_FILES)}); "
+            "load_format='dummy' gives random weights"
+        )
+    try:
+        with _quiet():
+            # The annotation: transformers declares the plain model as the only return type.
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                source.path_or_id,
+                config=config,
+                dtype=dtype,
+                attn_implementation=attn_implementation,
+                use_safetensors=True if load_format == "safetensors" else None,
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # collected below, all of them in one message
+                output_loading_info=True,
+            )
+    except _LOAD_ERRORS as error:
+        raise _load_error(source, _damaged_file(source) or "the weights", error) from error
+    model, info = loaded
+    tied = model.all_tied_weights_keys if config.get_text_config().tie_word_embeddings else {}
+    missing = sorted(set(info["missing_keys"]) - set(tied))
+    mismatched = sorted(
+        f"{name} (file {list(found)}, config {list(expected)})" for name, found, expected in info["mismatched_keys"]
+    )
+    if missing:
+        raise ValueError(f"{source}: the checkpoint lacks {_some(missing)}")
+    if mismatched:
+        raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {_some(mismatched)}")
+    if info["error_msgs"]:
+        raise ValueError(f"{source}: the checkpoint cannot be loaded: {_some(list(info['error_msgs']))}")
+    on_device: PreTrainedModel = model.to(device)
+    return on_device
+
+
+def _some(items: list[str]) -> str:
+    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
+
+
+def _load_error(source: ModelSource, what: str, error: BaseException) -> ValueError:
+    """One ValueError for whatever went wrong with `what`; a hub id that cannot be had comes with advice."""
+    reason = textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" …")
+    if source.kind == "hub" and isinstance(error, OSError):
+        return ValueError(
+            f"cannot get {what} of {source.name!r} from the hub or its cache: {reason}; {_DOWNLOAD_ADVICE}"
+        )
+    return ValueError(f"{source}: cannot load {what}: {reason}")
+
+
+def _damaged_file(source: ModelSource) -> str | None:
+    """The name of the first safetensors file of a folder that does not open, e.g. because it is cut short."""
+    if source.kind == "hub":
+        return None
+    for file in sorted(Path(source.path_or_id).glob("*.safetensors")):
+        try:
+            with safe_open(file, framework="pt"):
+                pass
+        except (OSError, SafetensorError):
+            return file.name
+    return None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars and no warnings from transformers inside; what was set before is restored."""
+    logging = transformers.utils.logging
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
