@@ -1,0 +1,245 @@
+"""M0: generate text with Hugging Face, first without a KV cache, then with one.
+
+A language model maps token ids to logits: a score for every vocabulary entry of being the next token. To
+generate, choose a token, append it, and run the model again: `_generate` below. The two functions after it
+differ only in how they get the logits of the last position.
+
+`generate_recompute` runs the model on the whole text at every step. All but the last row of what it computes
+then, it has computed before.
+
+That work can be kept. Attention is causal: position i looks at positions 0..i only, so what a layer computes
+at i never changes when the text grows, and all that a later token needs from i are its key and its value. A
+**KV cache** keeps these two, per layer and position. `generate_cached` feeds the model only what the cache
+does not hold yet: the prompt once (prefill), then one token per step (decode).
+
+    step               1                2                    3
+    recompute feeds    [p0 p1 p2]       [p0 p1 p2 t0]        [p0 p1 p2 t0 t1]
+    cached feeds       [p0 p1 p2]       [t0] + K/V of 0..2   [t1] + K/V of 0..3
+    and chooses        t0               t1                   t2
+
+Both choose the same tokens. `compare` sets the work saved (FLOPs, derived) beside the time saved (measured).
+
+Shapes: T tokens in the text, L tokens fed, V vocabulary, Hkv key/value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+from transformers import DynamicCache, PretrainedConfig
+from transformers.cache_utils import DynamicLayer
+
+from folovllm.kv_cache.formulas import Flops, generation_flops
+
+if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
+    from transformers import PreTrainedModel
+
+MIN_TEMPERATURE = 0.01  # logits divided by less may overflow; vLLM's limit as well
+
+
+@dataclass(frozen=True)
+class BaselineResult:
+    """What one loop generated and what it took."""
+
+    prompt_len: int
+    token_ids: list[int]  # the new tokens, an EOS included
+    token_times: list[float]  # seconds, one per new token: the first is the prefill
+    kv_bytes: int = 0  # K and V of prompt_len + len(token_ids) - 1 tokens: the last one was never fed back
+
+
+def _generate(
+    next_logits: Callable[[list[int]], torch.Tensor],
+    prompt: list[int],
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int],
+    temperature: float,
+    generator: torch.Generator,
+    on_token: Callable[[int], None] | None,
+) -> BaselineResult:
+    """The loop of every language model: logits of the text so far, one token from them, append, again."""
+    eos = set(eos_token_ids)
+    text = list(prompt)
+    token_times: list[float] = []
+    with torch.inference_mode():
+        while len(text) < len(prompt) + max_new_tokens:
+            start = time.perf_counter()
+            token = choose_token(next_logits(text), temperature, generator)
+            token_times.append(time.perf_counter() - start)
+            text.append(token)
+            if on_token is not None:
+                on_token(token)
+            if token in eos:
+                break
+    return BaselineResult(len(prompt), text[len(prompt) :], token_times)
+
+
+def generate_recompute(
+    model: PreTrainedModel,
+    prompt_token_ids: Sequence[int],
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int] = (),
+    temperature: float = 0.0,
+    seed: int | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> BaselineResult:
+    """Generate without a cache: every step runs the model on the whole text.
+
+    Stops after `max_new_tokens` or after a token in `eos_token_ids`. At temperature 0 it takes the highest
+    logit; above, it draws from softmax(logits / temperature), the same tokens for the same seed (None: others
+    each time). `on_token` is called with each new token, outside the measured time.
+    Raises ValueError for a prompt that is empty or outside the vocabulary, for a text that would outgrow the
+    model's positions, and for a max_new_tokens or temperature out of range.
+    """
+    prompt = _checked_prompt(model, prompt_token_ids, max_new_tokens, temperature)
+
+    def next_logits(text: list[int]) -> torch.Tensor:
+        input_ids = torch.tensor([text], device=model.device)  # [1, T]
+        position_ids = torch.arange(len(text), device=model.device)[None]  # [1, T]  0, 1, ..., T-1
+        # logits_to_keep=1: the LM head runs on the last position alone, nobody reads the other logits.
+        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+        logits: torch.Tensor = output.logits  # [1, 1, V]
+        return logits[0, -1]  # [V]
+
+    generator = _make_generator(model.device, seed)
+    return _generate(next_logits, prompt, max_new_tokens, eos_token_ids, temperature, generator, on_token)
+
+
+def generate_cached(
+    model: PreTrainedModel,
+    prompt_token_ids: Sequence[int],
+    max_new_tokens: int,
+    eos_token_ids: Iterable[int] = (),
+    temperature: float = 0.0,
+    seed: int | None = None,
+    on_token: Callable[[int], None] | None = None,
+) -> BaselineResult:
+    """Generate with a KV cache: every step runs the model on what the cache does not hold yet.
+
+    Arguments, errors and tokens are those of `generate_recompute`. (Sums are taken in another order, so they
+    may part where two tokens are equally good to within rounding. In float32 that is rare.)
+    """
+    prompt = _checked_prompt(model, prompt_token_ids, max_new_tokens, temperature)
+    cache = DynamicCache(config=model.config)  # per layer: keys and values, each [1, Hkv, T, D], growing in T
+
+    def next_logits(text: list[int]) -> torch.Tensor:
+        past = cache.get_seq_length()  # tokens whose K and V are in the cache: 0, then T - 1
+        input_ids = torch.tensor([text[past:]], device=model.device)  # [1, L]  the prompt, then one token
+        # The cache ends at position past - 1, so what is fed stands at past, past + 1, ...: the first decode
+        # token's position is the prompt's length. One more, and every later logit would be slightly wrong.
+        position_ids = torch.arange(past, len(text), device=model.device)[None]  # [1, L]
+        output = model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            past_key_values=cache,  # each layer appends its new K and V to it, then attends to all of them
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        logits: torch.Tensor = output.logits  # [1, 1, V]
+        return logits[0, -1]  # [V]
+
+    generator = _make_generator(model.device, seed)
+    result = _generate(next_logits, prompt, max_new_tokens, eos_token_ids, temperature, generator, on_token)
+    return replace(result, kv_bytes=cache_bytes(cache))
+
+
+def choose_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """The next token's id from logits [V]: the highest at temperature 0, else a draw.
+
+    `item()` waits for the device, so a clock read afterwards has measured the whole step, on a GPU too.
+    """
+    if temperature == 0:
+        return int(logits.argmax().item())
+    probs = torch.softmax(logits.float() / temperature, dim=-1)  # [V]
+    return int(torch.multinomial(probs, num_samples=1, generator=generator).item())
+
+
+def cache_bytes(cache: DynamicCache) -> int:
+    """Bytes of all keys and values in the cache, counted from its tensors."""
+    layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
+    return sum(kv.nbytes for layer in layers for kv in (layer.keys, layer.values) if kv is not None)
+
+
+@dataclass(frozen=True)
+class BaselineReport:
+    """One generation without and with a cache: the work by formula, the time as measured."""
+
+    same_tokens: bool
+    prompt_len: int
+    new_tokens: int
+    flops_recompute: Flops
+    flops_cached: Flops
+    seconds_recompute: float
+    seconds_cached: float
+    kv_bytes: int
+
+    @property
+    def flop_ratio(self) -> float:
+        """FLOPs without a cache over FLOPs with one. Derived: see `folovllm.kv_cache.formulas`."""
+        return self.flops_recompute.total / self.flops_cached.total
+
+    @property
+    def time_ratio(self) -> float:
+        """Seconds without a cache over seconds with one. Measured: true of this machine and this run."""
+        return self.seconds_recompute / self.seconds_cached
+
+
+def compare(config: PretrainedConfig, recompute: BaselineResult, cached: BaselineResult) -> BaselineReport:
+    """Both results of one prompt side by side; `config` is the model's.
+
+    Work and time are those of the first n tokens that both have, should one have stopped earlier.
+    Raises ValueError for results of different prompts or without a token, and where `generation_flops` does.
+    """
+    n = min(len(recompute.token_ids), len(cached.token_ids))
+    if recompute.prompt_len != cached.prompt_len or n == 0:
+        raise ValueError(
+            f"prompts of {recompute.prompt_len} and {cached.prompt_len} tokens, {n} new tokens in common: "
+            "two results of the same prompt with at least one new token are needed"
+        )
+    return BaselineReport(
+        same_tokens=recompute.token_ids == cached.token_ids,
+        prompt_len=cached.prompt_len,
+        new_tokens=n,
+        flops_recompute=generation_flops(config, cached.prompt_len, n, cached=False),
+        flops_cached=generation_flops(config, cached.prompt_len, n, cached=True),
+        seconds_recompute=sum(recompute.token_times[:n]),
+        seconds_cached=sum(cached.token_times[:n]),
+        kv_bytes=cached.kv_bytes,
+    )
+
+
+def _make_generator(device: torch.device, seed: int | None) -> torch.Generator:
+    generator = torch.Generator(device=device)
+    if seed is None:
+        generator.seed()  # a new torch.Generator always starts alike; this takes a seed from the system
+    else:
+        generator.manual_seed(seed)
+    return generator
+
+
+def _checked_prompt(
+    model: PreTrainedModel, prompt_token_ids: Sequence[int], max_new_tokens: int, temperature: float
+) -> list[int]:
+    """The prompt as a list, once the arguments have been found in order."""
+    config = model.config.get_text_config(decoder=True)
+    prompt = list(prompt_token_ids)
+    if not prompt:
+        raise ValueError("prompt_token_ids is empty: at least one token is needed")
+    unknown = [token for token in prompt if not 0 <= token < config.vocab_size]
+    if unknown:
+        raise ValueError(f"prompt_token_ids holds {unknown[0]}: allowed are 0 to {config.vocab_size - 1}")
+    if max_new_tokens < 0:
+        raise ValueError(f"max_new_tokens={max_new_tokens}: must be at least 0")
+    if temperature != 0 and not MIN_TEMPERATURE <= temperature < math.inf:
+        raise ValueError(f"temperature={temperature}: must be 0 (greedy) or at least {MIN_TEMPERATURE}")
+    limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and len(prompt) + max_new_tokens > limit:
+        raise ValueError(
+            f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need "
+            f"{len(prompt) + max_new_tokens} positions: the model has {limit}"
+        )
+    return prompt

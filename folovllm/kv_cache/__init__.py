@@ -1,0 +1,1 @@
+"""KV memory: what a token costs, who holds which part of it, and where the tensors lie."""
