@@ -1,0 +1,254 @@
+"""What an engine is made of: four small configurations, the milestone presets, and all their validation.
+
+Everything a user can get wrong is refused here, before a weight is read: an unknown name, a value out of range, or
+two values that contradict each other give one `ValueError` that names the field, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import difflib
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, cast, dataclass_transform
+
+T = TypeVar("T")
+
+DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
+LOAD_FORMATS = ("auto", "safetensors", "dummy")
+SCHEDULING_POLICIES = ("fcfs",)
+PREEMPTION_MODES = ("recompute", "swap")
+ATTENTION_BACKENDS = ("auto",)
+MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
+
+
+@dataclass(frozen=True)
+class Milestone:
+    """A preset of the one engine: which KV manager and runner it uses, and what it can do."""
+
+    name: str
+    adds: str
+    kv: str  # "contiguous": a reservation per request
+    runner: str  # "hf": Hugging Face's own forward
+    max_num_seqs: int  # the default
+    max_num_seqs_limit: int | None  # the largest allowed; None: no limit
+    chunked_prefill: bool
+    prefix_caching: bool
+
+
+MILESTONES: dict[str, Milestone] = {
+    m.name: m
+    for m in (Milestone("m1", "a request life cycle around the model", "contiguous", "hf", 1, 1, False, False),)
+}
+NEWEST_MILESTONE = next(reversed(MILESTONES))
+
+
+def _fail(name: str, value: object, allowed: str) -> ValueError:
+    return ValueError(f"{name}={value!r} is not valid; allowed: {allowed}")
+
+
+def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
+    """Raise ValueError unless `value` is an int (not a bool) in [minimum, maximum]."""
+    allowed = f"an integer >= {minimum}" + ("" if maximum is None else f" and <= {maximum}")
+    if isinstance(value, bool) or not isinstance(value, int) or value < minimum:
+        raise _fail(name, value, allowed)
+    if maximum is not None and value > maximum:
+        raise _fail(name, value, allowed)
+
+
+def check_float(name: str, value: object, low: float, high: float, *, open_low: bool = False) -> None:
+    """Raise ValueError unless `value` is a real number in [low, high] (or (low, high] with `open_low`)."""
+    allowed = f"a number {'>' if open_low else '>='} {low} and <= {high}"
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
+        raise _fail(name, value, allowed)
+    if open_low and value == low:
+        raise _fail(name, value, allowed)
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise ValueError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise _fail(name, value, ", ".join(repr(c) for c in choices))
+
+
+def check_optional_bool(name: str, value: object) -> None:
+    """Raise ValueError unless `value` is True, False or None."""
+    if value is not None and not isinstance(value, bool):
+        raise _fail(name, value, "True, False or None (as the milestone says)")
+
+
+def unknown_name(owner: str, name: str, known: Sequence[str]) -> ValueError:
+    """The error for a keyword that nothing takes, with the nearest known name as a hint."""
+    near = difflib.get_close_matches(name, known, n=1)
+    hint = f" (did you mean {near[0]!r}?)" if near else ""
+    return ValueError(f"{owner} has no field {name!r}{hint}; allowed: {', '.join(known)}")
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def config(cls: type[T]) -> type[T]:
+    """A frozen dataclass whose unknown keywords are a ValueError, like every other bad value."""
+    made = dataclass(frozen=True)(cls)
+    known = [f.name for f in fields(cast(Any, made))]
+    generated: Callable[..., None] = made.__init__
+
+    @functools.wraps(generated)
+    def __init__(self: T, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in known:
+                raise unknown_name(cls.__name__, name, known)
+        generated(self, *args, **kwargs)
+
+    cast(Any, made).__init__ = __init__
+    return made
+
+
+@config
+class ModelConfig:
+    """Which model, in which numbers, on which device.
+
+    model: a bundled name ("folo-tiny"), a local folder in Hugging Face format, or a hub id ("Qwen/Qwen3-0.6B").
+    dtype: "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native, else float32.
+    load_format: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone.
+    max_model_len: tokens of prompt and output together; None is the model's max_position_embeddings.
+    seed: of dummy weights and of requests that bring no seed of their own.
+    """
+
+    model: str = "folo-tiny"
+    dtype: str = "auto"
+    device: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.model, str) or not self.model:
+            raise _fail("model", self.model, "a bundled name, a local folder or a hub id")
+        check_choice("dtype", self.dtype, DTYPES)
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+        if not isinstance(self.device, str) or self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
+            raise _fail("device", self.device, "'auto', 'cpu', 'cuda' or 'cuda:N'")
+        if self.max_model_len is not None:
+            check_int("max_model_len", self.max_model_len, 1)
+        check_int("seed", self.seed, 0, 2**63 - 1)
+
+
+@config
+class CacheConfig:
+    """How much K/V there is room for, and how it is cut.
+
+    block_size: tokens per block. num_kv_blocks: the pool's size; None derives it. For a contiguous cache the same two
+    numbers give a budget of num_kv_blocks * block_size tokens, so that it can be compared with paging on equal terms.
+    gpu_memory_utilization: share of the card for weights, activations and K/V. swap_space: GiB of host memory. Both
+    speak of a pool of blocks, and mean nothing to a contiguous cache.
+    """
+
+    block_size: int = 16
+    num_kv_blocks: int | None = None
+    gpu_memory_utilization: float = 0.9
+    swap_space: float = 4
+    enable_prefix_caching: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_int("block_size", self.block_size, 1, 256)
+        if self.num_kv_blocks is not None:
+            check_int("num_kv_blocks", self.num_kv_blocks, 1)
+        check_float("gpu_memory_utilization", self.gpu_memory_utilization, 0, 1, open_low=True)
+        check_float("swap_space", self.swap_space, 0, 2**20)
+        check_optional_bool("enable_prefix_caching", self.enable_prefix_caching)
+
+
+@config
+class SchedulerConfig:
+    """How many requests and tokens share a step, and in which order they come.
+
+    max_num_seqs: requests that run at once; None takes the milestone's. max_num_batched_tokens: tokens one step may
+    compute; None is 2048, or max_model_len where that is longer and prompts cannot be split.
+    """
+
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+    enable_chunked_prefill: bool | None = None
+    scheduling_policy: str = "fcfs"
+    preemption_mode: str = "recompute"
+
+    def __post_init__(self) -> None:
+        if self.max_num_seqs is not None:
+            check_int("max_num_seqs", self.max_num_seqs, 1)
+        if self.max_num_batched_tokens is not None:
+            check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
+        check_optional_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        check_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
+        check_choice("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
+
+
+@config
+class EngineConfig:
+    """One engine: a milestone, its three parts, and how many steps of trace it keeps."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    milestone: str = NEWEST_MILESTONE
+    attention_backend: str = "auto"
+    max_trace_steps: int = 10_000
+
+    def __post_init__(self) -> None:
+        for name, value, kind in (
+            ("model", self.model, ModelConfig),
+            ("cache", self.cache, CacheConfig),
+            ("scheduler", self.scheduler, SchedulerConfig),
+        ):
+            if not isinstance(value, kind):
+                raise _fail(name, value, f"a {kind.__name__}")
+        if not isinstance(self.milestone, str) or self.milestone not in MILESTONES:
+            built = ", ".join(repr(m) for m in MILESTONES)
+            raise _fail("milestone", self.milestone, f"{built} ('m0' is the module folovllm.baseline)")
+        check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        check_int("max_trace_steps", self.max_trace_steps, 0)
+        self._check_milestone()
+
+    def _check_milestone(self) -> None:
+        preset, where = self.preset, f"with milestone {self.milestone}"
+        limit, wanted = preset.max_num_seqs_limit, self.scheduler.max_num_seqs
+        if limit is not None and wanted is not None and wanted > limit:
+            raise _fail("max_num_seqs", wanted, f"{limit} {where}, which runs one request at a time")
+        if self.scheduler.enable_chunked_prefill and not preset.chunked_prefill:
+            raise _fail("enable_chunked_prefill", True, f"False or None {where}")
+        if self.cache.enable_prefix_caching and not preset.prefix_caching:
+            raise _fail("enable_prefix_caching", True, f"False or None {where}")
+        if self.scheduler.preemption_mode == "swap" and preset.kv == "contiguous":
+            raise _fail("preemption_mode", "swap", f"'recompute' {where}, which reserves and never preempts")
+
+    @property
+    def preset(self) -> Milestone:
+        """The milestone's preset."""
+        return MILESTONES[self.milestone]
+
+    @property
+    def max_num_seqs(self) -> int:
+        """Requests that may run at once."""
+        return self.scheduler.max_num_seqs or self.preset.max_num_seqs
+
+    def max_num_batched_tokens(self, max_model_len: int) -> int:
+        """Tokens one step may compute, given the model's length."""
+        return self.scheduler.max_num_batched_tokens or max(MIN_DEFAULT_BATCHED_TOKENS, max_model_len)
+
+    @classmethod
+    def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
+        """Sort flat keywords (those of `LLM`) into the four configurations; refuse any that none of them has."""
+        parts: dict[str, type] = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
+        own = ("milestone", "attention_backend", "max_trace_steps")
+        owner = {f.name: part for part, kind in parts.items() for f in fields(cast(Any, kind))}
+        sorted_kwargs: dict[str, dict[str, Any]] = {part: {} for part in parts}
+        engine_kwargs: dict[str, Any] = {}
+        for name, value in kwargs.items():
+            if name in own:
+                engine_kwargs[name] = value
+            elif name in owner:
+                sorted_kwargs[owner[name]][name] = value
+            else:
+                raise unknown_name("LLM", name, [*owner, *own])
+        made = {part: kind(**sorted_kwargs[part]) for part, kind in parts.items()}
+        if engine_kwargs.get("milestone") is None:
+            engine_kwargs.pop("milestone", None)
+        return cls(**made, **engine_kwargs)

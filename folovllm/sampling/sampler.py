@@ -1,0 +1,221 @@
+"""The sampler: one row of logits per request in, one token id per request out.
+
+The order is vLLM V1's (`vllm/v1/sample/sampler.py`); each step sees what the ones before it left:
+
+  1. log probabilities to report are those of the raw logits;
+  2. edits that can change the argmax: the min_tokens ban, then logit_bias, then the penalties;
+  3. greedy rows take the argmax and are done;
+  4. the others: temperature, min_p, top_k, top_p, softmax, and one draw.
+
+A step that no row asks for is skipped, and a filter touches only the rows that ask for it, so that a row's
+token never depends on its neighbours' wishes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from folovllm.sampling.filters import NEG_INF, apply_min_p, apply_temperature, apply_top_k, apply_top_p
+from folovllm.sampling.penalties import apply_penalties
+from folovllm.sampling_params import SamplingParams
+
+NO_TOKEN = -1  # in place of a token id, in a row that no token can be chosen from
+
+
+@dataclass
+class SamplingState:
+    """What the sampler must know of one request; the runner keeps one per live request.
+
+    output_token_ids: may be the request's own growing list; it is read at each call and never changed.
+    stop_token_ids: EOS and `params.stop_token_ids`: banned until the output has `params.min_tokens` tokens.
+    generator: the request's own random stream from `Sampler.make_generator`, which each draw advances; None
+        for the sampler's own stream, which all unseeded requests share.
+    """
+
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    output_token_ids: list[int]
+    stop_token_ids: frozenset[int]
+    generator: torch.Generator | None = None
+
+
+@dataclass(slots=True)
+class Logprob:
+    """A token's log probability, its rank in the vocabulary (1 is the likeliest), its text once decoded."""
+
+    logprob: float
+    rank: int
+    decoded_token: str | None = None
+
+
+@dataclass
+class SamplerOutput:
+    """One entry per row; the last two are None for rows that did not ask for log probabilities.
+
+    logprobs: the chosen token first, then the likeliest by rank; a chosen token among these stays in front.
+    chosen_logprobs: the chosen token's alone.
+    """
+
+    token_ids: list[int]
+    logprobs: list[dict[int, Logprob] | None]
+    chosen_logprobs: list[float | None]
+
+
+class Sampler:
+    """Chooses tokens, and owns the random stream of all requests that have no seed of their own.
+
+    seed: of that stream. device: where the logits will be, because a generator draws on one device only.
+    """
+
+    def __init__(self, seed: int = 0, device: torch.device | str = "cpu") -> None:
+        self.device = torch.device(device)
+        self.generator = torch.Generator(self.device).manual_seed(seed)
+
+    def make_generator(self, params: SamplingParams) -> torch.Generator | None:
+        """The request's own stream, or None if it has no seed or draws nothing. Make it once per request."""
+        if params.seed is None or params.is_greedy:
+            return None
+        return torch.Generator(self.device).manual_seed(params.seed)
+
+    @torch.inference_mode()
+    def __call__(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
+        """Choose one token for each of the R `states` from `logits` `[R, V]`: any float type, left unchanged.
+
+        Raises ValueError for logits of another shape, type or device, and for rows that offer no distribution
+        to choose from, because they hold NaN or +inf or because everything in them is banned.
+        """
+        if logits.dim() != 2 or len(logits) != len(states) or not logits.is_floating_point():
+            given = f"{logits.dtype} {list(logits.shape)}"
+            raise ValueError(f"logits={given} is not valid; allowed: floats [{len(states)}, vocabulary]")
+        if logits.device.type != self.device.type:
+            raise ValueError(f"logits are on {logits.device}; allowed: the sampler's device, {self.device}")
+        if logits.dtype == torch.float64:
+            logits = logits.float()  # the 16-bit types can wait: in float32 they keep their order and ties
+        token_ids: list[int] = self._choose(_edit(logits, states), states).tolist()
+        bad_rows = [row for row, token_id in enumerate(token_ids) if token_id == NO_TOKEN]
+        if bad_rows:
+            raise ValueError(
+                f"logits rows {bad_rows} are not valid; allowed: no NaN, no +inf, and at least one token "
+                "that neither the model (-inf) nor logit_bias nor min_tokens bans"
+            )
+        return SamplerOutput(token_ids, *_gather_logprobs(logits, states, token_ids))
+
+    def _choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        """Token ids `[R]`, or NO_TOKEN."""
+        random_rows = [row for row, state in enumerate(states) if not state.params.is_greedy]
+        if not random_rows:
+            return _argmax(logits)
+        if len(random_rows) == len(states):
+            return self._draw(logits, states)
+        token_ids = _argmax(logits)
+        index = torch.tensor(random_rows, device=logits.device)
+        token_ids[index] = self._draw(logits[index], [states[row] for row in random_rows])
+        return token_ids
+
+    def _draw(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+        """Step 4. Token ids `[R]`, or NO_TOKEN."""
+        vocab_size = logits.shape[-1]
+        params = [state.params for state in states]
+        top_k = [p.top_k if 0 < p.top_k < vocab_size else vocab_size for p in params]
+        logits = logits.float()
+        logits = _where_asked(apply_temperature, logits, [p.temperature for p in params], off=1.0)
+        logits = _where_asked(apply_min_p, logits, [p.min_p for p in params], off=0.0)
+        logits = _where_asked(apply_top_k, logits, top_k, off=vocab_size)
+        logits = _where_asked(apply_top_p, logits, [p.top_p for p in params], off=1.0)
+
+        # A race of V clocks: noise_i / p_i is an exponential time with rate p_i, and clock i rings first with
+        # probability p_i. So the largest p_i / noise_i is a sample, for all rows at once and without a sync.
+        noise = torch.empty_like(logits)  # [R, V]
+        if any(state.generator is None for state in states):
+            noise.exponential_(generator=self.generator)
+        for row, state in enumerate(states):
+            if state.generator is not None:
+                noise[row].exponential_(generator=state.generator)
+        # Some backends draw an exact 0 once in a great while (pytorch issues 22557, 192577). For a dropped
+        # token that would be 0 / 0 = NaN, which argmax takes for the largest.
+        noise.clamp_(min=torch.finfo(noise.dtype).tiny)
+        return _argmax(logits.softmax(dim=-1) / noise)
+
+
+def _argmax(scores: torch.Tensor) -> torch.Tensor:
+    """The first largest score's index per row `[R]`, or NO_TOKEN if that score is not finite."""
+    best = scores.argmax(dim=-1, keepdim=True)  # [R, 1]
+    # argmax takes NaN for the largest, so one look at the winner finds a NaN anywhere in the row.
+    return best.masked_fill(~scores.gather(1, best).isfinite(), NO_TOKEN).squeeze(1)
+
+
+def _where_asked(
+    apply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    logits: torch.Tensor,
+    values: Sequence[float],
+    off: float,
+) -> torch.Tensor:
+    """`apply(logits, values)` on the rows whose value is not `off`; the other rows stay as they are."""
+    rows = [row for row, value in enumerate(values) if value != off]
+    if not rows:
+        return logits
+    dtype = torch.int64 if isinstance(off, int) else torch.float32
+    column = torch.tensor([values[row] for row in rows], dtype=dtype, device=logits.device)[:, None]
+    if len(rows) == len(values):
+        return apply(logits, column)
+    index = torch.tensor(rows, device=logits.device)
+    return logits.index_copy(0, index, apply(logits[index], column))
+
+
+def _edit(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """Step 2 on a float32 copy `[R, V]`, or the given logits themselves if no row asks for it."""
+    bans = [
+        (row, token_id)
+        for row, state in enumerate(states)
+        if len(state.output_token_ids) < state.params.min_tokens
+        for token_id in state.stop_token_ids
+    ]
+    biases = {
+        (row, token_id): bias
+        for row, state in enumerate(states)
+        for token_id, bias in (state.params.logit_bias or {}).items()
+    }
+    if not (bans or biases or any(state.params.has_penalties for state in states)):
+        return logits
+    device = logits.device
+    logits = logits.to(torch.float32, copy=True)
+    if bans:
+        rows, token_ids = torch.tensor(bans, device=device).T
+        logits[rows, token_ids] = NEG_INF
+    if biases:
+        rows, token_ids = torch.tensor(list(biases), device=device).T
+        logits[rows, token_ids] += torch.tensor(list(biases.values()), dtype=torch.float32, device=device)
+    apply_penalties(logits, states)
+    return logits
+
+
+def _gather_logprobs(
+    logits: torch.Tensor, states: Sequence[SamplingState], token_ids: Sequence[int]
+) -> tuple[list[dict[int, Logprob] | None], list[float | None]]:
+    """Step 1, which may come last because nothing has changed the raw logits."""
+    logprobs: list[dict[int, Logprob] | None] = [None] * len(states)
+    chosen_logprobs: list[float | None] = [None] * len(states)
+    vocab_size = logits.shape[-1]
+    asked = {row: s.params.logprobs for row, s in enumerate(states) if s.params.logprobs is not None}
+    if not asked:
+        return logprobs, chosen_logprobs
+
+    num_top = [vocab_size if k == -1 else min(k, vocab_size) for k in asked.values()]
+    index = torch.tensor(list(asked), device=logits.device)
+    table = logits[index].log_softmax(dim=-1, dtype=torch.float32)  # [L, V]
+    chosen = torch.tensor([token_ids[row] for row in asked], device=logits.device)[:, None]  # [L, 1]
+    values = table.gather(1, chosen)  # [L, 1]
+    # As in vLLM, a tie counts against the chosen token: as many tokens are at least as likely.
+    ranks = (table >= values).sum(dim=-1).tolist()
+    top_values, top_ids = (top.tolist() for top in table.topk(max(num_top), dim=-1))  # [L, K] each
+    for i, row in enumerate(asked):
+        chosen_logprobs[row] = values[i].item()
+        # A dict keeps the place of a key that is written twice, so the chosen token stays in front.
+        entry = {token_ids[row]: Logprob(values[i].item(), ranks[i])}
+        for rank in range(1, num_top[i] + 1):
+            entry[top_ids[i][rank - 1]] = Logprob(top_values[i][rank - 1], rank)
+        logprobs[row] = entry
+    return logprobs, chosen_logprobs
