@@ -1,0 +1,84 @@
+"""From a configuration to the parts of an engine: the one place where a milestone's preset is turned into objects."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
+
+from folovllm.config import EngineConfig
+from folovllm.engine.core import EngineCore
+from folovllm.kv_cache.contiguous import ContiguousKVManager
+from folovllm.models.loader import (
+    eos_token_ids,
+    load_config,
+    load_generation_config,
+    load_hf_model,
+    load_tokenizer,
+    resolve_device,
+    resolve_dtype,
+    resolve_model,
+)
+from folovllm.runner.hf_runner import HFRunner
+from folovllm.sampling.sampler import Sampler
+from folovllm.scheduler.scheduler import Scheduler
+
+
+@dataclass
+class EngineParts:
+    """What `LLMEngine` is made of. Tests give it a core of their own."""
+
+    core: EngineCore
+    tokenizer: PreTrainedTokenizerBase | None
+    eos_token_ids: tuple[int, ...]
+    vocab_size: int
+    max_model_len: int
+
+
+def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
+    """Tokens of prompt and output the engine allows. Raises ValueError when asked for more than the model has."""
+    longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(longest, int):
+        raise ValueError(
+            f"model={config.model.model!r} is a {hf_config.model_type} without max_position_embeddings; "
+            "allowed: a decoder with rotary or learned positions"
+        )
+    wanted = config.model.max_model_len
+    if wanted is not None and wanted > longest:
+        raise ValueError(
+            f"max_model_len={wanted} is not valid; allowed: at most {longest}, the model's max_position_embeddings"
+        )
+    return longest if wanted is None else wanted
+
+
+def build_engine(config: EngineConfig) -> EngineParts:
+    """Load the model and make the core that `config.milestone` describes.
+
+    Raises ValueError for an unknown model, a corrupt checkpoint, or settings that the model cannot meet.
+    """
+    source = resolve_model(config.model.model)
+    hf_config = load_config(source)
+    max_model_len = model_length(config, hf_config)
+    device = resolve_device(config.model.device)
+    dtype = resolve_dtype(config.model.dtype, hf_config, device)
+    tokenizer = load_tokenizer(source)
+    generation_config = load_generation_config(source)
+    model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
+    kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
+    scheduler = Scheduler(kv, config.max_num_seqs, config.max_num_batched_tokens(max_model_len))
+    core = EngineCore(scheduler, HFRunner(model, Sampler(config.model.seed, device)), config.max_trace_steps)
+    vocab_size = int(hf_config.get_text_config().vocab_size)
+    # An id without a logit can never be sampled, so it can never end a sequence either.
+    eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
+    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len)
+
+
+def kv_capacity(config: EngineConfig, max_model_len: int) -> int:
+    """Tokens of K/V that a contiguous cache may set aside.
+
+    Given num_kv_blocks, that many blocks. Else a region for each running request and one more, in which the K/V of a
+    finished leader can wait for its forks.
+    """
+    if config.cache.num_kv_blocks is not None:
+        return config.cache.num_kv_blocks * config.cache.block_size
+    return (config.max_num_seqs + 1) * max_model_len

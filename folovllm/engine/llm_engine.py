@@ -1,0 +1,372 @@
+"""LLMEngine: text in, text out, around a core that sees token ids only (vLLM: `vllm/v1/engine/llm_engine.py`).
+
+prompt -tokenizer-> Request(s) -> core.step() -> CoreOutput -detokenizer-> RequestOutput
+                                     ^                          |
+                                     +---- stop string found ---+
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, TypedDict, cast
+
+from transformers import PreTrainedTokenizerBase
+
+from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.engine import output_processor as text
+from folovllm.engine.factory import EngineParts, build_engine
+from folovllm.engine.trace import EngineStats, Trace
+from folovllm.outputs import RequestMetrics, RequestOutput
+from folovllm.request import Request
+from folovllm.sampling_params import SamplingParams
+
+
+class TokensPrompt(TypedDict):
+    """A prompt given as token ids."""
+
+    prompt_token_ids: list[int]
+
+
+class TextPrompt(TypedDict):
+    """A prompt given as text."""
+
+    prompt: str
+
+
+Prompt = str | list[int] | TokensPrompt | TextPrompt
+
+
+@dataclass
+class Submission:
+    """A validated prompt on its way in: what the user sees of it, and the core's requests, leader first."""
+
+    user: text.UserRequest
+    requests: list[Request]
+
+
+class LLMEngine:
+    """An engine that is driven step by step.
+
+    Give it the configurations it should run with, or one `EngineConfig`. Raises ValueError for anything that cannot
+    work, before weights are loaded where that can be known.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig | None = None,
+        scheduler_config: SchedulerConfig | None = None,
+        cache_config: CacheConfig | None = None,
+        *,
+        engine_config: EngineConfig | None = None,
+        parts: EngineParts | None = None,
+    ) -> None:
+        given = (model_config, scheduler_config, cache_config)
+        if engine_config is not None and any(c is not None for c in given):
+            raise ValueError("engine_config was given with other configurations; allowed: one or the other")
+        self.config = engine_config or EngineConfig(
+            model=model_config or ModelConfig(),
+            scheduler=scheduler_config or SchedulerConfig(),
+            cache=cache_config or CacheConfig(),
+        )
+        built = parts or build_engine(self.config)
+        self.core = built.core
+        self.tokenizer = built.tokenizer
+        self.eos_token_ids = built.eos_token_ids
+        self.vocab_size = built.vocab_size
+        self.max_model_len = built.max_model_len
+        self._user_requests: dict[str, text.UserRequest] = {}
+        self._sequences: dict[str, tuple[text.UserRequest, text.Sequence]] = {}  # by the core's request id
+        self._undelivered: list[RequestOutput] = []  # completed while somebody else was driving
+        self._next_id = 0
+
+    @property
+    def trace(self) -> Trace:
+        """What happened in each step."""
+        return self.core.trace
+
+    @property
+    def stats(self) -> EngineStats:
+        """The sums over all steps."""
+        return self.core.stats
+
+    # ------------------------------------------------------------------ requests in
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> None:
+        """Queue one prompt. Raises ValueError, with nothing queued, for anything about it that cannot work."""
+        self.submit([self.prepare(request_id, prompt, sampling_params, priority)])
+
+    def prepare(
+        self,
+        request_id: str,
+        prompt: Prompt,
+        sampling_params: SamplingParams | None = None,
+        priority: int = 0,
+    ) -> Submission:
+        """Check a prompt and its parameters and make its requests, without queueing them."""
+        arrival = self.core.clock()
+        params = SamplingParams() if sampling_params is None else sampling_params
+        self._check(request_id, params, priority)
+        prompt_text, prompt_token_ids = self._tokenize(prompt)
+        sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
+        requests = [
+            Request(
+                request_id=sequence_id,
+                prompt_token_ids=prompt_token_ids,
+                sampling_params=params if params.n == 1 else params.child(i),
+                eos_token_ids=self.eos_token_ids,
+                max_model_len=self.max_model_len,
+                arrival_time=arrival,
+                priority=priority,
+                parent_id=None if i == 0 else sequence_ids[0],
+            )
+            for i, sequence_id in enumerate(sequence_ids)
+        ]
+        self.core.scheduler.check_can_run(requests[0])
+        sequences = [
+            text.Sequence(r.request_id, i, r.sampling_params, prompt_token_ids, self.tokenizer)
+            for i, r in enumerate(requests)
+        ]
+        user = text.UserRequest(request_id, prompt_text, prompt_token_ids, sequences, RequestMetrics(arrival))
+        return Submission(user, requests)
+
+    def submit(self, submissions: Sequence[Submission]) -> None:
+        """Queue prepared prompts, all or none. Raises ValueError if an id is in use."""
+        taken = set(self._sequences) | self.live_ids()
+        for submission in submissions:
+            ids = {submission.user.request_id, *(r.request_id for r in submission.requests)}
+            if ids & taken:
+                raise ValueError(
+                    f"request_id={submission.user.request_id!r} is in use; allowed: an id of no unfinished request"
+                )
+            taken |= ids
+        for submission in submissions:
+            self._user_requests[submission.user.request_id] = submission.user
+            for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
+                self._sequences[request.request_id] = (submission.user, sequence)
+                self.core.add_request(request)
+
+    def next_request_id(self) -> str:
+        """An id that no request in the engine has, nor a part of one: "0", "1", ..."""
+        taken = self.live_ids() | {sequence_id.split("/")[0] for sequence_id in self._sequences}
+        while str(self._next_id) in taken:
+            self._next_id += 1
+        self._next_id += 1
+        return str(self._next_id - 1)
+
+    def live_ids(self) -> set[str]:
+        """Requests that are unfinished, or finished and not handed over yet."""
+        return set(self._user_requests) | {o.request_id for o in self._undelivered}
+
+    def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
+        """End requests now and free what they hold; returns what they had become. Unknown ids are ignored."""
+        if not isinstance(request_id, Iterable):
+            raise ValueError(f"request_id={request_id!r} is not valid; allowed: a string or a list of strings")
+        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        users = [self._user_requests[i] for i in request_ids if i in self._user_requests]
+        self.core.abort_requests([s.request_id for user in users for s in user.sequences])
+        for user in users:
+            for sequence in user.sequences:
+                sequence.abort()
+        ended = [o for o in self._undelivered if o.request_id in request_ids]
+        self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
+        return ended + self._outputs(users, final_only=False)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has anything to do or to hand over."""
+        return bool(self._user_requests or self._undelivered)
+
+    # ------------------------------------------------------------------ one step
+
+    def step(self) -> list[RequestOutput]:
+        """Run one step; every request that it moved on, as it is now."""
+        outputs = self._step(final_only=False)
+        ready, self._undelivered = self._undelivered, []
+        return ready + outputs
+
+    def step_for(self, request_ids: Collection[str], final_only: bool) -> list[RequestOutput]:
+        """Run one step on behalf of some requests: only their outputs, or only those it completed.
+
+        Other requests go on beside. What completes of them is kept for whoever asks next: their own caller, or `step`.
+        If some of these requests were completed by another caller's step, that is handed over first, without a step.
+        """
+        ready = [o for o in self._undelivered if o.request_id in request_ids]
+        if ready:
+            self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
+            return ready
+        outputs = self._step(final_only)
+        self._undelivered += [o for o in outputs if o.finished and o.request_id not in request_ids]
+        return [o for o in outputs if o.request_id in request_ids]
+
+    def _step(self, final_only: bool) -> list[RequestOutput]:
+        try:
+            outputs = self.core.step()
+        except BaseException:
+            self._undelivered += self._end_lost()
+            raise
+        now = self.core.clock()
+        moved: dict[str, text.UserRequest] = {}
+        stopped: list[str] = []
+        for output in outputs:
+            user, sequence = self._sequences[output.request_id]
+            moved[user.request_id] = user
+            if sequence.add(output):
+                stopped.append(output.request_id)
+            if sequence.index == 0:
+                user.metrics.first_scheduled_time = output.first_scheduled_time
+                user.metrics.token_times.extend([now] * len(output.new_token_ids))
+                user.num_cached_tokens = output.num_cached_tokens
+        if stopped:
+            self.core.stop_requests(stopped)
+        return self._outputs(list(moved.values()), final_only)
+
+    def _end_lost(self) -> list[RequestOutput]:
+        """End the sequences that the core gave up in a failed step; the outputs that are complete by it."""
+        lost: dict[str, text.UserRequest] = {}
+        for sequence_id, (user, sequence) in self._sequences.items():
+            request = self.core.scheduler.requests.get(sequence_id)
+            if sequence.finish_reason is None and (request is None or request.is_finished):
+                sequence.abort()
+                lost[user.request_id] = user
+        return self._outputs(list(lost.values()), final_only=True)
+
+    def generate_batch(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> dict[str, RequestOutput]:
+        """Run prompts to completion; outputs by request id, in the order of the prompts.
+
+        Raises ValueError, with nothing queued, if any prompt is bad. Requests that were queued before go on beside.
+        """
+        prompt_list = as_prompt_list(prompts)
+        params = broadcast_params(sampling_params, len(prompt_list))
+        submissions = [self.prepare(self.next_request_id(), p, sp) for p, sp in zip(prompt_list, params, strict=True)]
+        self.submit(submissions)
+        return self.run_to_completion([s.user.request_id for s in submissions])
+
+    def run_to_completion(
+        self, request_ids: Sequence[str], on_done: Callable[[RequestOutput], None] = lambda output: None
+    ) -> dict[str, RequestOutput]:
+        """Step until these requests are complete, telling `on_done` of each; outputs by id, in the given order.
+
+        One that somebody else aborts or takes over meanwhile is left out. Whatever interrupts it, none of them stays
+        behind in the engine. Raises ValueError for an id that the engine does not have.
+        """
+        unfinished = set(request_ids)
+        self.check_live(unfinished)
+        done: dict[str, RequestOutput] = {}
+        try:
+            while unfinished:
+                for output in self.step_for(unfinished, final_only=True):
+                    unfinished.discard(output.request_id)
+                    done[output.request_id] = output
+                    on_done(output)
+                unfinished &= self.live_ids()
+        finally:
+            self.abort_request(sorted(unfinished))
+        return {i: done[i] for i in request_ids if i in done}
+
+    def check_live(self, request_ids: Iterable[str]) -> None:
+        """Raise ValueError for an id that the engine does not have."""
+        unknown = sorted(set(request_ids) - self.live_ids())
+        if unknown:
+            raise ValueError(f"request_ids={unknown} are unknown; allowed: ids of requests that were added")
+
+    def _outputs(self, users: list[text.UserRequest], final_only: bool) -> list[RequestOutput]:
+        outputs = []
+        now = self.core.clock()
+        for user in users:
+            if user.finished:
+                user.metrics.finished_time = now
+                del self._user_requests[user.request_id]
+                for sequence in user.sequences:
+                    del self._sequences[sequence.request_id]
+            if user.finished or not final_only:
+                outputs.append(user.output())
+        return outputs
+
+    # ------------------------------------------------------------------ checks
+
+    def _check(self, request_id: str, params: SamplingParams, priority: int) -> None:
+        if not isinstance(request_id, str) or not request_id:
+            raise ValueError(f"request_id={request_id!r} is not valid; allowed: a non-empty string")
+        if not isinstance(params, SamplingParams):
+            raise ValueError(f"sampling_params={params!r} is not valid; allowed: a SamplingParams or None")
+        params.check_vocab(self.vocab_size)
+        if params.stop and self.tokenizer is None:
+            raise ValueError(f"stop={params.stop!r} is not valid; allowed: none, because the model has no tokenizer")
+        if isinstance(priority, bool) or not isinstance(priority, int):
+            raise ValueError(f"priority={priority!r} is not valid; allowed: an integer")
+        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
+            raise ValueError(
+                f"priority={priority} is not valid; allowed: 0, because scheduling_policy is "
+                f"{self.config.scheduler.scheduling_policy!r}"
+            )
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """A prompt in any of its forms as (text or None, token ids)."""
+        if isinstance(prompt, dict):
+            known = {"prompt", "prompt_token_ids"}
+            if len(prompt) != 1 or not set(prompt) <= known:
+                raise ValueError(f"prompt={prompt!r} is not valid; allowed: a dict with one key of {sorted(known)}")
+            prompt = cast("str | list[int]", next(iter(prompt.values())))
+        if isinstance(prompt, str):
+            if self.tokenizer is None:
+                raise ValueError(f"prompt={prompt!r} is text and the model has no tokenizer; allowed: token ids")
+            token_ids = encode(self.tokenizer, "prompt", prompt)
+            if not token_ids:
+                raise ValueError(f"prompt={prompt!r} has no tokens; allowed: at least 1")
+            return prompt, token_ids
+        return None, self._check_token_ids(prompt)
+
+    def _check_token_ids(self, token_ids: Any) -> list[int]:
+        if not isinstance(token_ids, (list, tuple)):
+            raise ValueError(f"prompt={token_ids!r} is not valid; allowed: a string or a list of token ids")
+        if not token_ids:
+            raise ValueError(f"prompt={token_ids!r} has no tokens; allowed: at least 1")
+        for i, token_id in enumerate(token_ids):
+            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
+                raise ValueError(
+                    f"prompt_token_ids[{i}]={token_id!r} is not valid; allowed: integers in [0, {self.vocab_size})"
+                )
+        return list(token_ids)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, name: str, value: str, add_special_tokens: bool = True) -> list[int]:
+    """Text as token ids. Raises ValueError, naming the argument, for text that is not valid Unicode."""
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{name}={value!r} is not valid; allowed: text without lone surrogates") from error
+    return list(cast("list[int]", tokenizer(value, add_special_tokens=add_special_tokens)["input_ids"]))
+
+
+def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    """One prompt or several, in any form, as a list. A flat list of integers is one prompt."""
+    if isinstance(prompts, (str, dict)):
+        return [cast(Prompt, prompts)]
+    if not isinstance(prompts, (list, tuple)):
+        raise ValueError(
+            f"prompts={prompts!r} is not valid; allowed: text, token ids, a prompt dict, or a list of them"
+        )
+    if prompts and all(isinstance(p, int) for p in prompts):
+        return [cast(Prompt, list(prompts))]
+    return list(cast("Sequence[Prompt]", prompts))
+
+
+def broadcast_params(
+    params: SamplingParams | Sequence[SamplingParams] | None, count: int
+) -> list[SamplingParams | None]:
+    """One SamplingParams per prompt, from one for all or a list of as many. Raises ValueError for another length."""
+    if params is None or isinstance(params, SamplingParams):
+        return [params] * count
+    if not isinstance(params, (list, tuple)) or len(params) != count:
+        raise ValueError(f"sampling_params={params!r} is not valid; allowed: one SamplingParams or a list of {count}")
+    return list(params)

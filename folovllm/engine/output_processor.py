@@ -1,0 +1,126 @@
+"""From the core's token ids back to what a user sees (vLLM: `vllm/v1/engine/output_processor.py`).
+
+One `UserRequest` per `add_request`, one `Sequence` per generated sequence of it. A sequence is one request of the core.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from transformers import PreTrainedTokenizerBase
+
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+from folovllm.sampling.sampler import Logprob
+from folovllm.sampling_params import SamplingParams
+from folovllm.scheduler.output import CoreOutput
+
+
+@dataclass
+class Sequence:
+    """One sequence as text: what the core has sampled for it and what has become visible."""
+
+    request_id: str  # the core's
+    index: int
+    params: SamplingParams
+    prompt_token_ids: list[int]
+    tokenizer: PreTrainedTokenizerBase | None
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[dict[int, Logprob]] | None = None
+    cumulative_logprob: float | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    detokenizer: Detokenizer | None = None
+
+    def __post_init__(self) -> None:
+        if self.params.logprobs is not None:
+            self.logprobs, self.cumulative_logprob = [], 0.0
+        if self.tokenizer is not None:
+            self.detokenizer = Detokenizer(
+                self.tokenizer,
+                self.params.stop or (),
+                self.params.min_tokens,
+                self.params.include_stop_str_in_output,
+                self.prompt_token_ids,
+            )
+
+    def add(self, output: CoreOutput) -> bool:
+        """Take in new tokens. True if their text completed a stop string that the core does not know of."""
+        self.token_ids.extend(output.new_token_ids)
+        self._add_logprobs(output)
+        ended_by_token = output.finish_reason == "stop"
+        self.finish_reason, self.stop_reason = output.finish_reason, output.stop_reason
+        if self.detokenizer is None:
+            return False
+        hide_last = ended_by_token and not self.params.include_stop_str_in_output
+        self.detokenizer.update(output.new_token_ids[:-1] if hide_last else output.new_token_ids)
+        if self.finish_reason is not None:
+            self.detokenizer.finish()
+        if self.detokenizer.stop_reason is None or ended_by_token:
+            return False
+        unknown_to_core = self.finish_reason is None
+        self.finish_reason, self.stop_reason = "stop", self.detokenizer.stop_reason
+        return unknown_to_core
+
+    def abort(self) -> None:
+        """End the sequence as it stands."""
+        if self.finish_reason is None:
+            self.finish_reason = "abort"
+            if self.detokenizer is not None:
+                self.detokenizer.finish()
+
+    def completion(self) -> CompletionOutput:
+        """A snapshot that later tokens do not change."""
+        return CompletionOutput(
+            index=self.index,
+            text=self.detokenizer.visible if self.detokenizer is not None else "",
+            token_ids=list(self.token_ids),
+            cumulative_logprob=self.cumulative_logprob,
+            logprobs=None if self.logprobs is None else list(self.logprobs),
+            finish_reason=self.finish_reason,
+            stop_reason=self.stop_reason,
+        )
+
+    def _add_logprobs(self, output: CoreOutput) -> None:
+        if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
+            return
+        for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
+            self.cumulative_logprob += entries[token_id].logprob
+            if self.tokenizer is not None:
+                for i, entry in entries.items():
+                    entry.decoded_token = str(self.tokenizer.decode([i]))
+            self.logprobs.append(entries)
+
+
+@dataclass
+class UserRequest:
+    """One call of `add_request`: its prompt, its sequences and its times."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    sequences: list[Sequence]
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0
+
+    @property
+    def finished(self) -> bool:
+        """Whether every sequence is complete."""
+        return all(s.finish_reason is not None for s in self.sequences)
+
+    def output(self) -> RequestOutput:
+        """A snapshot for the user."""
+        return RequestOutput(
+            request_id=self.request_id,
+            prompt=self.prompt,
+            prompt_token_ids=list(self.prompt_token_ids),
+            outputs=[s.completion() for s in self.sequences],
+            finished=self.finished,
+            metrics=RequestMetrics(
+                self.metrics.arrival_time,
+                self.metrics.first_scheduled_time,
+                self.metrics.finished_time,
+                list(self.metrics.token_times),
+            ),
+            num_cached_tokens=self.num_cached_tokens,
+        )

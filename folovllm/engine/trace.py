@@ -1,0 +1,188 @@
+"""What happened in each step, and the sums over all of them.
+
+Every figure, table and live view of the course is drawn from these records, never from a second implementation.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from folovllm.kv_cache.interface import KVCopy, KVOp, KVUsage
+
+PHASES = ("schedule", "prepare", "forward", "sample", "update")
+
+
+@dataclass(frozen=True)
+class RequestStep:
+    """One request's share of one step.
+
+    num_scheduled: tokens computed, of which num_prompt are of the prompt. num_cached: prompt tokens that were found
+    computed when the request was admitted in this step. num_computed and num_output: totals after the step.
+    """
+
+    request_id: str
+    num_scheduled: int
+    num_prompt: int
+    num_cached: int
+    num_computed: int
+    num_output: int
+    num_sampled: int
+    status: str
+
+
+@dataclass(frozen=True)
+class StepTrace:
+    """One step of the engine.
+
+    phases: (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a
+    GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
+    num_waiting, num_running, kv: after the step. finished and preempted: ids, in this step. aborted: ids that were
+    ended from outside since the step before.
+    """
+
+    step: int
+    phases: dict[str, tuple[float, float]]
+    requests: list[RequestStep]
+    num_waiting: int
+    num_running: int
+    token_budget: int
+    forwards: int
+    padding_tokens: int
+    kv: KVUsage
+    kv_ops: list[KVOp] = field(default_factory=list)
+    finished: list[str] = field(default_factory=list)
+    preempted: list[str] = field(default_factory=list)
+    aborted: list[str] = field(default_factory=list)
+
+    @property
+    def num_scheduled_tokens(self) -> int:
+        """Tokens computed for requests in this step, out of `token_budget`."""
+        return sum(r.num_scheduled for r in self.requests)
+
+    @property
+    def num_prefills(self) -> int:
+        """Requests that computed prompt tokens in this step."""
+        return sum(r.num_prompt > 0 for r in self.requests)
+
+    @property
+    def duration(self) -> float:
+        """Seconds from the start of scheduling to the end of the update."""
+        return self.phases["update"][1] - self.phases["schedule"][0]
+
+
+@dataclass
+class EngineStats:
+    """Sums over all steps since the engine was made (or `reset`): the proof that batching, sharing, ... happened."""
+
+    steps: int = 0
+    forwards: int = 0
+    prompt_tokens_computed: int = 0
+    generated_tokens: int = 0
+    cached_tokens: int = 0
+    padding_tokens: int = 0
+    prefill_chunks: int = 0
+    preemptions: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    copied_blocks: int = 0
+    copied_tokens: int = 0
+    max_running: int = 0
+
+    def add(self, step: StepTrace) -> None:
+        """Count one step."""
+        self.steps += 1
+        self.forwards += step.forwards
+        self.padding_tokens += step.padding_tokens
+        self.preemptions += len(step.preempted)
+        self.copied_tokens += sum(op.num_tokens for op in step.kv_ops if isinstance(op, KVCopy))
+        self.max_running = max(self.max_running, len(step.requests))
+        for request in step.requests:
+            self.prompt_tokens_computed += request.num_prompt
+            self.generated_tokens += request.num_sampled
+            self.cached_tokens += request.num_cached
+            self.prefill_chunks += request.num_prompt > 0
+
+    def reset(self) -> None:
+        """Start all counts at 0 again."""
+        self.__init__()  # type: ignore[misc]
+
+
+class Trace:
+    """The last `limit` steps, oldest first. `dropped` counts those that were let go to keep memory bounded."""
+
+    def __init__(self, limit: int) -> None:
+        self._steps: deque[StepTrace] = deque(maxlen=limit)
+        self.dropped = 0
+
+    def append(self, step: StepTrace) -> None:
+        """Add a step, letting the oldest go when full."""
+        self.dropped += len(self._steps) == self._steps.maxlen
+        self._steps.append(step)
+
+    def amend_last(self, **changes: Any) -> None:
+        """Replace fields of the newest step, if it was kept."""
+        if self._steps:
+            self._steps[-1] = replace(self._steps[-1], **changes)
+
+    def clear(self) -> None:
+        """Forget all steps."""
+        self._steps.clear()
+        self.dropped = 0
+
+    def __len__(self) -> int:
+        return len(self._steps)
+
+    def __iter__(self) -> Iterator[StepTrace]:
+        return iter(self._steps)
+
+    def __getitem__(self, index: int) -> StepTrace:
+        return self._steps[index]
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything as plain data: {"dropped": n, "steps": [...]}, field names as in `StepTrace`."""
+        return {"dropped": self.dropped, "steps": [asdict(step) for step in self._steps]}
+
+    def to_chrome_trace(self) -> dict[str, Any]:
+        """Trace events that Perfetto and chrome://tracing open: one track of phases, one per request, two counters."""
+        if not self._steps:
+            return {"traceEvents": [], "displayTimeUnit": "ms"}
+        zero = self._steps[0].phases["schedule"][0]
+        tracks: dict[str, int] = {}
+        events: list[dict[str, Any]] = [
+            _name("process_name", 1, 0, "folovllm"),
+            _name("thread_name", 1, 0, "engine step"),
+        ]
+        for step in self._steps:
+            for phase, (start, end) in step.phases.items():
+                events.append(_span(phase, 0, start - zero, end - start, {"step": step.step}))
+            start = step.phases["schedule"][0]
+            for request in step.requests:
+                if request.request_id not in tracks:
+                    tracks[request.request_id] = len(tracks) + 1
+                    track = tracks[request.request_id]
+                    events.append(_name("thread_name", 1, track, f"request {request.request_id}"))
+                kind = "prefill" if request.num_prompt else "decode"
+                events.append(_span(kind, tracks[request.request_id], start - zero, step.duration, asdict(request)))
+            for name, value in (("scheduled tokens", step.num_scheduled_tokens), ("running", len(step.requests))):
+                events.append({"ph": "C", "name": name, "pid": 1, "ts": (start - zero) * 1e6, "args": {name: value}})
+        return {"traceEvents": events, "displayTimeUnit": "ms"}
+
+    def save(self, path: str | Path, chrome: bool = False) -> Path:
+        """Write JSON to `path`: our own records, or Chrome trace events. Returns the path."""
+        path = Path(path)
+        path.write_text(json.dumps(self.to_chrome_trace() if chrome else self.to_json()))
+        return path
+
+
+def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+
+
+def _span(name: str, tid: int, start: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:
+    """A complete event; Chrome's times are microseconds."""
+    return {"ph": "X", "name": name, "pid": 1, "tid": tid, "ts": start * 1e6, "dur": seconds * 1e6, "args": args}

@@ -1,0 +1,1 @@
+"""The ways in: the LLM class and the command line."""

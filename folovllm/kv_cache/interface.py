@@ -1,0 +1,99 @@
+"""What a scheduler may ask of a KV manager, and the operations a manager may ask of a runner.
+
+A KV manager keeps books only: it knows how much room there is and who holds it, never a tensor. Runners own the
+tensors and act on the plans and operations that travel in a `SchedulerOutput`. That is what lets one scheduler drive a
+reservation per request (M1, M2) and blocks in a pool alike.
+
+The life of a request in the books:  why_never_fits -> match -> reserve -> commit -> reserve -> commit -> ... -> release
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from folovllm.request import Request
+
+
+@dataclass(frozen=True)
+class KVOp:
+    """Something a runner has to do to its K/V before the step's forward, in the order given."""
+
+
+@dataclass(frozen=True)
+class KVCopy(KVOp):
+    """Give `dst` a copy of the K/V of `src`'s first `num_tokens` tokens."""
+
+    src: str
+    dst: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class KVPlan:
+    """Room for the next `num_tokens` tokens of a request, which has K/V for its first `start` tokens already.
+
+    ops: what has to happen to the K/V first, if anything.
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    ops: tuple[KVOp, ...] = ()
+
+
+@dataclass(frozen=True)
+class KVFork:
+    """A request starts with another's K/V of its first `num_tokens` tokens: copied by `ops`, or shared without any."""
+
+    num_tokens: int
+    ops: tuple[KVOp, ...] = ()
+
+
+@dataclass(frozen=True)
+class KVUsage:
+    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed."""
+
+    capacity: int
+    reserved: int
+    used: int
+
+    @property
+    def free(self) -> int:
+        """Tokens that nobody has set aside."""
+        return self.capacity - self.reserved
+
+
+class KVCacheManager(ABC):
+    """The books of the KV cache. Every method is plain Python over ids and counts."""
+
+    @abstractmethod
+    def why_never_fits(self, request: Request) -> str | None:
+        """None if the request fits an otherwise empty cache at its longest; else the arithmetic that says why not."""
+
+    @abstractmethod
+    def match(self, request: Request) -> int:
+        """How many of the request's first tokens already have K/V that it may use. Less than `num_tokens`."""
+
+    @abstractmethod
+    def reserve(self, request: Request, num_new_tokens: int) -> KVPlan | None:
+        """Room for `num_new_tokens` more tokens, all or nothing: a plan, or None with the books unchanged."""
+
+    @abstractmethod
+    def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
+        """Let `dst`, which holds nothing, start with the K/V of `src`'s first `num_tokens` tokens.
+
+        `src` has K/V for at least that many. None, with the books unchanged, if there is no room.
+        """
+
+    @abstractmethod
+    def commit(self, plan: KVPlan) -> None:
+        """The forward that the plan was made for has written its K/V."""
+
+    @abstractmethod
+    def release(self, request: Request) -> None:
+        """Everything the request holds is free again. A request that holds nothing may be released too."""
+
+    @abstractmethod
+    def usage(self) -> KVUsage:
+        """How full the cache is now."""

@@ -1,0 +1,87 @@
+"""What a user gets back (vLLM's names: `vllm/outputs.py`)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from folovllm.sampling.sampler import Logprob
+
+
+@dataclass
+class RequestMetrics:
+    """Times of one request, in seconds on the engine's clock (`time.perf_counter`: only differences mean something).
+
+    token_times holds the moment each output token was known; with n > 1 it is the first sequence's.
+    """
+
+    arrival_time: float
+    first_scheduled_time: float | None = None
+    finished_time: float | None = None
+    token_times: list[float] = field(default_factory=list)
+
+    @property
+    def first_token_time(self) -> float | None:
+        """When the first output token was known."""
+        return self.token_times[0] if self.token_times else None
+
+    @property
+    def queue_time(self) -> float | None:
+        """Arrival to the first step that computed anything for the request."""
+        return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
+
+    @property
+    def ttft(self) -> float | None:
+        """Time to first token: arrival to the first output token."""
+        return self.token_times[0] - self.arrival_time if self.token_times else None
+
+    @property
+    def itls(self) -> list[float]:
+        """Inter-token latencies: the gaps between consecutive output tokens, one fewer than there are tokens."""
+        return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
+
+    @property
+    def tpot(self) -> float | None:
+        """Time per output token after the first: the mean of the ITLs. None with fewer than two tokens."""
+        n = len(self.token_times)
+        return (self.token_times[-1] - self.token_times[0]) / (n - 1) if n > 1 else None
+
+    @property
+    def e2e_latency(self) -> float | None:
+        """Arrival to finish."""
+        return None if self.finished_time is None else self.finished_time - self.arrival_time
+
+
+@dataclass
+class CompletionOutput:
+    """One generated sequence.
+
+    token_ids include the EOS or stop token that ended it; text does not, unless `include_stop_str_in_output`.
+    finish_reason: "stop", "length", "abort" or None while it grows. stop_reason: the stop string or stop token id that
+    ended it; None for EOS and for everything else. logprobs: per token, the chosen id and the top ones.
+    """
+
+    index: int
+    text: str
+    token_ids: list[int]
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+    @property
+    def finished(self) -> bool:
+        """Whether this sequence is complete."""
+        return self.finish_reason is not None
+
+
+@dataclass
+class RequestOutput:
+    """A request as the user sees it, whole or still growing."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+    num_cached_tokens: int = 0

@@ -1,0 +1,1 @@
+"""From a step's plan to sampled token ids: the part that owns tensors."""

@@ -1,0 +1,268 @@
+"""Who runs in the next step, and how many tokens of it (vLLM: `vllm/v1/core/sched/scheduler.py`).
+
+There is one scheduler for every milestone. `schedule()` decides a step, `update()` takes in what the step sampled:
+
+    waiting --admit--> running --check_stop--> finished
+       ^                  |
+       +-----preempt------+
+
+Parallel sampling (n > 1) arrives as one leader and n - 1 children that name it as `parent_id`. The children are parked
+until the leader has computed the prompt; then they join the front of the line, and each starts as a fork of the
+leader's first prompt_len - 1 tokens, computes the last prompt token itself and samples with its own generator. A leader
+that finishes first is *held*: its K/V stays in the books until its last child has forked or gone.
+
+Invariants (between two calls):
+  1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
+  2. len(running) <= max_num_seqs, and a step never holds more than max_num_batched_tokens tokens.
+  3. Only running and held requests hold anything in the KV books.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from folovllm.kv_cache.interface import KVCacheManager, KVFork, KVPlan
+from folovllm.request import Request, RequestStatus
+from folovllm.runner.interface import RunnerOutput
+from folovllm.scheduler.output import CoreOutput, NewRequest, ScheduledRequest, SchedulerOutput
+from folovllm.scheduler.request_queue import FCFSQueue
+from folovllm.scheduler.stop import check_stop
+
+
+class Scheduler:
+    """Iteration-level scheduling under a limit of requests and a budget of tokens."""
+
+    def __init__(self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        self.kv = kv
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.requests: dict[str, Request] = {}  # live and held
+        self.waiting = FCFSQueue()
+        self.running: list[Request] = []
+        self._parked: dict[str, list[Request]] = {}  # leader id -> children that wait for its prompt
+        self._forks_due: dict[str, set[str]] = {}  # leader id -> children that will need its K/V
+        self._finished_ids: list[str] = []  # for the next SchedulerOutput
+
+    # ------------------------------------------------------------------ requests in
+
+    def check_can_run(self, request: Request) -> None:
+        """Raise ValueError, with the arithmetic, for a request that no step could ever run."""
+        if request.num_prompt_tokens > self.max_num_batched_tokens:
+            raise ValueError(
+                f"request {request.request_id!r}: the prompt has {request.num_prompt_tokens} tokens and a step "
+                f"computes at most {self.max_num_batched_tokens}; allowed: a prompt of that length or less, or "
+                "a larger max_num_batched_tokens"
+            )
+        reason = self.kv.why_never_fits(request)
+        if reason is not None:
+            raise ValueError(f"request {request.request_id!r} can never run: {reason}")
+
+    def add_request(self, request: Request) -> None:
+        """Take a new request. Raises ValueError if it can never run or its id is in use; nothing is changed then."""
+        if request.request_id in self.requests:
+            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
+        self.check_can_run(request)
+        leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
+        if request.parent_id is not None and (leader is None or leader.num_computed_tokens > 0):
+            raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that has not run yet")
+        self.requests[request.request_id] = request
+        if leader is None:
+            self.waiting.add(request)
+        else:
+            self._parked.setdefault(leader.request_id, []).append(request)
+            self._forks_due.setdefault(leader.request_id, set()).add(request.request_id)
+
+    def abort(self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> list[str]:
+        """Finish requests from outside and return their ids; those unknown or finished already are ignored.
+
+        The text side uses this with FINISHED_STOPPED when it has found a stop string.
+        """
+        ended = [i for i in request_ids if i in self.requests and not self.requests[i].is_finished]
+        for request_id in ended:
+            request = self.requests[request_id]
+            request.set_status(status)
+            self._remove(request)
+        return ended
+
+    def undo_step(self, step: SchedulerOutput) -> list[str]:
+        """The runner failed in `step`: abort its requests, and tell their end and all other news of it again.
+
+        Their K/V may be half written, and to repeat the step on it could give wrong tokens. Returns the aborted ids.
+        """
+        self._finished_ids[:0] = step.finished_ids
+        return self.abort([share.request_id for share in step.scheduled])
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether another step has anything to compute."""
+        return bool(self.running or self.waiting or self._parked)
+
+    def has_news_for_runner(self) -> bool:
+        """Whether a runner still holds something for requests that are gone."""
+        return bool(self._finished_ids)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that hold no K/V yet, parked children included."""
+        return len(self.waiting) + sum(map(len, self._parked.values()))
+
+    # ------------------------------------------------------------------ one step
+
+    def schedule(self) -> SchedulerOutput:
+        """Decide the next step: running requests first, then as many waiting ones as room and budget allow."""
+        step = SchedulerOutput()
+        budget = self.max_num_batched_tokens
+        for request in self.running:
+            plan = self.kv.reserve(request, request.num_tokens_to_compute)
+            if plan is None:
+                raise RuntimeError(f"request {request.request_id!r} holds a reservation and was refused room in it")
+            self._schedule(request, plan, step)
+            budget -= plan.num_tokens
+        while self.waiting and len(self.running) < self.max_num_seqs:
+            admitted = self._admit(self.waiting.peek(), step, budget)
+            if not admitted and not self.running and self._release_held():
+                # Nothing runs, so no room would ever come free: only finished leaders were in the way.
+                admitted = self._admit(self.waiting.peek(), step, budget)
+            if not admitted:
+                break
+            budget -= step.scheduled[-1].num_tokens
+        # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
+        step.finished_ids, self._finished_ids = self._finished_ids, []
+        return step
+
+    def _admit(self, request: Request, step: SchedulerOutput, budget: int) -> bool:
+        """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing."""
+        leader = self._leader_to_fork(request)
+        fork = self.kv.fork(leader, request, request.num_prompt_tokens - 1) if leader is not None else KVFork(0)
+        if fork is None:
+            return False
+        start = fork.num_tokens if leader is not None else self.kv.match(request)
+        num_new = request.num_tokens - start
+        plan = self.kv.reserve(request, num_new) if num_new <= budget else None
+        if plan is None:
+            self.kv.release(request)
+            return False
+        self.waiting.pop()
+        if request.status is RequestStatus.WAITING:  # a preempted one is known to the runner: its state lives on
+            params, stop_ids = request.sampling_params, request.stop_token_ids
+            step.new_requests.append(NewRequest(request.request_id, request.prompt_token_ids, params, stop_ids))
+        request.set_status(RequestStatus.RUNNING)
+        request.num_computed_tokens = start
+        request.num_cached_tokens = 0 if leader is not None else start
+        self.running.append(request)
+        step.kv_ops.extend(fork.ops)
+        self._schedule(request, plan, step)
+        self._fork_done(request)
+        return True
+
+    def _schedule(self, request: Request, plan: KVPlan, step: SchedulerOutput) -> None:
+        """Add a request's share, as planned, to the step."""
+        end = plan.start + plan.num_tokens
+        tokens = request.tokens(plan.start, end)
+        step.kv_ops.extend(plan.ops)
+        step.scheduled.append(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
+
+    def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
+        """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
+        outputs: list[CoreOutput] = []
+        for share, sampled, logprobs in zip(step.scheduled, result.sampled_token_ids, result.logprobs, strict=True):
+            request = self.requests.get(share.request_id)
+            if request is None or request.is_finished:
+                continue  # aborted while the step was on its way
+            self.kv.commit(share.plan)
+            request.num_computed_tokens += share.num_tokens
+            self._unpark(request)
+            num_new = 0
+            for token in sampled:
+                request.output_token_ids.append(token)
+                num_new += 1
+                if check_stop(request):
+                    self._remove(request)
+                    break
+            if num_new:
+                outputs.append(
+                    CoreOutput(
+                        request.request_id,
+                        sampled[:num_new],
+                        None if logprobs is None else logprobs[:num_new],
+                        request.status.finish_reason,
+                        request.stop_reason,
+                        request.num_cached_tokens,
+                        request.first_scheduled_time,
+                    )
+                )
+        return outputs
+
+    # ------------------------------------------------------------------ requests out
+
+    def _remove(self, request: Request) -> None:
+        """Take a finished request out of every list, and its K/V out of the books unless children still need it."""
+        if request in self.running:
+            self.running.remove(request)
+        elif request in self.waiting:
+            self.waiting.remove(request)
+        self._fork_done(request)
+        if self._forks_due.get(request.request_id):
+            if request.request_id in self._parked:
+                self._promote(request)
+            else:
+                return  # held: `_fork_done` of the last child releases it
+        self._release(request)
+
+    def _release(self, request: Request) -> None:
+        self.kv.release(request)
+        del self.requests[request.request_id]
+        self._finished_ids.append(request.request_id)
+
+    # ------------------------------------------------------------------ forks
+
+    def _leader_to_fork(self, request: Request) -> Request | None:
+        """The leader whose K/V a child starts with; None for a request that starts alone.
+
+        The last prompt token is never shared: its logits are what the child samples from first.
+        """
+        leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
+        num_shared = request.num_prompt_tokens - 1
+        return leader if leader is not None and leader.num_computed_tokens >= num_shared > 0 else None
+
+    def _release_held(self) -> bool:
+        """Give up the K/V of finished leaders; their children start alone. Whether there was any."""
+        held = [i for i in self._forks_due if self.requests[i].is_finished]
+        for leader_id in held:
+            for child_id in list(self._forks_due[leader_id]):
+                self._fork_done(self.requests[child_id])
+        return bool(held)
+
+    def _unpark(self, leader: Request) -> None:
+        """Once a leader's prompt is computed, its children are next in line, in order."""
+        if leader.request_id in self._parked and leader.num_computed_tokens >= leader.num_prompt_tokens:
+            for child in reversed(self._parked.pop(leader.request_id)):
+                self.waiting.prepend(child)
+
+    def _promote(self, leader: Request) -> None:
+        """A leader that goes before its prompt is computed leaves the lead to its first child."""
+        first, *others = self._parked.pop(leader.request_id)
+        del self._forks_due[leader.request_id]
+        first.parent_id = None
+        self.waiting.prepend(first)
+        for child in others:
+            child.parent_id = first.request_id
+        if others:
+            self._parked[first.request_id] = others
+            self._forks_due[first.request_id] = {child.request_id for child in others}
+
+    def _fork_done(self, child: Request) -> None:
+        """`child` needs its leader's K/V no more: it has its own, or is gone. Releases a held leader after the last."""
+        leader_id, child.parent_id = child.parent_id, None
+        due = self._forks_due.get(leader_id) if leader_id is not None else None
+        if leader_id is None or due is None:
+            return
+        due.discard(child.request_id)
+        parked = self._parked.get(leader_id, [])
+        if child in parked:
+            parked.remove(child)
+        if not due:
+            del self._forks_due[leader_id]
+            self._parked.pop(leader_id, None)
+            leader = self.requests[leader_id]
+            if leader.is_finished:
+                self._release(leader)

@@ -1,0 +1,83 @@
+"""A model without a model: it stores token ids where a real one stores K/V, and derives the next token from them.
+
+What a `MockRunner` samples depends on every token it reads back from its slots and on their order. So a token that was
+computed twice, left out, put at a wrong position or taken from another request shows as a wrong token. `mock_tokens` is
+the same function on a plain list: the oracle.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+
+from folovllm.config import EngineConfig
+from folovllm.engine.core import EngineCore
+from folovllm.engine.factory import EngineParts
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.kv_cache.contiguous import ContiguousKVManager
+from folovllm.runner.interface import ModelRunner, RunnerOutput
+from folovllm.sampling_params import SamplingParams
+from folovllm.scheduler.output import NewRequest, SchedulerOutput
+from folovllm.scheduler.scheduler import Scheduler
+
+VOCAB_SIZE = 64
+EOS = 0
+
+
+def next_token(tokens: Sequence[int], seed: int | None = None) -> int:
+    """The token after `tokens`, as the mock model has it; a seed stands for sampling."""
+    digest = hashlib.blake2b(bytes(tokens) + repr(seed).encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") % VOCAB_SIZE
+
+
+def mock_tokens(prompt: Sequence[int], params: SamplingParams, max_model_len: int = 64) -> tuple[list[int], str]:
+    """Output tokens and finish reason that an engine around the mock model must give: the stop rules, written out."""
+    output: list[int] = []
+    while True:
+        output.append(next_token([*prompt, *output], params.seed))
+        if len(output) >= params.min_tokens:
+            if output[-1] == EOS and not params.ignore_eos:
+                return output, "stop"
+            if output[-1] in (params.stop_token_ids or ()):
+                return output, "stop"
+        if len(output) == params.max_tokens or len(prompt) + len(output) == max_model_len:
+            return output, "length"
+
+
+class MockRunner(ModelRunner):
+    """Slots of token ids instead of K/V. Raises if a step asks for something no K/V exists for."""
+
+    def __init__(self) -> None:
+        self.slots: dict[str, list[int]] = {}
+        self.known: dict[str, NewRequest] = {}
+        self.steps: list[SchedulerOutput] = []
+
+    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+        """Copy, forget, learn, write, and read back."""
+        self.steps.append(step)
+        for op in step.kv_ops:
+            self.slots[op.dst] = self.slots[op.src][: op.num_tokens]
+        for request_id in step.finished_ids:
+            self.known.pop(request_id, None)
+            self.slots.pop(request_id, None)
+        for new in step.new_requests:
+            self.known[new.request_id] = new
+        result = RunnerOutput(forwards=1)
+        for share in step.scheduled:
+            slots = self.slots.setdefault(share.request_id, [])
+            if len(slots) != share.start:
+                raise RuntimeError(f"{share.request_id} starts at {share.start} with K/V for {len(slots)} tokens")
+            slots.extend(share.token_ids)
+            seed = self.known[share.request_id].sampling_params.seed
+            result.sampled_token_ids.append([next_token(slots, seed)] if share.samples else [])
+            result.logprobs.append(None)
+        result.phases = {"prepare": (0.0, 0.0), "forward": (0.0, 0.0), "sample": (0.0, 0.0)}
+        return result
+
+
+def mock_engine(max_num_seqs: int = 1, budget: int = 64, max_model_len: int = 64, regions: int = 2) -> LLMEngine:
+    """An engine over the mock model, without a tokenizer; `engine.core.runner` is the MockRunner."""
+    kv = ContiguousKVManager(regions * max_model_len, max_model_len)
+    core = EngineCore(Scheduler(kv, max_num_seqs, budget), MockRunner())
+    parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
+    return LLMEngine(engine_config=EngineConfig(), parts=parts)
