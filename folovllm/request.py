@@ -29,6 +29,7 @@ class RequestStatus(enum.IntEnum):
     FINISHED_STOPPED = 3
     FINISHED_LENGTH_CAPPED = 4
     FINISHED_ABORTED = 5
+    FINISHED_ERROR = 6  # its logits left nothing to choose from
 
     @property
     def is_finished(self) -> bool:
@@ -37,7 +38,7 @@ class RequestStatus(enum.IntEnum):
 
     @property
     def finish_reason(self) -> str | None:
-        """What the user sees: "stop", "length" or "abort"; None while the request lives."""
+        """What the user sees: "stop", "length", "abort" or "error"; None while the request lives."""
         return _FINISH_REASONS.get(self)
 
 
@@ -45,6 +46,7 @@ _FINISH_REASONS = {
     RequestStatus.FINISHED_STOPPED: "stop",
     RequestStatus.FINISHED_LENGTH_CAPPED: "length",
     RequestStatus.FINISHED_ABORTED: "abort",
+    RequestStatus.FINISHED_ERROR: "error",
 }
 
 _NEXT = {

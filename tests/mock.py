@@ -51,6 +51,7 @@ class MockRunner(ModelRunner):
         self.slots: dict[str, list[int]] = {}
         self.known: dict[str, NewRequest] = {}
         self.steps: list[SchedulerOutput] = []
+        self.failing: set[str] = set()  # ids that nothing can be sampled for
 
     def execute(self, step: SchedulerOutput) -> RunnerOutput:
         """Copy, forget, learn, write, and read back."""
@@ -69,7 +70,10 @@ class MockRunner(ModelRunner):
                 raise RuntimeError(f"{share.request_id} starts at {share.start} with K/V for {len(slots)} tokens")
             slots.extend(share.token_ids)
             seed = self.known[share.request_id].sampling_params.seed
-            result.sampled_token_ids.append([next_token(slots, seed)] if share.samples else [])
+            fails = share.request_id in self.failing
+            if fails:
+                result.failed[share.request_id] = "no token to choose"
+            result.sampled_token_ids.append([next_token(slots, seed)] if share.samples and not fails else [])
             result.logprobs.append(None)
         result.phases = {"prepare": (0.0, 0.0), "forward": (0.0, 0.0), "sample": (0.0, 0.0)}
         return result

@@ -24,6 +24,7 @@ from folovllm.scheduler.output import NewRequest, ScheduledRequest, SchedulerOut
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
 
+NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
 # Layers whose K/V is a plain list of tokens. Others keep a running state that cannot be forked at a chosen token.
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
@@ -117,7 +118,10 @@ class HFRunner(ModelRunner):
             return result
         logits = rows[sampling[0]] if len(sampling) == 1 else torch.cat([rows[i] for i in sampling])  # [R, V]
         out = self.sampler(logits, states)
+        result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
         for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
+            if scheduled[i].request_id in result.failed:
+                continue
             state.output_token_ids.append(token_id)
             result.sampled_token_ids[i] = [token_id]
             result.logprobs[i] = None if logprobs is None else [logprobs]

@@ -14,12 +14,14 @@ class RunnerOutput:
     """One list of sampled ids per scheduled request, in the scheduler's order: empty for a chunk that samples nothing.
 
     logprobs: per request, one dict per sampled token, or None where none were asked for.
+    failed: request id -> why nothing could be sampled for it; its list of ids is empty.
     phases: (start, end) seconds of "prepare", "forward" and "sample" on the clock the runner was given.
     forwards: model calls made. padding_tokens: rows computed for nobody.
     """
 
     sampled_token_ids: list[list[int]] = field(default_factory=list)
     logprobs: list[list[dict[int, Logprob]] | None] = field(default_factory=list)
+    failed: dict[str, str] = field(default_factory=dict)
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     forwards: int = 0
     padding_tokens: int = 0

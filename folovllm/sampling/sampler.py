@@ -14,7 +14,7 @@ token never depends on its neighbours' wishes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -56,12 +56,14 @@ class SamplerOutput:
     """One entry per row; the last two are None for rows that did not ask for log probabilities.
 
     logprobs: the chosen token first, then the likeliest by rank; a chosen token among these stays in front.
-    chosen_logprobs: the chosen token's alone.
+    chosen_logprobs: the chosen token's alone. bad_rows: rows that offered no distribution to choose from, because they
+    hold NaN or +inf or because everything in them is banned; their token id is `NO_TOKEN` and means nothing.
     """
 
     token_ids: list[int]
     logprobs: list[dict[int, Logprob] | None]
     chosen_logprobs: list[float | None]
+    bad_rows: list[int] = field(default_factory=list)
 
 
 class Sampler:
@@ -84,8 +86,8 @@ class Sampler:
     def __call__(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
         """Choose one token for each of the R `states` from `logits` `[R, V]`: any float type, left unchanged.
 
-        Raises ValueError for logits of another shape, type or device, and for rows that offer no distribution
-        to choose from, because they hold NaN or +inf or because everything in them is banned.
+        A row without a choice fails alone (`SamplerOutput.bad_rows`). Raises ValueError for logits of another shape,
+        type or device.
         """
         if logits.dim() != 2 or len(logits) != len(states) or not logits.is_floating_point():
             given = f"{logits.dtype} {list(logits.shape)}"
@@ -96,12 +98,7 @@ class Sampler:
             logits = logits.float()  # the 16-bit types can wait: in float32 they keep their order and ties
         token_ids: list[int] = self._choose(_edit(logits, states), states).tolist()
         bad_rows = [row for row, token_id in enumerate(token_ids) if token_id == NO_TOKEN]
-        if bad_rows:
-            raise ValueError(
-                f"logits rows {bad_rows} are not valid; allowed: no NaN, no +inf, and at least one token "
-                "that neither the model (-inf) nor logit_bias nor min_tokens bans"
-            )
-        return SamplerOutput(token_ids, *_gather_logprobs(logits, states, token_ids))
+        return SamplerOutput(token_ids, *_gather_logprobs(logits, states, token_ids), bad_rows)
 
     def _choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
         """Token ids `[R]`, or NO_TOKEN."""
@@ -199,7 +196,11 @@ def _gather_logprobs(
     logprobs: list[dict[int, Logprob] | None] = [None] * len(states)
     chosen_logprobs: list[float | None] = [None] * len(states)
     vocab_size = logits.shape[-1]
-    asked = {row: s.params.logprobs for row, s in enumerate(states) if s.params.logprobs is not None}
+    asked = {
+        row: s.params.logprobs
+        for row, s in enumerate(states)
+        if s.params.logprobs is not None and token_ids[row] != NO_TOKEN
+    }
     if not asked:
         return logprobs, chosen_logprobs
 

@@ -171,6 +171,10 @@ class Scheduler:
             self.kv.commit(share.plan)
             request.num_computed_tokens += share.num_tokens
             self._unpark(request)
+            if share.request_id in result.failed:
+                request.stop_reason = result.failed[share.request_id]
+                request.set_status(RequestStatus.FINISHED_ERROR)
+                self._remove(request)
             num_new = 0
             for token in sampled:
                 request.output_token_ids.append(token)
@@ -178,7 +182,7 @@ class Scheduler:
                 if check_stop(request):
                     self._remove(request)
                     break
-            if num_new:
+            if num_new or request.is_finished:
                 outputs.append(
                     CoreOutput(
                         request.request_id,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from itertools import pairwise
 from pathlib import Path
@@ -375,6 +376,17 @@ def test_logprobs_come_with_text_and_sum_up(llm):
     assert completion.cumulative_logprob == pytest.approx(total)
     (plain,) = llm.generate(["A block"], SamplingParams(temperature=0, max_tokens=5), use_tqdm=False)
     assert plain.outputs[0].logprobs is None and plain.outputs[0].cumulative_logprob is None
+
+
+def test_a_request_that_bans_all_it_could_say_ends_with_an_error_and_no_other_does(llm):
+    """Everything but EOS banned by bias, and EOS by min_tokens: legal to ask, impossible to answer."""
+    eos = set(llm.engine.eos_token_ids)
+    ban = {i: -math.inf for i in range(llm.engine.vocab_size) if i not in eos}
+    impossible = SamplingParams(temperature=0, min_tokens=1, logit_bias=ban, logprobs=1)
+    first, second = llm.generate(["A", "A block"], [impossible, GREEDY], use_tqdm=False)
+    assert first.outputs[0].finish_reason == "error" and "no token to choose" in str(first.outputs[0].stop_reason)
+    assert first.outputs[0].token_ids == [] and first.finished
+    assert second.outputs[0].finish_reason in ("stop", "length") and len(second.outputs[0].token_ids) > 0
 
 
 def test_a_seed_repeats_and_unseeded_requests_follow_the_engines_seed(llm):

@@ -329,6 +329,25 @@ def test_a_failed_step_ends_its_own_requests_and_no_others():
     check_empty(engine)
 
 
+def test_a_request_without_a_token_to_choose_ends_alone_and_says_why():
+    engine = mock_engine(max_num_seqs=2, regions=4)
+    runner, wishes = engine.core.runner, SamplingParams(max_tokens=5, ignore_eos=True)
+    assert isinstance(runner, MockRunner)
+    for i in range(3):
+        engine.add_request(str(i), [i + 1, 7], wishes)
+    engine.step()
+    runner.failing = {"0"}
+    outputs = {o.request_id: o.outputs[0] for o in engine.step()}
+    assert (outputs["0"].finish_reason, outputs["0"].stop_reason) == ("error", "no token to choose")
+    assert outputs["0"].token_ids == mock_tokens([1, 7], wishes)[0][:1]
+    done = drain(engine)
+    assert {i: t for i, (t, _) in done.items()} == {
+        "1": [mock_tokens([2, 7], wishes)[0]],
+        "2": [mock_tokens([3, 7], wishes)[0]],
+    }
+    check_empty(engine)
+
+
 def test_a_failure_before_the_runner_has_listened_is_made_up_for():
     """What finished before the failed step must be told to the runner again, or it would keep its K/V for good."""
     engine = mock_engine()
@@ -490,7 +509,7 @@ def test_life_cycle_allows_only_its_own_transitions():
         *(
             (a, f)
             for a in ("WAITING", "RUNNING", "PREEMPTED")
-            for f in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED")
+            for f in ("FINISHED_STOPPED", "FINISHED_LENGTH_CAPPED", "FINISHED_ABORTED", "FINISHED_ERROR")
         ),
     }
     for before in RequestStatus:
