@@ -56,8 +56,9 @@ class CompletionOutput:
     """One generated sequence.
 
     token_ids include the EOS or stop token that ended it; text does not, unless `include_stop_str_in_output`.
-    finish_reason: "stop", "length", "abort", "error" or None while it grows. stop_reason: the stop string or stop token id
-    that ended it, or what the error was; None for EOS and for everything else. logprobs: per token, the chosen id and the top ones.
+    finish_reason: "stop", "length", "abort", "error", or None while it grows.
+    stop_reason: the stop string or stop token id that ended it, or what the error was; None for EOS and all else.
+    logprobs: per token, the chosen id and the top ones.
     """
 
     index: int
