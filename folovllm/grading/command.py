@@ -1,0 +1,182 @@
+"""`folovllm grade`: how far the answers to a milestone's exercises are, and what the first wrong one gets wrong."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console, Group, RenderableType
+from rich.markdown import Markdown
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from folovllm.grading.runner import Check, Exercise, Milestone, Report, find_milestones, run_checks
+
+COLOURS = {"passed": "green", "failed": "red", "not started": "dim", "not reached": "yellow"}
+BAR_WIDTH = 24
+PRINTED_LINES = 8  # of what an answer printed in a failed check
+
+
+def grade(
+    milestone: Annotated[
+        str | None, typer.Argument(help="m0, m1, ...; without one, all milestones and how far each is.")
+    ] = None,
+    impl: Annotated[
+        Path | None, typer.Option(help="The file with your answers; the milestone's exercise.py if not given.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Check this exercise alone. May be given more than once.")
+    ] = None,
+    hint: Annotated[str | None, typer.Option(help="Show the hint for this exercise, and check nothing.")] = None,
+    time_limit: Annotated[float, typer.Option(help="Seconds after which a check is stopped.")] = 20.0,
+) -> None:
+    """Check your answers to the exercises of a milestone.
+
+    Write them in `milestones/mN_*/exercise.py`, or in a copy of it that you name with `--impl`. The status is 0 if all
+    exercises pass, 1 if not, and 2 if something about the command is wrong. An optional exercise may be left alone.
+    """
+    console = Console()
+    try:
+        found = find_milestones()
+        if milestone is None:
+            if impl is not None or only or hint is not None:
+                raise ValueError(f"--impl, --only and --hint need a milestone; allowed: {', '.join(found)}")
+            show_progress(console, list(found.values()))
+            return
+        chosen = choose(found, milestone)
+        if hint is not None:
+            text = chosen.hint(hint)
+            console.print(Panel(Markdown(text), title=f"Hint for {hint}", title_align="left"))
+            return
+        path = chosen.exercise_file if impl is None else impl
+        with console.status(Text(f"Checking {near(path)} ...")):
+            report = run_checks(chosen, path, only or (), time_limit)
+    except (ValueError, RuntimeError) as error:
+        console.print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False)
+        raise typer.Exit(2) from None
+    except KeyboardInterrupt:
+        console.print("\ninterrupted")
+        raise typer.Exit(130) from None
+    console.print(report_view(chosen, path, report, whole=not only))
+    raise typer.Exit(0 if report.all_passed else 1)
+
+
+def choose(found: dict[str, Milestone], name: str) -> Milestone:
+    """The milestone called `name` ("m1", "M1" or its folder). Raises ValueError for another name."""
+    for milestone in found.values():
+        if name.lower() in (milestone.name, milestone.folder.name):
+            return milestone
+    raise ValueError(f"milestone={name!r} has no exercises; allowed: {', '.join(found)}")
+
+
+def near(path: Path) -> str:
+    """A path as one would type it here: relative if it lies below the working directory."""
+    try:
+        return os.fspath(path.resolve().relative_to(Path.cwd()))
+    except ValueError:
+        return os.fspath(path)
+
+
+def report_view(milestone: Milestone, path: Path, report: Report, whole: bool = True) -> RenderableType:
+    """The result of a run: a row per exercise, the first failure in full, and where to go from here.
+
+    whole: all exercises of the milestone were checked.
+    """
+    heading = Text.assemble((milestone.title, "bold"), "\n", (near(path), "dim"))
+    if report.not_loaded is not None:
+        return Group(heading, failure_view(f"{path.name} cannot be loaded", report.not_loaded, path))
+    parts: list[RenderableType] = [heading, "", exercise_table(report.exercises), ""]
+    stuck = next((e for e in report.exercises if e.status == "failed"), None)
+    if stuck is not None and stuck.first_failure is not None:
+        parts += [failure_view(stuck.name, stuck.first_failure, path), ""]
+    parts.append(progress_line(report.exercises))
+    parts.append(advice(milestone, report, stuck, whole))
+    return Group(*parts)
+
+
+def exercise_table(exercises: list[Exercise]) -> Table:
+    """One row per exercise: how it stands, and what its first failing check wanted."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("exercise", no_wrap=True)
+    table.add_column("state", no_wrap=True)
+    table.add_column("checks", justify="right", no_wrap=True)
+    some_fail = any(e.status == "failed" for e in exercises)
+    if some_fail:
+        table.add_column("what fails first")
+    for exercise in exercises:
+        name = Text(exercise.name)
+        if exercise.optional:
+            name.append("\n  optional", "dim")
+        failure = exercise.first_failure if exercise.status == "failed" else None
+        row: list[RenderableType] = [
+            name,
+            Text(exercise.status, COLOURS[exercise.status]),
+            f"{exercise.passed}/{len(exercise.checks)}",
+        ]
+        if some_fail:
+            row.append(Text("" if failure is None else failure.title))
+        table.add_row(*row)
+    return table
+
+
+def failure_view(title: str, check: Check, path: Path) -> Panel:
+    """A failed check in plain words."""
+    parts: list[RenderableType] = []
+    if check.title:
+        parts += [Text(check.title, "bold"), ""]
+    if check.kind == "too slow":
+        parts.append(Text(f"Your answer was {check.message}. Does a loop never end?"))
+    elif check.kind == "not started":
+        parts.append(Text("Some of it is written, and this case still raises NotImplementedError."))
+    else:
+        parts.append(Text(check.message))
+    if check.line is not None and check.kind != "wrong":
+        parts.append(Text(f"{path.name}, line {check.line}", "dim"))
+        if check.source:
+            parts.append(Text("    " + check.source.replace("\n", "\n    "), "cyan"))
+    printed = check.printed.rstrip().splitlines()[-PRINTED_LINES:]
+    if printed:
+        parts.append(Text("What it printed, the last lines:\n    " + "\n    ".join(printed), "dim"))
+    return Panel(Group(*parts), title=Text(title), title_align="left", border_style="red")
+
+
+def progress_line(exercises: list[Exercise]) -> Text:
+    """A bar over the exercises that are not optional, and the count in words."""
+    required = [e for e in exercises if not e.optional] or exercises
+    passed = sum(e.status == "passed" for e in required)
+    extra = sum(e.status == "passed" for e in exercises if e.optional and e not in required)
+    words = f"{passed} of {len(required)} exercises pass" + (f", and {extra} optional" if extra else "")
+    width = BAR_WIDTH * passed // len(required)
+    return Text.assemble(("━" * width, "green"), ("─" * (BAR_WIDTH - width), "dim"), f"  {words}")
+
+
+def advice(milestone: Milestone, report: Report, stuck: Exercise | None, whole: bool) -> Text:
+    """What to read and run next."""
+    if report.all_passed:
+        return Text(f"All done. Compare: {near(milestone.folder / 'solution.py')}" if whole else "Right.", "dim")
+    open_one = stuck or next((e for e in report.exercises if e.status != "passed"), report.exercises[0])
+    hint = f"folovllm grade {milestone.name} --hint {open_one.name}"
+    chapters = ", ".join(near(file) for file in milestone.chapters(open_one.name))
+    return Text(f"Read: {chapters}\nHint: {hint}", "dim")
+
+
+def show_progress(console: Console, milestones: list[Milestone]) -> None:
+    """Every milestone and how far its exercise file is."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    table.add_column("milestone", no_wrap=True)
+    table.add_column("exercises in its exercise.py")
+    for milestone in milestones:
+        state: RenderableType = Text(f"not started, {len(milestone.exercises())} exercises", "dim")
+        if not milestone.is_untouched():
+            with console.status(Text(f"Checking {near(milestone.exercise_file)} ...")):
+                report = run_checks(milestone)
+            state = Text("exercise.py cannot be loaded", "red")
+            if report.not_loaded is None:
+                state = progress_line(report.exercises)
+        table.add_row(milestone.title, state)
+    console.print(table)
+    names = ", ".join(m.name for m in milestones)
+    console.print(Text(f"More: folovllm grade NAME, with NAME one of {names}", "dim"))
