@@ -1,0 +1,103 @@
+"""What is kept of one run, and the numbers that follow from it."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+
+@dataclass
+class Measured:
+    """One system's run of one workload, on one clock (`time.perf_counter`). One list entry per request, in order.
+
+    arrivals: when each request was handed over. token_times: when each output token was known; None where the system
+    does not say. kv_*_tokens: peaks, in tokens of K/V: room in all, set aside for requests, holding K/V that a request
+    needs; None where unknown. padding_share: of all token rows that the model computed, those that belong to no token
+    anybody asked for. forward_seconds: spent inside the model's forward; None where unknown. extra: anything else.
+    """
+
+    arrivals: list[float]
+    finished: float
+    token_ids: list[list[int]]
+    token_times: list[list[float]] | None
+    kv_capacity_tokens: int | None = None
+    kv_reserved_tokens: int | None = None
+    kv_used_tokens: int | None = None
+    padding_share: float | None = None
+    forward_seconds: float | None = None
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def wall_seconds(self) -> float:
+        """First arrival to last token."""
+        return self.finished - min(self.arrivals)
+
+    @property
+    def output_tokens(self) -> int:
+        """Tokens that somebody asked for."""
+        return sum(map(len, self.token_ids))
+
+    @property
+    def ttfts(self) -> list[float] | None:
+        """Per request, seconds from arrival to first token, waiting included."""
+        if self.token_times is None:
+            return None
+        return [times[0] - arrival for times, arrival in zip(self.token_times, self.arrivals, strict=True)]
+
+    @property
+    def itls(self) -> list[float] | None:
+        """Seconds between consecutive tokens of a request, all requests pooled."""
+        if self.token_times is None:
+            return None
+        return [b - a for times in self.token_times for a, b in pairwise(times)]
+
+    def to_json(self, kv_bytes_per_token: int | None) -> dict[str, Any]:
+        """The run as plain data: times in seconds, K/V in bytes (None without `kv_bytes_per_token`)."""
+
+        def kv_bytes(tokens: int | None) -> int | None:
+            return None if tokens is None or kv_bytes_per_token is None else tokens * kv_bytes_per_token
+
+        wall = self.wall_seconds
+        return {
+            "wall_s": wall,
+            "output_tokens": self.output_tokens,
+            "output_tokens_per_s": self.output_tokens / wall,
+            "ttft_s": distribution(self.ttfts),
+            "itl_s": distribution(self.itls),
+            "kv_capacity_bytes": kv_bytes(self.kv_capacity_tokens),
+            "kv_reserved_bytes": kv_bytes(self.kv_reserved_tokens),
+            "kv_used_bytes": kv_bytes(self.kv_used_tokens),
+            "padding_share": self.padding_share,
+            "overhead_share": None if self.forward_seconds is None else 1 - self.forward_seconds / wall,
+            "token_hashes": [token_hash(ids) for ids in self.token_ids],
+            **self.extra,
+        }
+
+
+def token_hash(token_ids: Sequence[int]) -> str:
+    """16 hexadecimal digits that tell two outputs apart."""
+    return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:16]
+
+
+def distribution(values: Sequence[float] | None) -> dict[str, float] | None:
+    """p50, p99 and max; None for None and for no values."""
+    if not values:
+        return None
+    return {"p50": percentile(values, 50), "p99": percentile(values, 99), "max": max(values)}
+
+
+def percentile(values: Sequence[float], q: float) -> float:
+    """The q-th percentile, linear between the two nearest ranks (numpy's default). Raises ValueError for no values."""
+    if not values:
+        raise ValueError("values=[] is not valid; allowed: at least one number")
+    if not 0 <= q <= 100:
+        raise ValueError(f"q={q!r} is not valid; allowed: a number in [0, 100]")
+    ordered = sorted(values)
+    rank = (len(ordered) - 1) * q / 100
+    low = math.floor(rank)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (ordered[high] - ordered[low]) * (rank - low)

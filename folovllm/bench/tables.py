@@ -1,0 +1,153 @@
+"""A report as tables for a terminal of 100 columns."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from folovllm.bench.workloads import WORKLOADS
+
+MIB = 2**20
+TABLE_WIDTH = 100  # columns that the tables need
+
+
+def tables(report: dict[str, Any]) -> RenderableType:
+    """The machine in a line, then one table per workload, then what was left out and why."""
+    return Group(*_parts(report))
+
+
+def _parts(report: dict[str, Any]) -> Iterator[RenderableType]:
+    yield Text(machine_line(report))
+    yield Text(f"Medians of {count(len(report['rounds']), 'round')}. The base is {report['base']}.")
+    for workload, rows in report["summary"].items():
+        yield Text()
+        yield workload_table(report, workload, rows)
+        same = {name: row["same_tokens_as_base"] for name, row in rows.items() if name != report["base"]}
+        counts = ", ".join(f"{name} {'/'.join(map(str, n))}" for name, n in same.items() if n is not None)
+        if counts:
+            yield Text(f"Requests with the same tokens as {report['base']}: {counts}")
+    for workload, reasons in report["left_out"].items():
+        for system, reason in reasons.items():
+            yield Text(f"{workload}: no {system}: {reason}")
+    if report["roofline_left_out"]:
+        yield Text(f"no roofline: {report['roofline_left_out']}")
+
+
+def machine_line(report: dict[str, Any]) -> str:
+    """Model, hardware and measured ceilings."""
+    read, gemm = report["machine"]["read_bytes_per_s"], report["machine"]["gemm_flops_per_s"]
+    line = f"{report['model']}, {report['dtype']}, load format {report['load_format']}, {processor(report)}"
+    if read is None:
+        return line
+    rates = ", ".join(f"m={m} {giga(s)}" for m, s in gemm.items())
+    return f"{line}\nReads {giga(read)} GB/s. GEMM GFLOP/s: {rates}"
+
+
+def processor(report: dict[str, Any]) -> str:
+    """What it ran on."""
+    hardware = report["hardware"]
+    if hardware["gpu"]:
+        return str(hardware["gpu"])
+    return f"{hardware['cpu']} with {count(hardware['threads'], 'thread')}"
+
+
+def workload_table(report: dict[str, Any], workload: str, rows: dict[str, dict[str, Any]]) -> Table:
+    """One row per system; stacked in a cell: the median and, below it, the least and the greatest of the rounds."""
+    about = WORKLOADS[workload].about if workload in WORKLOADS else ""
+    scale = "" if report["scale"] == 1 else f" (lengths x {report['scale']:g})"
+    table = Table(
+        title=f"{workload}: {about}{scale}",
+        title_justify="left",
+        title_style="bold",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("system", no_wrap=True)
+    for name in (
+        "tokens/s\nmedian\nmin-max",
+        "x base\nmedian\nmin-max",
+        "of\nroof-\nline",
+        "TTFT ms\np50\np99\nmax",
+        "ITL ms\np50\np99\nmax",
+        "KV MiB\nreserved\nused",
+        "pad-\nding",
+        "over-\nhead",
+        "peak\nMiB",
+    ):
+        table.add_column(name, justify="right", no_wrap=True)
+    for system, row in rows.items():
+        table.add_row(
+            Text(system, style="bold" if not system.startswith("hf:") else ""),
+            _stacked(row["output_tokens_per_s"], number),
+            _stacked(row["ratio_to_base"], ratio),
+            _median(row["roofline_share"], share),
+            _lines(row, ("ttft_p50_s", "ttft_p99_s", "ttft_max_s"), milliseconds),
+            _lines(row, ("itl_p50_s", "itl_p99_s", "itl_max_s"), milliseconds),
+            _lines(row, ("kv_reserved_bytes", "kv_used_bytes"), mebibytes),
+            _median(row["padding_share"], share),
+            _median(row["overhead_share"], share),
+            _median(row["peak_memory_bytes"], mebibytes),
+            end_section=True,
+        )
+    return table
+
+
+def _stacked(summary: dict[str, Any] | None, form: Any) -> str:
+    if summary is None:
+        return "-"
+    return f"{form(summary['median'])}\n{form(summary['min'])}-{form(summary['max'])}"
+
+
+def _median(summary: dict[str, Any] | None, form: Any) -> str:
+    return "-" if summary is None else form(summary["median"])
+
+
+def _lines(row: dict[str, Any], names: tuple[str, ...], form: Any) -> str:
+    if all(row[name] is None for name in names):
+        return "-"
+    return "\n".join(_median(row[name], form) for name in names)
+
+
+# ------------------------------------------------------------------ numbers with the digits that matter
+
+
+def count(how_many: int, what: str) -> str:
+    """ "1 round", "2 rounds"."""
+    return f"{how_many} {what}" if how_many == 1 else f"{how_many} {what}s"
+
+
+def number(value: float) -> str:
+    """Three digits that matter, never an exponent."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
+
+
+def ratio(value: float) -> str:
+    """A factor with two decimals."""
+    return f"{value:.2f}"
+
+
+def share(value: float) -> str:
+    """A share of one as a percentage."""
+    return f"{value:.0%}" if value >= 0.1 or value == 0 else f"{value:.1%}"
+
+
+def milliseconds(seconds: float) -> str:
+    """Seconds as milliseconds."""
+    return number(seconds * 1e3)
+
+
+def mebibytes(count: float) -> str:
+    """Bytes as MiB."""
+    return number(count / MIB)
+
+
+def giga(summary: dict[str, Any]) -> str:
+    """A rate's median and spread, in billions."""
+    low, mid, high = (number(summary[key] / 1e9) for key in ("min", "median", "max"))
+    return mid if low == high else f"{mid} ({low}-{high})"
