@@ -1,0 +1,5 @@
+"""`python -m folovllm` is the `folovllm` command."""
+
+from folovllm.entrypoints.cli import app
+
+app()

@@ -1,0 +1,305 @@
+"""The `folovllm` command: generate, chat, info. Every option that it shares with `LLM` has the same meaning there."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import transformers
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from folovllm.bench.cli import bench
+from folovllm.config import MILESTONES, NEWEST_MILESTONE, check_int
+from folovllm.entrypoints.llm import LLM, Message
+from folovllm.glossary import default_prompts
+from folovllm.grading.command import grade
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
+from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
+from folovllm.outputs import RequestOutput
+from folovllm.sampling_params import SamplingParams
+from folovllm.viz.console import print_stream
+from folovllm.viz.tables import phase_table, request_table, stats_table
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    help=(
+        "An LLM inference engine that teaches how it works.\n\n"
+        "Start with `folovllm generate`: it answers questions with a model that came with the package. "
+        "Then add `--trace trace.json` and open the file in Perfetto to see what each step did."
+    ),
+)
+
+Model = Annotated[
+    str,
+    typer.Option(help=f"A bundled name ({', '.join(BUNDLED)}), a local folder, or a hub id such as Qwen/Qwen3-0.6B."),
+]
+MilestoneName = Annotated[
+    str,
+    typer.Option(help=f"Which stage of the course runs it: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
+]
+Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
+LoadFormat = Annotated[str, typer.Option(help="auto, safetensors, or dummy: random weights from config.json alone.")]
+MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate per answer.")]
+Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; above, tokens are drawn.")]
+TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this much probability.")]
+TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")]
+MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
+Seed = Annotated[int | None, typer.Option(help="Makes drawn tokens repeatable.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End an answer at this string. May be given more than once.")]
+MaxModelLen = Annotated[
+    int | None, typer.Option(help="Tokens of prompt and answer together; the model's own if not given.")
+]
+TracePath = Annotated[
+    Path | None,
+    typer.Option(help="Write what each step did as Chrome trace events, for ui.perfetto.dev or chrome://tracing."),
+]
+
+
+@contextmanager
+def clean_exit(console: Console) -> Iterator[None]:
+    """One line for a mistake (status 2) or Ctrl-C (status 130) instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console.print("\ninterrupted")
+        raise SystemExit(130) from None
+
+
+def load_llm(console: Console, model: str, **options: Any) -> LLM:
+    """Load with a spinner."""
+    with console.status(f"Loading {model} ..."):
+        return LLM(model, **options)
+
+
+@app.command()
+def generate(
+    prompts: Annotated[
+        list[str] | None, typer.Argument(help="Questions or texts. None: some from the glossary.")
+    ] = None,
+    model: Model = "folo-tiny",
+    milestone: MilestoneName = NEWEST_MILESTONE,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    load_format: LoadFormat = "auto",
+    max_model_len: MaxModelLen = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    n: Annotated[int, typer.Option("--n", "-n", help="Samples per prompt; more than 1 needs a temperature.")] = 1,
+    num_prompts: Annotated[int, typer.Option(help="How many glossary questions to ask when no prompt is given.")] = 3,
+    raw: Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")] = False,
+    stream: Annotated[bool, typer.Option(help="Show answers as they grow, or all at the end.")] = True,
+    trace: TracePath = None,
+) -> None:
+    """Answer prompts, and show what it took.
+
+    Try: `folovllm generate "What is a KV cache?"`, then the same with `--temperature 0.8 --seed 1 -n 3 --no-stream`.
+    """
+    console = Console()
+    with clean_exit(console):
+        if trace is not None and not trace.parent.is_dir():
+            raise ValueError(f"trace={str(trace)!r} is not valid; allowed: a file in a folder that exists")
+        check_int("num_prompts", num_prompts, 1)
+        params = SamplingParams(
+            n=n,
+            temperature=temperature,
+            top_p=top_p,
+            top_k=top_k,
+            min_p=min_p,
+            seed=seed,
+            stop=stop,
+            max_tokens=max_tokens,
+        )
+        llm = load_llm(
+            console,
+            model,
+            milestone=milestone,
+            dtype=dtype,
+            device=device,
+            load_format=load_format,
+            max_model_len=max_model_len,
+        )
+        titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
+        if stream and n == 1:
+            ids = llm.enqueue(inputs, params)
+            outputs = print_stream(console, llm.follow(ids), dict(zip(ids, titles, strict=True)), show_ids(llm))
+        else:
+            outputs = llm.generate(inputs, params)
+            for title, output in zip(titles, outputs, strict=True):
+                print_samples(console, title, output, show_ids(llm))
+        console.print(request_table(outputs), phase_table(llm.engine.trace), stats_table(llm.engine.stats))
+        if trace is not None:
+            console.print(f"Trace of {len(llm.engine.trace)} steps: {llm.engine.trace.save(trace, chrome=True)}")
+
+
+@app.command()
+def chat(
+    model: Model = "folo-tiny",
+    milestone: MilestoneName = NEWEST_MILESTONE,
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+    max_model_len: MaxModelLen = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    top_k: TopK = 0,
+    min_p: MinP = 0.0,
+    seed: Seed = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt that every answer sees.")] = None,
+) -> None:
+    """Talk to a model. It sees the whole conversation each time; `/reset` forgets it, `/quit` or Ctrl-D leaves."""
+    console = Console()
+    with clean_exit(console):
+        params = SamplingParams(
+            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
+        )
+        llm = load_llm(console, model, milestone=milestone, dtype=dtype, device=device, max_model_len=max_model_len)
+        opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
+        llm.chat_prompts(
+            [[*opening, {"role": "user", "content": "?"}]]
+        )  # no chat template: say so before the first question
+        console.print(f"[bold]{model}[/] with milestone {milestone}. /reset forgets, /quit leaves.", highlight=False)
+        messages = list(opening)
+        while (line := read_line(console)) is not None:
+            if line == "/quit":
+                break
+            if line == "/reset":
+                messages = list(opening)
+            elif line:
+                asked: list[Message] = [*messages, {"role": "user", "content": line}]
+                try:
+                    messages = [*asked, {"role": "assistant", "content": answer(console, llm, asked, params)}]
+                except ValueError as error:  # such as a conversation that has outgrown the model
+                    console.print(f"{error}. /reset makes room.", markup=False, highlight=False)
+
+
+def read_line(console: Console) -> str | None:
+    """One line of input; None at the end of it."""
+    try:
+        return console.input("[bold cyan]> [/]").strip()
+    except EOFError:
+        console.print()
+        return None
+
+
+def answer(console: Console, llm: LLM, messages: list[Message], params: SamplingParams) -> str:
+    """Stream the next assistant turn; Ctrl-C ends the answer, not the conversation."""
+    text = ""
+    stream = llm.stream(llm.chat_prompts(messages), params)
+    try:
+        for output in stream:
+            grown = output.outputs[0].text
+            console.out(grown[len(text) :], end="", highlight=False)
+            text = grown
+    except KeyboardInterrupt:
+        console.out(" ...", end="", highlight=False)
+    finally:
+        stream.close()
+    console.print()
+    return text
+
+
+app.command()(bench)
+
+
+@app.command()
+def info(
+    model: Annotated[str, typer.Argument(help="A bundled name, a local folder, or a hub id.")] = "folo-tiny",
+    dtype: Dtype = "auto",
+    device: Device = "auto",
+) -> None:
+    """What a model is made of and what its KV cache costs, from its config alone; no weights are loaded."""
+    console = Console()
+    with clean_exit(console):
+        source = resolve_model(model)
+        config = load_config(source)
+        text = config.get_text_config()
+        where = resolve_device(device)
+        kind = resolve_dtype(dtype, config, where)
+        per_token = kv_bytes_per_token(config, kind.itemsize)
+        tokenizer = load_tokenizer(source)
+        rows: dict[str, object] = {
+            "model": f"{source.name} ({source.kind})",
+            "architecture": ", ".join(config.architectures or [config.model_type]),
+            "layers": text.num_hidden_layers,
+            "hidden size": text.hidden_size,
+            "attention": f"{attention_kind(config)}: {text.num_attention_heads} query heads, "
+            f"{text.num_key_value_heads} KV heads of {head_dim(text)}",
+            "vocabulary": f"{text.vocab_size:,}",
+            "longest sequence": f"{text.max_position_embeddings:,} tokens",
+            "tokenizer": "none (token ids in, token ids out)" if tokenizer is None else type(tokenizer).__name__,
+            "would run in": f"{str(kind).removeprefix('torch.')} on {where}",
+            "KV cache per token": f"{per_token:,} bytes",
+            "KV cache of the longest": f"{per_token * text.max_position_embeddings / 2**20:,.1f} MiB",
+            "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
+            "Python": platform.python_version(),
+        }
+        table = Table(show_header=False)
+        for name, value in rows.items():
+            table.add_row(name, str(value))
+        console.print(table)
+        console.print(f"Bundled models: {', '.join(BUNDLED)}", highlight=False)
+
+
+def head_dim(text_config: Any) -> int:
+    """Numbers in one head's key."""
+    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
+
+
+def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:
+    """Titles to show and prompts to run.
+
+    Questions go through the chat template where the model has one; a model without a tokenizer gets token ids.
+    """
+    tokenizer = llm.engine.tokenizer
+    if tokenizer is None:
+        if prompts:
+            raise ValueError(
+                f"prompts={prompts!r} are text and the model has no tokenizer; allowed: none, random ids are used"
+            )
+        generator = torch.Generator().manual_seed(0)
+        length = min(128, llm.engine.max_model_len - 1)
+        ids = torch.randint(llm.engine.vocab_size, (num_prompts, length), generator=generator).tolist()  # [N, length]
+        return [f"{length} random token ids" for _ in ids], ids
+    titles = prompts or default_prompts(num_prompts)
+    for i, title in enumerate(titles):
+        if not title.strip():
+            raise ValueError(f"prompts[{i}]={title!r} is empty; allowed: text")
+    if raw or not tokenizer.chat_template:
+        return titles, list(titles)
+    return titles, llm.chat_prompts([[{"role": "user", "content": title}] for title in titles])
+
+
+def show_ids(llm: LLM) -> bool:
+    """Whether outputs have to be shown as token ids, because there is no text."""
+    return llm.engine.tokenizer is None
+
+
+def print_samples(console: Console, title: str, output: RequestOutput, as_ids: bool = False) -> None:
+    """A prompt and all its samples."""
+    console.print("> " + title, style="bold cyan", markup=False, highlight=False)
+    for completion in output.outputs:
+        prefix = f"[{completion.index}] " if len(output.outputs) > 1 else ""
+        text = str(completion.token_ids) if as_ids else completion.text
+        console.print(prefix + text, markup=False, highlight=False)
+    console.print()
+
+
+app.command()(grade)
