@@ -7,6 +7,8 @@ import json
 import os
 import socket
 import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -65,6 +67,25 @@ def test_hardware_and_versions_name_what_matters_and_nobody():
     text = json.dumps(found)
     for secret in (socket.gethostname(), str(Path.home()), getpass.getuser() + "@"):
         assert secret not in text
+
+
+def test_the_share_of_others_by_hand():
+    # 4 s on 2 cores are 8 CPU seconds; 5 were used, 3 of them by us.
+    before, after = machine.CpuTime(100.0, 10.0, 0.0), machine.CpuTime(105.0, 13.0, 4.0)
+    assert before.share_of_others(after, cores=2) == 0.25
+    # The two counters tick at different moments: never less than nothing.
+    assert before.share_of_others(machine.CpuTime(102.0, 13.0, 4.0), cores=2) == 0.0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the counters are Linux's")
+def test_our_own_work_is_not_others():
+    before = machine.CpuTime.now()
+    while time.process_time() - before.own < 0.3:
+        pass
+    after = machine.CpuTime.now()
+    assert after.own - before.own >= 0.3
+    assert after.everything - before.everything >= 0.25  # the machine has seen it too, to a tick or two
+    assert 0 <= before.share_of_others(after, os.cpu_count()) <= 1.01
 
 
 def test_a_package_that_is_not_installed_has_no_version(monkeypatch):

@@ -38,6 +38,7 @@ def run(rate: float, **other: Any) -> dict[str, Any]:
         "overhead_share": 0.05,
         "token_hashes": ["a", "b"],
         "peak_memory_bytes": 600 * 2**20,
+        "other_cpu_share": 0.02,
     }
     return result | other
 
@@ -201,6 +202,21 @@ def test_the_tables_fit_their_width_and_cut_nothing():
         "a reason",
     ):
         assert expected in text, expected
+
+
+def test_a_busy_machine_is_called_one():
+    def shown(rounds: list[Round]) -> str:
+        console = Console(width=TABLE_WIDTH, file=io.StringIO(), record=True)
+        console.print(tables(report_of(rounds, ["m1"], "m1")))
+        return " ".join(console.export_text().split())
+
+    rounds = rounds_of(m1=[30.0, 20.0, 10.0])
+    assert "Other programs" not in shown(rounds)
+    rounds[1].runs["w1"]["m1"]["other_cpu_share"] = 0.48  # one run of three: the medians hide it
+    assert "Other programs used up to 48% of the CPU during a run of w1" in shown(rounds)
+    for current in rounds:
+        current.runs["w1"]["m1"]["other_cpu_share"] = None
+    assert "Other programs" not in shown(rounds)
 
 
 def test_the_plot_shows_every_system_of_every_workload():

@@ -1,0 +1,185 @@
+"""{claim}, {claims-table}, {provenance} and {quoted}: numbers on a page, each with its source.
+
+{claim}`kv-bytes-llama2-7b` writes the value that `docs/claims` has for the id, and links to its entry in the ledger.
+{claims-table}`two-workloads` does the same for a whole table. {provenance}`file` says where a results file comes from.
+{quoted}`50x` marks a number that somebody else states and that the text is about. An id without a source is an error.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import claims
+from claims import ledger
+from docutils import nodes
+from docutils.parsers.rst import directives
+from source_links import note_source, source_reference
+from sphinx.application import Sphinx
+from sphinx.util.docutils import SphinxDirective, SphinxRole
+from sphinx.writers.html5 import HTML5Translator
+
+LEDGER_PAGE = "ledger"
+ICONS = {ledger.Derived: "derived", ledger.Measured: "measured", ledger.Cited: "cited"}
+
+
+class claim_node(nodes.inline):
+    """A number that links to its entry in the ledger."""
+
+
+def visit_claim(self: HTML5Translator, node: claim_node) -> None:
+    ledger_page = self.builder.get_relative_uri(self.builder.current_docname, LEDGER_PAGE)
+    href = f"{ledger_page}#claim-{node['claim_id']}"
+    self.body.append(self.starttag(node, "a", "", href=href, title=node["title"]))
+
+
+def depart_claim(self: HTML5Translator, node: claim_node) -> None:
+    self.body.append("</a>")
+
+
+def visit_plain(self: Any, node: nodes.Node) -> None:
+    """Other formats than HTML show the number alone."""
+
+
+class ClaimRole(SphinxRole):
+    """The value of a claim."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        try:
+            claim = claims.get_claim(self.text)
+            text = ledger.text(claim)
+        except claims.ClaimError as error:
+            return problem(self, error)
+        if isinstance(claim, ledger.Measured):
+            self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
+        kind = ICONS[type(claim)]
+        node = claim_node(
+            "", text, classes=["claim", kind], claim_id=self.text, title=f"{claim.says} ({kind}; id {self.text})"
+        )
+        return [node], []
+
+
+class ProvenanceRole(SphinxRole):
+    """Where, with what and when a results file was measured. "file|one run" replaces "median of n rounds"."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        file, _, how = self.text.partition("|")
+        try:
+            text = ledger.provenance(file)
+        except claims.ClaimError as error:
+            return problem(self, error)
+        if how:
+            text = f"{text.rpartition(';')[0]}; {how}"
+        note = nodes.inline("", f"Measured: {text}; ", classes=["provenance"])
+        note += result_reference(self.env, file)
+        note += nodes.Text(".")
+        return [note], []
+
+
+class QuotedRole(SphinxRole):
+    """A number that is somebody else's claim, as it was stated."""
+
+    def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+        return [nodes.inline("", self.text, classes=["quoted"])], []
+
+
+class ClaimsTable(SphinxDirective):
+    """A table of the ledger, its caption and, below it, what it was measured on."""
+
+    required_arguments = 1
+    final_argument_whitespace = False
+    option_spec: ClassVar[dict[str, Callable[[str], Any]]] = {"provenance": directives.unchanged}
+
+    def run(self) -> list[nodes.Node]:
+        try:
+            table = claims.get_table(self.arguments[0])
+            rows = table.rows()
+            lines = [ledger.provenance(file) for file in table.files]
+        except claims.ClaimError as error:
+            raise self.error(str(error)) from None
+        made: list[nodes.Node] = [make_table(table.header, rows, self.arguments[0])]
+        how = self.options.get("provenance")
+        for file, line in zip(table.files, lines, strict=True):
+            self.env.note_dependency(str(ledger.RESULTS / f"{file}.json"))
+            shown = f"{line.rpartition(';')[0]}; {how}" if how else line
+            note = nodes.paragraph("", f"Measured: {shown}; ", classes=["provenance"])
+            note += result_reference(self.env, file)
+            note += nodes.Text(".")
+            made.append(note)
+        return made
+
+
+class ClaimsLedger(SphinxDirective):
+    """All claims and tables, chapter by chapter, each with its value, what it is, and where it comes from."""
+
+    def run(self) -> list[nodes.Node]:
+        made: list[nodes.Node] = []
+        for chapter in claims.CHAPTERS:
+            title = (chapter.__doc__ or "").splitlines()[0].removeprefix("Claims of ").rstrip(".")
+            section = nodes.section(ids=[nodes.make_id(title)])
+            section += nodes.title(text=title[0].upper() + title[1:])
+            for claim_id, claim in chapter.CLAIMS.items():
+                try:
+                    section += self.entry(claim_id, claim)
+                except LookupError as error:
+                    raise self.error(f"{claim_id}: {error}") from None
+            made.append(section)
+        return made
+
+    def entry(self, claim_id: str, claim: ledger.Claim) -> nodes.paragraph:
+        line = nodes.paragraph(classes=["ledger-entry"], ids=[f"claim-{claim_id}"])
+        line += nodes.strong(text=ledger.text(claim))
+        line += nodes.Text(f": {claim.says}. ")
+        line += nodes.literal(text=claim_id)
+        line += nodes.Text(f", {ICONS[type(claim)]}: ")
+        if isinstance(claim, ledger.Measured):
+            self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
+            line += result_reference(self.env, claim.file)
+            line += nodes.Text(", " + " / ".join(claim.path))
+        elif isinstance(claim, ledger.Derived):
+            line += source_reference(self.env, claim.source)
+        else:
+            line += nodes.reference("", claim.source, refuri=claim.url)
+        return line
+
+
+def make_table(header: Any, rows: list[list[str]], table_id: str) -> nodes.table:
+    """A table node; columns of numbers stand at the right."""
+    right = [sum(row[i][:1].isdigit() for row in rows) > len(rows) / 2 for i in range(len(header))]
+    group = nodes.tgroup(cols=len(header))
+    group += [nodes.colspec(colwidth=1) for _ in header]
+    group += nodes.thead("", make_row(header, right))
+    group += nodes.tbody("", *(make_row(row, right) for row in rows))
+    return nodes.table("", group, classes=["claims-table"], ids=[f"table-{table_id}"])
+
+
+def make_row(cells: Any, right: list[bool]) -> nodes.row:
+    entries = (
+        nodes.entry("", nodes.paragraph(text=cell), classes=["text-right"] * at_right + ["short"] * (len(cell) < 15))
+        for cell, at_right in zip(cells, right, strict=True)
+    )
+    return nodes.row("", *entries)
+
+
+def result_reference(env: Any, file: str) -> nodes.Node:
+    """A link to a results file, which is shown as a page of its own."""
+    return note_source(env, f"results/{file}.json", None, f"results/{file}.json")
+
+
+def problem(role: SphinxRole, error: Exception) -> tuple[list[nodes.Node], list[nodes.system_message]]:
+    """An error at the role's place; `sphinx -W` fails on it."""
+    message = role.inliner.reporter.error(str(error), line=role.lineno)
+    return [role.inliner.problematic(role.rawtext, role.rawtext, message)], [message]
+
+
+def setup(app: Sphinx) -> dict[str, Any]:
+    app.setup_extension("source_links")
+    for writer in ("latex", "text", "man", "texinfo"):
+        app.add_node(claim_node, override=True, **{writer: (visit_plain, visit_plain)})
+    app.add_node(claim_node, override=True, html=(visit_claim, depart_claim))
+    app.add_role("claim", ClaimRole())
+    app.add_role("provenance", ProvenanceRole())
+    app.add_role("quoted", QuotedRole())
+    app.add_directive("claims-table", ClaimsTable)
+    app.add_directive("claims-ledger", ClaimsLedger)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

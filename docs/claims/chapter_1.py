@@ -1,0 +1,269 @@
+"""Claims of chapter 1: what a KV cache saves, and what it weighs."""
+
+from __future__ import annotations
+
+from transformers import PretrainedConfig
+
+from claims.ledger import (
+    Claim,
+    Derived,
+    Measured,
+    Table,
+    binary,
+    digits,
+    fixed,
+    median,
+    plain,
+    power,
+    result,
+    with_range,
+)
+from claims.models import (
+    BYTES_16_BIT,
+    DEEPSEEK_V2,
+    DEEPSEEK_V2_AS_MHA,
+    DEEPSEEK_V2_AS_MQA,
+    GEMMA_2B,
+    LLAMA_2_7B,
+    LLAMA_2_13B,
+    LLAMA_2_70B,
+    bundled,
+)
+from folovllm.kv_cache.formulas import (
+    attention_kind,
+    attention_ratio,
+    generation_flops,
+    kv_bytes,
+    kv_bytes_per_token,
+    kv_values_per_layer,
+    linear_ratio,
+)
+
+FORMULAS = "folovllm/kv_cache/formulas.py"
+TINY, QWEN = "m0-cache-folo-tiny", "m0-cache-qwen3-0.6b"
+MODEL_OF = {TINY: "folo-tiny", QWEN: "qwen3-0.6b"}
+
+LENGTHS = (10, 100, 1000)
+
+SIZES: dict[str, PretrainedConfig] = {
+    "Llama-2-7B": LLAMA_2_7B,
+    "Llama-2-13B": LLAMA_2_13B,
+    "Llama-2-70B": LLAMA_2_70B,
+    "Llama-3.2-1B": bundled("llama-3.2-1b"),
+    "Qwen3-0.6B": bundled("qwen3-0.6b"),
+    "Qwen2.5-0.5B": bundled("qwen2.5-0.5b"),
+    "Gemma-2B": GEMMA_2B,
+    "DeepSeek-V2": DEEPSEEK_V2,
+}
+
+
+def flop_ratio(file: str, n: int) -> float:
+    """FLOPs without a cache over FLOPs with one, for n tokens of the model and the prompt that were measured."""
+    config, prompt_len = bundled(MODEL_OF[file]), result(file)["prompt_len"]
+    without, cached = (generation_flops(config, prompt_len, n, cached=c) for c in (False, True))
+    return without.total / cached.total
+
+
+def timing_rows(file: str) -> list[list[str]]:
+    """One row per number of new tokens: milliseconds per token of both loops, both ratios."""
+    rows = []
+    for n in result(file)["new_tokens"]:
+        row = result(file)["summary"][str(n)]
+        times = [median(digits(3, "", 1e3))(row[f"{loop}_seconds_per_token"]) for loop in ("recompute", "cached")]
+        rows.append([plain(n), *times, with_range(digits(2))(row["time_ratio"]), digits(3)(flop_ratio(file, n))])
+    return rows
+
+
+def ratio_rows() -> list[list[str]]:
+    """Both ratios from a prompt of one token."""
+    return [[plain(n), fixed(1)(linear_ratio(n)), digits(3)(attention_ratio(n))] for n in LENGTHS]
+
+
+def size_rows() -> list[list[str]]:
+    """What one token takes in models of all four kinds, in 16 bits."""
+    rows = []
+    for name, config in SIZES.items():
+        kind = attention_kind(config)
+        latent = kind == "MLA"
+        head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        rows.append(
+            [
+                name,
+                kind,
+                plain(config.num_hidden_layers),
+                plain(config.num_attention_heads),
+                "latent" if latent else plain(config.num_key_value_heads or config.num_attention_heads),
+                f"{config.kv_lora_rank} + {config.qk_rope_head_dim}" if latent else plain(head_dim),
+                plain(kv_bytes_per_token(config, BYTES_16_BIT)),
+            ]
+        )
+    return rows
+
+
+DIFFERENCES = {
+    "token_by_token_with_cache": "the same text token by token, with a cache",
+    "lower_triangular": "an explicit lower-triangular mask",
+    "decode_sees_all": "a decode step whose row is all True",
+    "upper_triangular": "an upper-triangular mask",
+    "decode_sees_itself_only": "a decode step whose row is False but for itself",
+    "decode_one_position_late": "a decode step at position T instead of T - 1",
+}
+
+
+def difference_rows() -> list[list[str]]:
+    """The largest difference of any logit from one plain forward: three ways that agree, three that do not."""
+    found = result(TINY)["logit_differences"]
+    return [
+        [name, power(found[key]) if found[key] < 1e-2 else digits(2)(found[key])] for key, name in DIFFERENCES.items()
+    ]
+
+
+TIMING = ("new tokens", "ms per token without", "ms per token with", "ratio of times", "ratio of FLOPs")
+
+TABLES: dict[str, Table] = {
+    "m0-timing-qwen3": Table(
+        "M0 with and without a cache, shape of Qwen3-0.6B",
+        TIMING,
+        lambda: timing_rows(QWEN),
+        source=f"{FORMULAS}:generation_flops",
+        files=(QWEN,),
+    ),
+    "recompute-ratios": Table(
+        "work without a cache over work with one, from a prompt of one token",
+        ("n, tokens generated", "linear layers, (n + 1) / 2", "attention, (2n + 1) / 3"),
+        ratio_rows,
+        source=f"{FORMULAS}:linear_ratio",
+    ),
+    "kv-sizes": Table(
+        "bytes of K and V per token, 16 bits",
+        ("model", "kind", "layers", "query heads", "KV heads", "head size", "bytes per token"),
+        size_rows,
+        source=f"{FORMULAS}:kv_bytes_per_token",
+    ),
+    "logit-differences": Table(
+        "logits against one plain forward",
+        ("compared with one forward over T tokens", "largest difference of a logit"),
+        difference_rows,
+        source="tools/measure_course.py:logit_differences",
+        files=(TINY,),
+    ),
+}
+
+
+def _kv(name: str, says: str, config: PretrainedConfig, *, binary_units: bool) -> tuple[str, Claim]:
+    form = binary if binary_units else plain
+    claim = Derived(
+        f"bytes of K and V per token, {says}, 16 bits",
+        lambda: kv_bytes_per_token(config, BYTES_16_BIT),
+        form,
+        f"{FORMULAS}:kv_bytes_per_token",
+    )
+    return f"kv-bytes-{name}", claim
+
+
+def _per_layer(name: str, says: str, config: PretrainedConfig) -> tuple[str, Claim]:
+    claim = Derived(
+        f"numbers that a layer caches per token, {says}",
+        lambda: kv_values_per_layer(config),
+        plain,
+        f"{FORMULAS}:kv_values_per_layer",
+    )
+    return f"kv-values-{name}", claim
+
+
+def _time_ratio(name: str, file: str, n: int) -> tuple[str, Claim]:
+    path = ("summary", str(n), "time_ratio")
+    return name, Measured(
+        f"time without a cache over time with one, {MODEL_OF[file]}, {n} tokens", file, path, with_range(digits(2))
+    )
+
+
+def _flop_ratio(name: str, file: str, n: int) -> tuple[str, Claim]:
+    return name, Derived(
+        f"FLOPs without a cache over FLOPs with one, {MODEL_OF[file]}, {n} tokens",
+        lambda: flop_ratio(file, n),
+        digits(3),
+        f"{FORMULAS}:generation_flops",
+    )
+
+
+def _ratio(kind: str, n: int) -> tuple[str, Claim]:
+    ratio = {"linear": linear_ratio, "attention": attention_ratio}[kind]
+    return f"{kind}-ratio-{n}", Derived(
+        f"work of {kind} without a cache over work with one, {n} tokens from a prompt of one",
+        lambda: ratio(n),
+        fixed(1) if kind == "linear" else digits(3),
+        f"{FORMULAS}:{kind}_ratio",
+    )
+
+
+CLAIMS: dict[str, Claim] = dict(
+    [
+        _time_ratio("m0-time-ratio-tiny", TINY, 256),
+        _flop_ratio("m0-flop-ratio-tiny", TINY, 256),
+        _time_ratio("m0-time-ratio-qwen3", QWEN, 64),
+        _flop_ratio("m0-flop-ratio-qwen3", QWEN, 64),
+        _ratio("linear", 100),
+        _ratio("attention", 100),
+        _ratio("linear", 10),
+        _ratio("attention", 10),
+        _kv("llama2-7b", "Llama-2-7B", LLAMA_2_7B, binary_units=True),
+        _kv("llama2-7b-exact", "Llama-2-7B", LLAMA_2_7B, binary_units=False),
+        _kv("llama2-13b", "Llama-2-13B", LLAMA_2_13B, binary_units=True),
+        _kv("qwen25-05b", "Qwen2.5-0.5B", bundled("qwen2.5-0.5b"), binary_units=False),
+        _kv("qwen3-06b", "Qwen3-0.6B", bundled("qwen3-0.6b"), binary_units=False),
+        _per_layer("mla", "DeepSeek-V2", DEEPSEEK_V2),
+        _per_layer("mqa", "one KV head of 128", DEEPSEEK_V2_AS_MQA),
+        _per_layer("mha", "128 KV heads of 128", DEEPSEEK_V2_AS_MHA),
+    ]
+)
+CLAIMS |= {
+    "kv-1000-llama2-7b": Derived(
+        "K and V of 1000 tokens, Llama-2-7B, 16 bits",
+        lambda: kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT),
+        binary,
+        f"{FORMULAS}:kv_bytes",
+    ),
+    "kv-10x500-llama2-7b": Derived(
+        "K and V of 10 texts of 500 tokens, Llama-2-7B, 16 bits",
+        lambda: kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
+        binary,
+        f"{FORMULAS}:kv_bytes",
+    ),
+    "logits-of-a-prompt": Derived(
+        "logits of a prompt of 1000 tokens, Qwen3-0.6B, float32",
+        lambda: 4 * 1000 * bundled("qwen3-0.6b").vocab_size,
+        binary,
+        "docs/claims/chapter_1.py:CLAIMS",
+    ),
+    "m0-kv-bytes-tiny": Measured(
+        "bytes in the cache after 256 tokens from a prompt of 16, folo-tiny, float32", TINY, ("kv_bytes",), plain
+    ),
+    "m0-kv-bytes-tiny-derived": Derived(
+        "K and V of 16 + 256 - 1 tokens, folo-tiny, float32",
+        lambda: kv_bytes(bundled("folo-tiny"), 16 + 256 - 1, 4),
+        plain,
+        f"{FORMULAS}:kv_bytes",
+    ),
+    "causal-cells-4": Derived(
+        "cells of a causal mask of 4 tokens that are True", lambda: 4 * 5 // 2, plain, "docs/claims/chapter_1.py:CLAIMS"
+    ),
+    "upper-triangle-logit-difference": Measured(
+        "largest difference of a logit under an upper-triangular mask, folo-tiny",
+        TINY,
+        ("logit_differences", "upper_triangular"),
+        digits(2),
+    ),
+    "late-position-logit-difference": Measured(
+        "largest difference of a logit when a decode step runs one position late, folo-tiny",
+        TINY,
+        ("logit_differences", "decode_one_position_late"),
+        digits(2),
+    ),
+    "logit-standard-deviation": Measured(
+        "standard deviation of all logits of that text, folo-tiny",
+        TINY,
+        ("logit_differences", "logits_standard_deviation"),
+        digits(2),
+    ),
+}

@@ -1,0 +1,128 @@
+"""Claims of chapter 2: what the engine costs, and what a trace of it shows."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from transformers import PreTrainedTokenizerBase
+
+from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, percent, plain, result, with_range
+from folovllm.models.loader import load_tokenizer, resolve_model
+
+TINY, QWEN = "m1-engine-folo-tiny", "m1-engine-qwen3-0.6b"
+
+STREAMED, STOP = "café 5€<b></s>", "</s>"  # what the chapter streams, and where it should stop
+
+
+@cache
+def tokenizer() -> PreTrainedTokenizerBase:
+    """The bundled model's."""
+    found = load_tokenizer(resolve_model("folo-tiny"))
+    if found is None:
+        raise LookupError("folo-tiny has no tokenizer")
+    return found
+
+
+def decoded_one_by_one(text: str) -> str:
+    """A text as a stream that decodes each token alone would show it."""
+    return "".join(str(tokenizer().decode([token_id])) for token_id in tokenizer().encode(text))
+
+
+def request_rows() -> list[list[str]]:
+    """The three traced requests."""
+    rows = []
+    for output in result(TINY)["trace"]["outputs"]:
+        times, arrival = output["token_times"], output["arrival_time"]
+        latencies = (
+            output["first_scheduled_time"] - arrival,
+            times[0] - arrival,
+            (times[-1] - times[0]) / (len(times) - 1),
+            output["finished_time"] - arrival,
+        )
+        rows.append(
+            [
+                output["request_id"],
+                plain(output["prompt_len"]),
+                plain(len(times)),
+                output["finish_reason"],
+                *(digits(3 if latency > 1e-3 else 1, "", 1e3)(latency) for latency in latencies),
+            ]
+        )
+    return rows
+
+
+def overhead_rows() -> list[list[str]]:
+    """The engine beside the bare loop on both models."""
+    rows = []
+    for file in (TINY, QWEN):
+        summary = result(file)["summary"]
+        rows.append(
+            [
+                result(file)["model"],
+                median(digits(3, "", 1e3))(summary["loop_seconds_per_token"]),
+                median(digits(3, "", 1e3))(summary["engine_seconds_per_token"]),
+                with_range(fixed(2))(summary["engine_over_loop"]),
+                median(percent(1))(summary["decode_share_outside_forward"]),
+            ]
+        )
+    return rows
+
+
+TABLES: dict[str, Table] = {
+    "m1-requests": Table(
+        "three requests that arrive together at M1",
+        ("request", "prompt tokens", "output tokens", "finish", "queue ms", "TTFT ms", "TPOT ms", "end to end ms"),
+        request_rows,
+        source="folovllm/outputs.py:RequestMetrics",
+        files=(TINY,),
+    ),
+    "m1-overhead": Table(
+        "M1 beside the bare loop",
+        ("model", "loop, ms per token", "engine, ms per token", "engine over loop", "of a decode step, not forward"),
+        overhead_rows,
+        source="tools/measure_course.py:engine_of",
+        files=(TINY, QWEN),
+    ),
+}
+
+CLAIMS: dict[str, Claim] = {
+    "stream-tokens": Derived(
+        f"tokens of {STREAMED!r} in the bundled model's vocabulary",
+        lambda: len(tokenizer().encode(STREAMED)),
+        plain,
+        "docs/claims/chapter_2.py:STREAMED",
+    ),
+    "stream-replacement-characters": Derived(
+        "replacement characters when each of them is decoded alone",
+        lambda: decoded_one_by_one(STREAMED).count("\ufffd"),
+        plain,
+        "docs/claims/chapter_2.py:decoded_one_by_one",
+    ),
+    "stop-string-tokens": Derived(
+        f"tokens of {STOP!r} in the bundled model's vocabulary",
+        lambda: len(tokenizer().encode(STOP)),
+        plain,
+        "docs/claims/chapter_2.py:STOP",
+    ),
+    "m1-over-loop-tiny": Measured(
+        "time per token, M1 over the bare loop, folo-tiny", TINY, ("summary", "engine_over_loop"), with_range(fixed(2))
+    ),
+    "m1-over-loop-qwen3": Measured(
+        "time per token, M1 over the bare loop, Qwen3-0.6B",
+        QWEN,
+        ("summary", "engine_over_loop"),
+        with_range(fixed(2)),
+    ),
+    "m1-outside-forward-tiny": Measured(
+        "share of a decode step that is not the forward, folo-tiny",
+        TINY,
+        ("summary", "decode_share_outside_forward"),
+        median(percent(1)),
+    ),
+    "m1-outside-forward-qwen3": Measured(
+        "share of a decode step that is not the forward, Qwen3-0.6B",
+        QWEN,
+        ("summary", "decode_share_outside_forward"),
+        median(percent(1)),
+    ),
+}

@@ -1,0 +1,253 @@
+"""The figures of the chapters: what is drawn under which name, from formulas, results files and the engine itself.
+
+The drawing is done by `folovllm.viz`; here stands only what goes in. {drawn} shows a figure by its name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from io import BytesIO
+from typing import Any
+
+import matplotlib as mpl
+import torch
+from claims import chapter_0, chapter_1, chapter_2
+from claims.ledger import RESULTS, ROOT, result
+from claims.models import BYTES_16_BIT, bundled
+from matplotlib.figure import Figure
+
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.engine.trace import RequestStep, StepTrace
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
+from folovllm.kv_cache.interface import KVUsage
+from folovllm.models.loader import load_hf_model, resolve_model
+from folovllm.outputs import RequestMetrics, RequestOutput
+from folovllm.sampling.filters import apply_min_p, apply_temperature, apply_top_k, apply_top_p
+from folovllm.viz.flow import shape_flow
+from folovllm.viz.kv import cache_timing, kv_bytes_bars, kv_cells
+from folovllm.viz.masks import attention_masks
+from folovllm.viz.roofline import RooflinePoint, attention_share, roofline
+from folovllm.viz.sampling import Release, filter_stages, text_release
+from folovllm.viz.timeline import latency_timeline, phase_times, request_gantt
+
+DEPENDS_ON = (__file__, *sorted(RESULTS.glob("*.json")), *sorted((ROOT / "folovllm" / "viz").glob("*.py")))
+
+# --- chapter 0 --------------------------------------------------------------------------------------------
+
+
+def draw_latencies() -> Figure:
+    """TTFT, ITL and end-to-end latency of three requests at M1."""
+    return latency_timeline(*traced_requests())
+
+
+def draw_roofline() -> Figure:
+    """Prefill and decode under the ceilings of the machine that they were measured on."""
+    data = result(chapter_0.WORKLOADS)
+    summary = data["summary"]
+    kinds = {
+        "prefill": ("prefill of 512", "prefill"),
+        "decode-1": ("1 text", "decode"),
+        "decode-8": ("8 texts", "decode"),
+    }
+    points = [
+        RooflinePoint(label, data["work"][key]["intensity"], summary["points"][key]["flops_per_s"]["median"], kind)
+        for key, (label, kind) in kinds.items()
+    ]
+    peak = max(rate["median"] for rate in summary["machine"]["gemm_flops_per_s"].values())
+    return roofline(peak, summary["machine"]["read_bytes_per_s"]["median"], points)
+
+
+def draw_attention_share() -> Figure:
+    """Attention's share of Llama-2-7B's FLOPs, with and without the hidden half."""
+    lengths = [round(100 * 10 ** (i / 20)) for i in range(71)]
+    names = {"every pair computed": False, "hidden pairs skipped": True}
+    return attention_share(
+        lengths,
+        {name: [chapter_0.attention_share(n, causal) for n in lengths] for name, causal in names.items()},
+        {name: chapter_0.attention_crossing(causal) for name, causal in names.items()},
+    )
+
+
+# --- chapter 1 --------------------------------------------------------------------------------------------
+
+
+def draw_masks() -> Figure:
+    """The causal mask, its transpose, and the row of one decode step."""
+    square = torch.ones(5, 5, dtype=torch.bool)
+    masks = {
+        "causal: lower triangle": square.tril().numpy(),
+        "wrong: upper triangle": square.triu().numpy(),
+        "decode: the last row": square.tril()[-1:].numpy(),
+    }
+    return attention_masks(masks)
+
+
+def draw_kv_cells() -> Figure:
+    """A prompt of 4 and 6 new tokens: what each step computes and what it finds."""
+    prompt, n = 4, 6
+    ends = [prompt + step for step in range(n)]
+    return kv_cells(
+        {
+            "without a cache": [(0, end) for end in ends],
+            "with a cache": [(0, prompt), *((end - 1, end) for end in ends[1:])],
+        }
+    )
+
+
+def draw_shapes() -> Figure:
+    """Shapes in Qwen3-0.6B for a prompt of 12 tokens and for the decode step after it."""
+    config = bundled("qwen3-0.6b")
+    heads, kv_heads, size, width = (
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+        config.hidden_size,
+    )
+
+    def flow(fed: int, total: int) -> list[tuple[str, list[int]]]:
+        return [
+            ("input_ids", [1, fed]),
+            ("position_ids", [1, fed]),
+            ("embeddings", [1, fed, width]),
+            ("queries", [1, heads, fed, size]),
+            ("new keys", [1, kv_heads, fed, size]),
+            ("keys in the cache", [1, kv_heads, total, size]),
+            ("scores", [1, heads, fed, total]),
+            ("layer output", [1, fed, width]),
+            ("logits kept", [1, 1, config.vocab_size]),
+        ]
+
+    return shape_flow({"prefill of 12": flow(12, 12), "decode step": flow(1, 13)})
+
+
+def draw_kv_bytes() -> Figure:
+    """Bytes per token of the models in the table."""
+    return kv_bytes_bars(
+        [
+            (name, attention_kind(config), kv_bytes_per_token(config, BYTES_16_BIT))
+            for name, config in chapter_1.SIZES.items()
+        ]
+    )
+
+
+def draw_cache_timing() -> Figure:
+    """M0 on the bundled model with and without a cache."""
+    data = result(chapter_1.TINY)
+    lengths = data["new_tokens"]
+    times = {
+        loop: [1e3 * data["summary"][str(n)][f"{loop}_seconds_per_token"]["median"] for n in lengths]
+        for loop in ("recompute", "cached")
+    }
+    ratios = [chapter_1.flop_ratio(chapter_1.TINY, n) for n in lengths]
+    return cache_timing(lengths, times["recompute"], times["cached"], ratios)
+
+
+# --- chapter 2 --------------------------------------------------------------------------------------------
+
+FILTER_PROMPT = "The cache"
+
+
+def draw_gantt() -> Figure:
+    """Three requests at M1: one at a time."""
+    steps, outputs = traced_requests()
+    endings = {o["request_id"]: o["finish_reason"] for o in result(chapter_2.TINY)["trace"]["outputs"]}
+    return request_gantt(steps, [output.request_id for output in outputs], endings=endings)
+
+
+def draw_phases() -> Figure:
+    """Where the time of those steps went."""
+    return phase_times(traced_requests()[0])
+
+
+def draw_filters() -> Figure:
+    """The bundled model's next token after a text it has not learned, through the filters in their order."""
+    tokenizer = chapter_2.tokenizer()
+    model = load_hf_model(resolve_model("folo-tiny"), torch.float32, torch.device("cpu"))
+    with torch.inference_mode():
+        logits = model(torch.tensor([tokenizer.encode(FILTER_PROMPT)])).logits[:, -1].float()  # [1, V]
+        stages = {"softmax of the logits": logits}
+        for name, apply, value in (
+            ("temperature 1.5", apply_temperature, torch.tensor([[1.5]])),
+            ("min_p 0.02", apply_min_p, torch.tensor([[0.02]])),
+            ("top_k 12", apply_top_k, torch.tensor([[12]])),
+            ("top_p 0.9", apply_top_p, torch.tensor([[0.9]])),
+        ):
+            stages[name] = apply(next(reversed(stages.values())), value)
+    labels = [repr(tokenizer.decode([i])) for i in range(logits.shape[-1])]
+    return filter_stages({name: x.softmax(dim=-1)[0].numpy() for name, x in stages.items()}, labels)
+
+
+def draw_release() -> Figure:
+    """A stream with an emoji that spans tokens and a stop string that does as well."""
+    tokenizer = chapter_2.tokenizer()
+    detokenizer = Detokenizer(tokenizer, [chapter_2.STOP])
+    moments = []
+    for token_id in tokenizer.encode(chapter_2.STREAMED):
+        detokenizer.update([token_id])
+        visible = detokenizer.visible
+        moments.append(Release(token_text(tokenizer, token_id), visible, detokenizer.text[len(visible) :]))
+        if detokenizer.stop_reason is not None:
+            break
+    return text_release(moments)
+
+
+def token_text(tokenizer: Any, token_id: int) -> str:
+    """A token's text, or its bytes where it is a part of a character."""
+    text = str(tokenizer.decode([token_id]))
+    if "\ufffd" not in text:
+        return repr(text)[1:-1].replace(" ", "\u2423")
+    return f"token {token_id}"
+
+
+def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
+    """The trace of three questions that `tools/measure_course.py engine` recorded, as the engine's own objects."""
+    data = result(chapter_2.TINY)["trace"]
+    steps = [
+        StepTrace(
+            **step
+            | {
+                "phases": {name: tuple(span) for name, span in step["phases"].items()},
+                "requests": [RequestStep(**share) for share in step["requests"]],
+                "kv": KVUsage(**step["kv"]),
+            }
+        )
+        for step in data["steps"]
+    ]
+    outputs = [
+        RequestOutput(
+            output["request_id"],
+            None,
+            [],
+            [],
+            True,
+            RequestMetrics(
+                output["arrival_time"], output["first_scheduled_time"], output["finished_time"], output["token_times"]
+            ),
+        )
+        for output in data["outputs"]
+    ]
+    return steps, outputs
+
+
+FIGURES: dict[str, Callable[[], Figure]] = {
+    "latency-timeline": draw_latencies,
+    "roofline": draw_roofline,
+    "attention-share": draw_attention_share,
+    "causal-masks": draw_masks,
+    "kv-cells": draw_kv_cells,
+    "tensor-shapes": draw_shapes,
+    "kv-bytes": draw_kv_bytes,
+    "cache-timing": draw_cache_timing,
+    "request-gantt": draw_gantt,
+    "phase-times": draw_phases,
+    "filter-stages": draw_filters,
+    "text-release": draw_release,
+}
+
+
+def svg(name: str) -> bytes:
+    """A figure as SVG, the same bytes at every build."""
+    data = BytesIO()
+    with mpl.rc_context({"svg.hashsalt": name}):
+        FIGURES[name]().savefig(data, format="svg", metadata={"Date": None})
+    return data.getvalue()
