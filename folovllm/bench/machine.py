@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -92,6 +93,31 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
     except (OSError, subprocess.SubprocessError):
         return {"commit": None, "dirty": None}
     return {"commit": commit, "dirty": bool(changes)}
+
+
+@dataclass(frozen=True)
+class CpuTime:
+    """CPU seconds since some start: of the whole machine, and of this process with all its threads."""
+
+    everything: float
+    own: float
+    wall: float
+
+    @classmethod
+    def now(cls) -> CpuTime | None:
+        """The counters as they stand; None where the system does not keep them (outside of Linux)."""
+        try:
+            fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
+        except OSError:
+            return None
+        user, nice, system, _, _, irq, softirq, steal = map(int, fields)
+        ticks = user + nice + system + irq + softirq + steal  # stolen by other guests of the same host: others too
+        return cls(ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter())
+
+    def share_of_others(self, later: CpuTime, cores: int) -> float:
+        """Of all CPU time from this moment to `later`, the share that other processes used."""
+        others = (later.everything - self.everything) - (later.own - self.own)
+        return max(0.0, others / (cores * (later.wall - self.wall)))
 
 
 def _output(*command: str) -> str:

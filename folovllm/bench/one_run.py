@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import sys
 import time
 from dataclasses import asdict, dataclass
@@ -101,10 +102,14 @@ def run_job(job: Job) -> dict[str, Any]:
     reset_peak = start_peak_memory(device)
     if device.type == "cuda":
         torch.cuda.synchronize(device)
+    before = machine.CpuTime.now()
     measured = run(requests)
+    after = machine.CpuTime.now()
     check_complete(requests, measured)
     result = measured.to_json(_kv_bytes_per_token(config, dtype))
-    return {**result, **peak_memory(device, reset_peak), "load_s": loaded - started}
+    cores = os.cpu_count() or 1
+    others = before.share_of_others(after, cores) if before is not None and after is not None else None
+    return {**result, **peak_memory(device, reset_peak), "other_cpu_share": others, "load_s": loaded - started}
 
 
 def check_complete(requests: list[BenchRequest], measured: Measured) -> None:

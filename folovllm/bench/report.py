@@ -33,6 +33,7 @@ PLAIN = {
     "padding_share": ("padding_share",),
     "overhead_share": ("overhead_share",),
     "peak_memory_bytes": ("peak_memory_bytes",),
+    "other_cpu_share": ("other_cpu_share",),
 }
 
 

@@ -13,6 +13,7 @@ from rich.text import Text
 from folovllm.bench.workloads import WORKLOADS
 
 MIB = 2**20
+BUSY = 0.1  # a share of the CPU in other hands from which on a time is doubtful
 TABLE_WIDTH = 100  # columns that the tables need
 
 
@@ -31,6 +32,12 @@ def _parts(report: dict[str, Any]) -> Iterator[RenderableType]:
         counts = ", ".join(f"{name} {'/'.join(map(str, n))}" for name, n in same.items() if n is not None)
         if counts:
             yield Text(f"Requests with the same tokens as {report['base']}: {counts}")
+        if (busiest := max(_others(row) for row in rows.values())) > BUSY:
+            yield Text(
+                f"Other programs used up to {share(busiest)} of the CPU during a run of {workload}: "
+                "repeat it on a quiet machine.",
+                style="bold red",
+            )
     for workload, reasons in report["left_out"].items():
         for system, reason in reasons.items():
             yield Text(f"{workload}: no {system}: {reason}")
@@ -106,6 +113,10 @@ def _stacked(summary: dict[str, Any] | None, form: Any) -> str:
 
 def _median(summary: dict[str, Any] | None, form: Any) -> str:
     return "-" if summary is None else form(summary["median"])
+
+
+def _others(row: dict[str, Any]) -> float:
+    return 0.0 if row["other_cpu_share"] is None else float(row["other_cpu_share"]["max"])
 
 
 def _lines(row: dict[str, Any], names: tuple[str, ...], form: Any) -> str:
