@@ -53,8 +53,7 @@ def draw_roofline() -> Figure:
         RooflinePoint(label, data["work"][key]["intensity"], summary["points"][key]["flops_per_s"]["median"], kind)
         for key, (label, kind) in kinds.items()
     ]
-    peak = max(rate["median"] for rate in summary["machine"]["gemm_flops_per_s"].values())
-    return roofline(peak, summary["machine"]["read_bytes_per_s"]["median"], points)
+    return roofline(*chapter_0.machine_ceilings(), points)
 
 
 def draw_attention_share() -> Figure:

@@ -82,8 +82,8 @@ EXPECTED_TABLES = {
         ["4,096", "137,438", "1,370", "683"],
     ],
 }
-# Derived from what was measured: the prompt's length stands in the results file.
-ON_MEASURED_SHAPES = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3"}
+# Derived from what stands in a results file: the prompt's length, the ceilings.
+FROM_RESULTS = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3", "machine-ridge"}
 
 
 @pytest.mark.parametrize(("claim_id", "text"), EXPECTED.items())
@@ -98,7 +98,7 @@ def test_a_derived_table_has_the_values_that_were_derived_by_hand(table_id: str,
 
 def test_every_derived_value_is_expected_here() -> None:
     derived = {i for i, claim in claims.all_claims().items() if isinstance(claim, ledger.Derived)}
-    assert derived - EXPECTED.keys() == ON_MEASURED_SHAPES
+    assert derived - EXPECTED.keys() == FROM_RESULTS
     tables = {i for i, table in claims.all_tables().items() if not table.files}
     assert tables == EXPECTED_TABLES.keys()
 
@@ -111,6 +111,11 @@ def test_flop_ratios_of_the_measured_runs() -> None:
     without = 2 * weights * tokens + 2 * head * 256 + per_pair * pairs
     cached = 2 * weights * 271 + 2 * head * 256 + per_pair * (16**2 + sum(range(17, 272)))
     assert claims.claim_text("m0-flop-ratio-tiny") == f"{without / cached:.0f}"
+
+
+def test_the_ridge_is_the_quotient_of_the_ceilings_on_the_page() -> None:
+    peak, bandwidth = (float(claims.claim_text(f"machine-{name}").split()[0]) for name in ("peak", "bandwidth"))
+    assert float(claims.claim_text("machine-ridge")) == pytest.approx(peak / bandwidth, rel=0.01)
 
 
 # --- sources ----------------------------------------------------------------------------------------------
