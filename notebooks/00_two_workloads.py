@@ -228,7 +228,8 @@ def point(model, name, batch, new, past):
 
 decode = [(1, 1, 128), (4, 1, 128), (16, 1, 128), (64, 1, 128)]  # batch, new, cached tokens
 prefill = [(1, 32, 0), (1, 128, 0), (1, 512, 0)]
-runs = {run: point(model, SHAPE, *run) for run in progress([*decode, *prefill], "forwards")}
+name = f"{SHAPE}, {LAYERS} layers"
+runs = {run: point(model, name, *run) for run in progress([*decode, *prefill], "forwards")}
 
 tiny = LLM(MODEL, milestone="m1", dtype="float32")
 tiny_model = tiny.engine.core.runner.model

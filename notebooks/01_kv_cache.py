@@ -48,6 +48,7 @@ from folovllm.viz.notebook import MarkdownTable, progress
 from folovllm.viz.style import binary_bytes
 
 torch.set_num_threads(THREADS)
+SETTING = f"{THREADS} thread{'s' * (THREADS > 1)}, float32"
 torch.set_grad_enabled(False)
 
 source = resolve_model(MODEL)
@@ -325,7 +326,7 @@ MarkdownTable(
 # for a model as small as this one it is mostly the fixed cost of launching many small operations. The step without a
 # cache multiplies them by hundreds of vectors at once, which is the efficient kind of work. So recomputing wastes
 # FLOPs, but each of its FLOPs is cheap. The ratio of times grows with n, and a larger model comes closer to the ratio
-# of FLOPs.
+# of FLOPs (`results/m0-cache-qwen3-0.6b.json` has those of Qwen3-0.6B).
 # </details>
 
 
@@ -361,7 +362,7 @@ cache_timing(
     [1e3 * sum(recompute.token_times[:n]) / n for n in sizes],
     [1e3 * sum(cached.token_times[:n]) / n for n in sizes],
     flop_ratio,
-    title=f"{MODEL}, float32, a prompt of {len(prompt)} tokens, on {THREADS} thread(s)",
+    title=f"{MODEL}, a prompt of {len(prompt)} tokens, {SETTING}",
 )
 
 # %%

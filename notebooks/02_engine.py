@@ -145,10 +145,8 @@ shape_flow(
 questions = default_prompts(4)
 engine.trace.clear()
 outputs = llm.generate([chat_ids(q) for q in questions], greedy, use_tqdm=False)
-phase_times(
-    engine.trace,
-    title=f"{MODEL}, one request at a time, {THREADS} thread{'s' * (THREADS > 1)}",
-)
+setting = f"{THREADS} thread{'s' * (THREADS > 1)}, float32"
+phase_times(engine.trace, title=f"{MODEL}, one request at a time, {setting}")
 
 # %% [markdown]
 # ## 3. From logits to one token: the filters

@@ -105,11 +105,10 @@ def roofline(
             [p.intensity for p in own], [p.flops_per_s for p in own],
             linestyle="", marker=MARKERS[i], markersize=7, color=SERIES[i], label=kind,
         )  # fmt: skip
+        below = (-10, -17) if i % 2 else (7, -10)  # two kinds at one place stay readable
         for p in own:
-            ax.annotate(
-                p.label, (p.intensity, p.flops_per_s), (-7, 6) if i % 2 else (7, -10),
-                textcoords="offset points", ha="right" if i % 2 else "left", size=8.5, color=SERIES[i],
-            )  # fmt: skip
+            place = (p.intensity, p.flops_per_s)
+            ax.annotate(p.label, place, below, textcoords="offset points", size=8.5, color=SERIES[i])
     slope = (left * ridge) ** 0.5  # where the label of the rising roof stands: halfway up
     ax.annotate(
         engineering(bandwidth, "B/s"), (slope, slope * bandwidth), (-8, 6), textcoords="offset points", ha="right"
