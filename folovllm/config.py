@@ -16,9 +16,10 @@ T = TypeVar("T")
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
-SCHEDULING_POLICIES = ("fcfs",)
+SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 PREEMPTION_MODES = ("recompute", "swap")
 ATTENTION_BACKENDS = ("auto",)
+BATCHINGS = ("padded", "loop")
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
 
 
@@ -28,23 +29,32 @@ class Milestone:
 
     name: str
     adds: str
-    kv: str  # "contiguous": a reservation per request
-    runner: str  # "hf": Hugging Face's own forward
     max_num_seqs: int  # the default
-    max_num_seqs_limit: int | None  # the largest allowed; None: no limit
-    chunked_prefill: bool
-    prefix_caching: bool
+    max_num_seqs_limit: int | None = None  # the largest allowed; None: no limit
+    kv: str = "contiguous"  # a reservation per request
+    runner: str = "hf"  # Hugging Face's own forward
+    batchings: tuple[str, ...] = ()  # ways to put requests into forwards; the first is the default
+    policies: tuple[str, ...] = SCHEDULING_POLICIES
+    chunked_prefill: bool = False
+    prefix_caching: bool = False
 
 
 MILESTONES: dict[str, Milestone] = {
     m.name: m
-    for m in (Milestone("m1", "a request life cycle around the model", "contiguous", "hf", 1, 1, False, False),)
+    for m in (
+        Milestone("m1", "a request life cycle around the model", 1, max_num_seqs_limit=1, policies=("fcfs",)),
+        Milestone("m2", "continuous batching, scheduled at every step", 16, batchings=BATCHINGS),
+    )
 }
 NEWEST_MILESTONE = next(reversed(MILESTONES))
 
 
 def _fail(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{name}={value!r} is not valid; allowed: {allowed}")
+
+
+def _quoted(choices: Sequence[str]) -> str:
+    return ", ".join(repr(c) for c in choices)
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
@@ -68,7 +78,7 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
 def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
-        raise _fail(name, value, ", ".join(repr(c) for c in choices))
+        raise _fail(name, value, _quoted(choices))
 
 
 def check_optional_bool(name: str, value: object) -> None:
@@ -162,7 +172,8 @@ class SchedulerConfig:
     """How many requests and tokens share a step, and in which order they come.
 
     max_num_seqs: requests that run at once; None takes the milestone's. max_num_batched_tokens: tokens one step may
-    compute; None is 2048, or max_model_len where that is longer and prompts cannot be split.
+    compute; None is 2048, or max_model_len where that is longer and prompts cannot be split. scheduling_policy: the
+    order of those that wait: "fcfs", "priority" (the lowest first) or "sjf" (the fewest tokens left first).
     """
 
     max_num_seqs: int | None = None
@@ -183,13 +194,18 @@ class SchedulerConfig:
 
 @config
 class EngineConfig:
-    """One engine: a milestone, its three parts, and how many steps of trace it keeps."""
+    """One engine: a milestone, its three parts, and how many steps of trace it keeps.
+
+    batching: how M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None
+    for every other milestone.
+    """
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     milestone: str = NEWEST_MILESTONE
     attention_backend: str = "auto"
+    batching: str | None = None
     max_trace_steps: int = 10_000
 
     def __post_init__(self) -> None:
@@ -204,6 +220,8 @@ class EngineConfig:
             built = ", ".join(repr(m) for m in MILESTONES)
             raise _fail("milestone", self.milestone, f"{built} ('m0' is the module folovllm.baseline)")
         check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        if self.batching is not None:
+            check_choice("batching", self.batching, BATCHINGS)
         check_int("max_trace_steps", self.max_trace_steps, 0)
         self._check_milestone()
 
@@ -212,6 +230,10 @@ class EngineConfig:
         limit, wanted = preset.max_num_seqs_limit, self.scheduler.max_num_seqs
         if limit is not None and wanted is not None and wanted > limit:
             raise _fail("max_num_seqs", wanted, f"{limit} {where}, which runs one request at a time")
+        if self.scheduler.scheduling_policy not in preset.policies:
+            raise _fail("scheduling_policy", self.scheduler.scheduling_policy, f"{_quoted(preset.policies)} {where}")
+        if self.batching is not None and self.batching not in preset.batchings:
+            raise _fail("batching", self.batching, f"{_quoted(preset.batchings) or None} {where}")
         if self.scheduler.enable_chunked_prefill and not preset.chunked_prefill:
             raise _fail("enable_chunked_prefill", True, f"False or None {where}")
         if self.cache.enable_prefix_caching and not preset.prefix_caching:
@@ -237,7 +259,7 @@ class EngineConfig:
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Sort flat keywords (those of `LLM`) into the four configurations; refuse any that none of them has."""
         parts: dict[str, type] = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-        own = ("milestone", "attention_backend", "max_trace_steps")
+        own = ("milestone", "attention_backend", "batching", "max_trace_steps")
         owner = {f.name: part for part, kind in parts.items() for f in fields(cast(Any, kind))}
         sorted_kwargs: dict[str, dict[str, Any]] = {part: {} for part in parts}
         engine_kwargs: dict[str, Any] = {}

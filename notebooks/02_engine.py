@@ -109,7 +109,7 @@ def shapes_of_step(request_id):
     engine.step()
     for hook in hooks:
         hook.remove()
-    cache = runner.states[request_id].cache
+    cache = runner.caches.gather([request_id]).cache
     shapes["cached keys, layer 0"] = tuple(cache.layers[0].keys.shape)
     shapes["token ids"] = shapes["embedding"][:2]
     shapes["next token id"] = (engine.trace[-1].requests[0].num_sampled,)

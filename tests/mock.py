@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 
-from folovllm.config import EngineConfig
+from folovllm.config import EngineConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.engine.factory import EngineParts
 from folovllm.engine.llm_engine import LLMEngine
@@ -79,9 +79,18 @@ class MockRunner(ModelRunner):
         return result
 
 
-def mock_engine(max_num_seqs: int = 1, budget: int = 64, max_model_len: int = 64, regions: int = 2) -> LLMEngine:
-    """An engine over the mock model, without a tokenizer; `engine.core.runner` is the MockRunner."""
-    kv = ContiguousKVManager(regions * max_model_len, max_model_len)
-    core = EngineCore(Scheduler(kv, max_num_seqs, budget), MockRunner())
+def mock_engine(
+    max_num_seqs: int = 1,
+    budget: int = 64,
+    max_model_len: int = 64,
+    capacity: int = 128,
+    policy: str = "fcfs",
+) -> LLMEngine:
+    """An engine over the mock model, without a tokenizer; `engine.core.runner` is the MockRunner.
+
+    capacity: tokens that the contiguous KV cache may set aside.
+    """
+    core = EngineCore(Scheduler(ContiguousKVManager(capacity), max_num_seqs, budget, policy), MockRunner())
     parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
-    return LLMEngine(engine_config=EngineConfig(), parts=parts)
+    config = EngineConfig(milestone="m2", scheduler=SchedulerConfig(scheduling_policy=policy))
+    return LLMEngine(engine_config=config, parts=parts)

@@ -18,10 +18,10 @@ from folovllm.bench import machine
 from folovllm.bench.one_run import Job
 from folovllm.bench.report import add_roofline, build_report, save_report
 from folovllm.bench.runner import Measurements, Plan, Step, execute_in_process, run_rounds
-from folovllm.bench.systems import BATCHINGS, PEERS, choose_base, parse_milestones, parse_peers
+from folovllm.bench.systems import PEERS, choose_base, parse_milestones, parse_peers
 from folovllm.bench.tables import TABLE_WIDTH, count, number, tables
 from folovllm.bench.workloads import WORKLOADS, BenchRequest, draw, get_workload, longest
-from folovllm.config import MILESTONES, check_int
+from folovllm.config import BATCHINGS, MILESTONES, check_int
 from folovllm.models.loader import load_config, resolve_device, resolve_dtype, resolve_model
 
 

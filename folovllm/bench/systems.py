@@ -6,14 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from folovllm.bench.workloads import Workload
-from folovllm.config import MILESTONES, EngineConfig
+from folovllm.config import MILESTONES
 
 PEERS: dict[str, str] = {
     "sequential": "`generate`, one request after the other",
     "static": "`generate`, one left-padded batch that runs to its longest output",
     "continuous": "`generate_batch`'s manager, a length per request",
 }
-BATCHINGS = ("padded", "loop")  # the variants that a milestone of the design may have
 
 
 @dataclass(frozen=True)
@@ -57,8 +56,7 @@ def parse_peers(text: str) -> list[System]:
 
 def variants_of(milestone: str) -> tuple[str, ...]:
     """The values of `batching` that the milestone tells apart; () where there is nothing to choose."""
-    accepted = tuple(v for v in BATCHINGS if _accepts(milestone, v))
-    return accepted if len(accepted) > 1 else ()
+    return MILESTONES[milestone].batchings
 
 
 def choose_base(name: str | None, systems: Sequence[System]) -> str:
@@ -87,11 +85,3 @@ def not_applicable(system: System, workload: Workload) -> str | None:
 
 def _names(text: str) -> list[str]:
     return [name.strip() for name in text.split(",") if name.strip()]
-
-
-def _accepts(milestone: str, batching: str) -> bool:
-    try:
-        EngineConfig.from_kwargs(milestone=milestone, batching=batching)
-    except ValueError:
-        return False
-    return True

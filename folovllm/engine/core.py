@@ -128,6 +128,7 @@ class EngineCore:
             token_budget=self.scheduler.max_num_batched_tokens,
             forwards=result.forwards,
             padding_tokens=result.padding_tokens,
+            padding_kv_tokens=result.padding_kv_tokens,
             kv=self.scheduler.kv.usage(),
             kv_ops=step.kv_ops,
             finished=[r.request_id for r in requests if r.is_finished],

@@ -41,8 +41,8 @@ class StepTrace:
 
     phases: (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a
     GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
-    num_waiting, num_running, kv: after the step. finished and preempted: ids, in this step. aborted: ids that were
-    ended from outside since the step before.
+    padding_tokens, padding_kv_tokens: as in `RunnerOutput`. num_waiting, num_running, kv: after the step. finished and
+    preempted: ids, in this step. aborted: ids that were ended from outside since the step before.
     """
 
     step: int
@@ -58,6 +58,7 @@ class StepTrace:
     finished: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
+    padding_kv_tokens: int = 0
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -85,6 +86,7 @@ class EngineStats:
     generated_tokens: int = 0
     cached_tokens: int = 0
     padding_tokens: int = 0
+    padding_kv_tokens: int = 0
     prefill_chunks: int = 0
     preemptions: int = 0
     swapped_out_blocks: int = 0
@@ -98,6 +100,7 @@ class EngineStats:
         self.steps += 1
         self.forwards += step.forwards
         self.padding_tokens += step.padding_tokens
+        self.padding_kv_tokens += step.padding_kv_tokens
         self.preemptions += len(step.preempted)
         self.copied_tokens += sum(op.num_tokens for op in step.kv_ops if isinstance(op, KVCopy))
         self.max_running = max(self.max_running, len(step.requests))

@@ -1,25 +1,24 @@
-"""Hugging Face's own forward, one request at a time, with one `DynamicCache` per request (M1).
+"""Hugging Face's own forward on per-request K/V: one request at a time (M1), or several in a padded batch (M2).
 
-The shapes of one call: token ids [1, L] and positions [1, L] in, logits [1, 1, V] of the last row out; the cache grows
-by L along its third axis, [1, Hkv, T, D] per layer for keys and for values.
+The shapes of one call for B requests of at most L new tokens: token ids [B, L] and positions [B, L] in, logits
+[B, 1, V] of the last column out; the cache, [B, Hkv, T, D] per layer for keys and for values, grows by L columns.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache
-from transformers.cache_utils import DynamicLayer
 
 from folovllm.kv_cache.interface import KVCopy, KVOp
 from folovllm.runner.interface import ModelRunner, RunnerOutput
+from folovllm.runner.padded_cache import PaddedCaches
 from folovllm.sampling.sampler import Sampler, SamplingState
-from folovllm.scheduler.output import NewRequest, ScheduledRequest, SchedulerOutput
+from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
 
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
@@ -29,19 +28,27 @@ NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logi
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
-@dataclass
-class RequestState:
-    """What the runner remembers of a live request."""
+@dataclass(frozen=True)
+class Padding:
+    """What a forward handled for nobody: rows of new tokens, and columns of K/V that the mask hides."""
 
-    sampling: SamplingState
-    cache: DynamicCache
+    tokens: int = 0
+    kv_tokens: int = 0
 
 
 class HFRunner(ModelRunner):
-    """Runs each scheduled request with its own forward pass and samples them together."""
+    """Runs the scheduled requests through a Hugging Face model and samples them together.
+
+    batching: "loop" gives every request a forward of its own, whoever shares the step. "padded" puts all prefills of a
+    step into one forward and all decodes into another.
+    """
 
     def __init__(
-        self, model: PreTrainedModel, sampler: Sampler, clock: Callable[[], float] = time.perf_counter
+        self,
+        model: PreTrainedModel,
+        sampler: Sampler,
+        batching: str = "loop",
+        clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if not layers <= SUPPORTED_LAYERS:
@@ -50,22 +57,36 @@ class HFRunner(ModelRunner):
             )
         self.model = model
         self.sampler = sampler
+        self.batching = batching
         self.clock = clock
-        self.states: dict[str, RequestState] = {}
+        self.states: dict[str, SamplingState] = {}
+        self.caches = PaddedCaches()
 
     def execute(self, step: SchedulerOutput) -> RunnerOutput:
         """See `ModelRunner.execute`."""
         start = self.clock()
-        forked = self._apply(step.kv_ops)
+        self._apply(step.kv_ops)
         for request_id in step.finished_ids:
             self.states.pop(request_id, None)
+            self.caches.drop(request_id)
         for new in step.new_requests:
-            self.states[new.request_id] = self._new_state(new, forked.get(new.request_id))
+            generator = self.sampler.make_generator(new.sampling_params)
+            self.states[new.request_id] = SamplingState(
+                new.sampling_params, new.prompt_token_ids, [], new.stop_token_ids, generator
+            )
+        groups = self._groups(step.scheduled)
         prepared = self.clock()
-        rows = [self._forward(share) for share in step.scheduled]
+        rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
+        paddings = []
+        for group in groups:
+            logits, padding = self._forward(group)  # [B, V]
+            rows.update(zip((share.request_id for share in group), logits, strict=True))
+            paddings.append(padding)
         forwarded = self.clock()
         result = self._sample(step.scheduled, rows)
-        result.forwards = len(rows)
+        result.forwards = len(groups)
+        result.padding_tokens = sum(padding.tokens for padding in paddings)
+        result.padding_kv_tokens = sum(padding.kv_tokens for padding in paddings)
         result.phases = {
             "prepare": (start, prepared),
             "forward": (prepared, forwarded),
@@ -73,50 +94,64 @@ class HFRunner(ModelRunner):
         }
         return result
 
-    def _apply(self, kv_ops: list[KVOp]) -> dict[str, DynamicCache]:
-        """Copy caches: destination id -> its cache."""
-        copies = [op for op in kv_ops if isinstance(op, KVCopy)]
-        if len(copies) != len(kv_ops):
-            raise RuntimeError(f"a contiguous cache can only be copied, and was asked for {kv_ops}")
-        return {op.dst: copy_cache(self.states[op.src].cache, op.num_tokens) for op in copies}
+    def _apply(self, kv_ops: list[KVOp]) -> None:
+        for op in kv_ops:
+            if not isinstance(op, KVCopy):
+                raise RuntimeError(f"a contiguous cache can only be copied, and was asked for {op}")
+            self.caches.copy(op.src, op.dst, op.num_tokens)
 
-    def _new_state(self, new: NewRequest, cache: DynamicCache | None) -> RequestState:
-        sampling = SamplingState(
-            new.sampling_params,
-            new.prompt_token_ids,
-            [],
-            new.stop_token_ids,
-            self.sampler.make_generator(new.sampling_params),
-        )
-        # No config is given to the cache on purpose: with one, sliding-window layers keep only their window, and such
-        # a cache cannot be cut back to a prompt. The attention mask still applies the window.
-        return RequestState(sampling, cache if cache is not None else DynamicCache())
+    def _groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
+        """Which requests share a forward: prefills do, and so do decodes.
+
+        Both at once would pad every decode's single token to the longest prompt.
+        """
+        if self.batching == "loop":
+            return [[share] for share in scheduled]
+        prefills = [share for share in scheduled if share.start == 0]
+        decodes = [share for share in scheduled if share.start > 0 and share.num_tokens == 1]
+        # Several new tokens behind K/V of several lengths would need padding in the middle of a row.
+        others = [[share] for share in scheduled if share.start > 0 and share.num_tokens > 1]
+        return [group for group in (prefills, decodes, *others) if group]
 
     @torch.inference_mode()
-    def _forward(self, share: ScheduledRequest) -> Tensor:
-        """One request through the model: its last row's logits, [1, V]."""
+    def _forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
+        """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
+        request_ids = [share.request_id for share in group]
+        batch = self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)
         device = self.model.device
-        token_ids = torch.tensor([share.token_ids], device=device)  # [1, L]
-        positions = torch.arange(share.start, share.start + share.num_tokens, device=device)[None]  # [1, L]
+        columns = max(share.num_tokens for share in group)  # L
+        rows = [(columns - share.num_tokens, share) for share in group]
+        token_ids = torch.tensor([[0] * pad + share.token_ids for pad, share in rows], device=device)  # [B, L]
+        positions = torch.tensor(
+            [[0] * pad + list(range(share.start, share.start + share.num_tokens)) for pad, share in rows], device=device
+        )  # [B, L]
+        width = batch.width + columns
+        lengths = [share.start + share.num_tokens for share in group]
+        hidden = [width - length for length in lengths]  # columns of padding per row, all on its left
+        mask = None
+        if any(hidden):  # without a mask, attention takes a faster path
+            mask = (torch.arange(width)[None] >= torch.tensor(hidden)[:, None]).long().to(device)  # [B, width]
         out = self.model(
             input_ids=token_ids,
+            attention_mask=mask,
             position_ids=positions,
-            past_key_values=self.states[share.request_id].cache,
+            past_key_values=batch.cache,
             use_cache=True,
-            logits_to_keep=1,  # the LM head is the widest layer: one row of it is all that sampling needs
+            logits_to_keep=1,  # the LM head is the widest layer: one column of it is all that sampling needs
         )
-        logits: Tensor = out.logits[:, -1]  # [1, V]
-        return logits
+        batch.lengths = lengths
+        logits: Tensor = out.logits[:, -1]  # [B, V]
+        return logits, Padding(sum(pad for pad, _ in rows), sum(hidden))
 
-    def _sample(self, scheduled: list[ScheduledRequest], rows: list[Tensor]) -> RunnerOutput:
+    def _sample(self, scheduled: list[ScheduledRequest], rows: dict[str, Tensor]) -> RunnerOutput:
         result = RunnerOutput()
         sampling = [i for i, share in enumerate(scheduled) if share.samples]
-        states = [self.states[scheduled[i].request_id].sampling for i in sampling]
+        states = [self.states[scheduled[i].request_id] for i in sampling]
         result.sampled_token_ids = [[] for _ in scheduled]
         result.logprobs = [None] * len(scheduled)
         if not states:
             return result
-        logits = rows[sampling[0]] if len(sampling) == 1 else torch.cat([rows[i] for i in sampling])  # [R, V]
+        logits = torch.stack([rows[scheduled[i].request_id] for i in sampling])  # [R, V]
         out = self.sampler(logits, states)
         result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
         for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
@@ -126,15 +161,3 @@ class HFRunner(ModelRunner):
             result.sampled_token_ids[i] = [token_id]
             result.logprobs[i] = None if logprobs is None else [logprobs]
         return result
-
-
-def copy_cache(cache: DynamicCache, num_tokens: int) -> DynamicCache:
-    """A new cache with the K/V of the first `num_tokens` tokens of `cache`, sharing no memory with it."""
-    copy = DynamicCache()
-    for index, layer in enumerate(cache.layers):
-        if not isinstance(layer, DynamicLayer) or layer.keys is None or layer.values is None:
-            raise RuntimeError(f"layer {index} is a {type(layer).__name__} without keys and values to copy")
-        keys = layer.keys[:, :, :num_tokens].clone()  # [1, Hkv, num_tokens, D]
-        values = layer.values[:, :, :num_tokens].clone()  # [1, Hkv, num_tokens, D]
-        copy.update(keys, values, index)
-    return copy

@@ -16,7 +16,8 @@ class RunnerOutput:
     logprobs: per request, one dict per sampled token, or None where none were asked for.
     failed: request id -> why nothing could be sampled for it; its list of ids is empty.
     phases: (start, end) seconds of "prepare", "forward" and "sample" on the clock the runner was given.
-    forwards: model calls made. padding_tokens: rows computed for nobody.
+    forwards: model calls made. padding_tokens: new tokens computed for nobody. padding_kv_tokens: columns of K/V that
+    stood in a batch for nobody and were masked, over all forwards.
     """
 
     sampled_token_ids: list[list[int]] = field(default_factory=list)
@@ -25,6 +26,7 @@ class RunnerOutput:
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     forwards: int = 0
     padding_tokens: int = 0
+    padding_kv_tokens: int = 0
 
 
 class ModelRunner(ABC):

@@ -11,10 +11,15 @@ until the leader has computed the prompt; then they join the front of the line, 
 leader's first prompt_len - 1 tokens, computes the last prompt token itself and samples with its own generator. A leader
 that finishes first is *held*: its K/V stays in the books until its last child has forked or gone.
 
+A step takes every running request first, since somebody reads along; waiting ones join in the order of the queue with
+what is left of the token budget. A prompt is computed in one piece here, so the head of the line may not fit beside the
+decodes: then it gets a step without them. No two such steps follow each other, so a decode skips one step at most.
+
 Invariants (between two calls):
   1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
-  2. len(running) <= max_num_seqs, and a step never holds more than max_num_batched_tokens tokens.
+  2. len(running) <= max_running, and a step never holds more than max_num_batched_tokens tokens.
   3. Only running and held requests hold anything in the KV books.
+  4. Nothing done in a step looks at all waiting requests.
 """
 
 from __future__ import annotations
@@ -25,22 +30,27 @@ from folovllm.kv_cache.interface import KVCacheManager, KVFork, KVPlan
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.interface import RunnerOutput
 from folovllm.scheduler.output import CoreOutput, NewRequest, ScheduledRequest, SchedulerOutput
-from folovllm.scheduler.request_queue import FCFSQueue
+from folovllm.scheduler.request_queue import RequestQueue, make_queue
 from folovllm.scheduler.stop import check_stop
 
 
 class Scheduler:
-    """Iteration-level scheduling under a limit of requests and a budget of tokens."""
+    """Iteration-level scheduling under a limit of requests and a budget of tokens (Orca, Yu et al., OSDI 2022)."""
 
-    def __init__(self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+    def __init__(
+        self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int, policy: str = "fcfs"
+    ) -> None:
         self.kv = kv
-        self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
+        # Every running request needs a token of the budget in every step, so more of them would have to take turns.
+        self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.requests: dict[str, Request] = {}  # live and held
-        self.waiting = FCFSQueue()
+        self.waiting: RequestQueue = make_queue(policy)
         self.running: list[Request] = []
+        self._decodes_skipped = False  # by the last step
         self._parked: dict[str, list[Request]] = {}  # leader id -> children that wait for its prompt
         self._forks_due: dict[str, set[str]] = {}  # leader id -> children that will need its K/V
+        self._held: set[str] = set()  # finished leaders whose K/V children still need
         self._finished_ids: list[str] = []  # for the next SchedulerOutput
 
     # ------------------------------------------------------------------ requests in
@@ -94,7 +104,7 @@ class Scheduler:
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to compute."""
-        return bool(self.running or self.waiting or self._parked)
+        return len(self.requests) > len(self._held)
 
     def has_news_for_runner(self) -> bool:
         """Whether a runner still holds something for requests that are gone."""
@@ -103,21 +113,38 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         """Requests that hold no K/V yet, parked children included."""
-        return len(self.waiting) + sum(map(len, self._parked.values()))
+        return len(self.requests) - len(self.running) - len(self._held)
 
     # ------------------------------------------------------------------ one step
 
     def schedule(self) -> SchedulerOutput:
         """Decide the next step: running requests first, then as many waiting ones as room and budget allow."""
         step = SchedulerOutput()
-        budget = self.max_num_batched_tokens
-        for request in self.running:
-            plan = self.kv.reserve(request, request.num_tokens_to_compute)
-            if plan is None:
-                raise RuntimeError(f"request {request.request_id!r} holds a reservation and was refused room in it")
-            self._schedule(request, plan, step)
-            budget -= plan.num_tokens
-        while self.waiting and len(self.running) < self.max_num_seqs:
+        if self._head_needs_a_step_of_its_own():
+            self._admit_waiting(step, self.max_num_batched_tokens)
+        self._decodes_skipped = bool(step.scheduled)
+        if not step.scheduled:
+            for request in self.running:
+                plan = self.kv.reserve(request, request.num_tokens_to_compute)
+                if plan is None:
+                    raise RuntimeError(f"request {request.request_id!r} holds a reservation and was refused room in it")
+                self._schedule(request, plan, step)
+            self._admit_waiting(step, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+        # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
+        step.finished_ids, self._finished_ids = self._finished_ids, []
+        return step
+
+    def _head_needs_a_step_of_its_own(self) -> bool:
+        """Whether only the budget that decodes take keeps the head of the line out, and decodes may skip this step."""
+        if not self.waiting or not self.running or len(self.running) >= self.max_running or self._decodes_skipped:
+            return False
+        head = self.waiting.peek()
+        num_new = 1 if self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
+        return num_new > self.max_num_batched_tokens - sum(r.num_tokens_to_compute for r in self.running)
+
+    def _admit_waiting(self, step: SchedulerOutput, budget: int) -> None:
+        """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
+        while self.waiting and len(self.running) < self.max_running:
             admitted = self._admit(self.waiting.peek(), step, budget)
             if not admitted and not self.running and self._release_held():
                 # Nothing runs, so no room would ever come free: only finished leaders were in the way.
@@ -125,9 +152,6 @@ class Scheduler:
             if not admitted:
                 break
             budget -= step.scheduled[-1].num_tokens
-        # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
-        step.finished_ids, self._finished_ids = self._finished_ids, []
-        return step
 
     def _admit(self, request: Request, step: SchedulerOutput, budget: int) -> bool:
         """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing."""
@@ -209,7 +233,8 @@ class Scheduler:
             if request.request_id in self._parked:
                 self._promote(request)
             else:
-                return  # held: `_fork_done` of the last child releases it
+                self._held.add(request.request_id)  # `_fork_done` of the last child releases it
+                return
         self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -230,7 +255,7 @@ class Scheduler:
 
     def _release_held(self) -> bool:
         """Give up the K/V of finished leaders; their children start alone. Whether there was any."""
-        held = [i for i in self._forks_due if self.requests[i].is_finished]
+        held = list(self._held)
         for leader_id in held:
             for child_id in list(self._forks_due[leader_id]):
                 self._fork_done(self.requests[child_id])
@@ -267,6 +292,6 @@ class Scheduler:
         if not due:
             del self._forks_due[leader_id]
             self._parked.pop(leader_id, None)
-            leader = self.requests[leader_id]
-            if leader.is_finished:
-                self._release(leader)
+            if leader_id in self._held:
+                self._held.remove(leader_id)
+                self._release(self.requests[leader_id])

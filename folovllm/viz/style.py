@@ -22,6 +22,7 @@ from matplotlib.legend_handler import HandlerTuple
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 P = ParamSpec("P")
 
@@ -68,9 +69,16 @@ class CourseFigure(Figure):
     """A figure that a notebook shows when a cell ends in it, whatever backend is set."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        """The picture, and the size in pixels at which a page shows it (IPython's protocol)."""
-        data = BytesIO()
-        self.savefig(data, format="png", dpi=2 * PIXELS_PER_INCH, facecolor=WHITE)
+        """The picture, and the size in pixels at which a page shows it (IPython's protocol).
+
+        A palette of 128 colours holds every figure here and makes the file, which is committed with its notebook, a
+        fraction of the size.
+        """
+        drawn, data = BytesIO(), BytesIO()
+        self.savefig(drawn, format="png", dpi=2 * PIXELS_PER_INCH, facecolor=WHITE)
+        with Image.open(drawn) as picture:
+            small = picture.convert("RGB").quantize(colors=128, dither=Image.Dither.NONE)
+        small.save(data, format="png", optimize=True)
         width, height = self.get_size_inches()
         return data.getvalue(), {"width": round(width * PIXELS_PER_INCH), "height": round(height * PIXELS_PER_INCH)}
 

@@ -160,7 +160,7 @@ def test_the_example_takes_prompts_and_a_length():
 
 
 def test_streams_of_several_requests_are_printed_one_after_another(capsys):
-    engine = mock_engine(max_num_seqs=2, regions=3)
+    engine = mock_engine(max_num_seqs=2, capacity=192)
     params = SamplingParams(max_tokens=3, ignore_eos=True)
     engine.add_request("a", [1], params)
     engine.add_request("b", [2], params)

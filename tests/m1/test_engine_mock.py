@@ -57,11 +57,11 @@ params = st.builds(
 @given(
     work=st.lists(st.tuples(prompts, params), min_size=1, max_size=6),
     max_num_seqs=st.integers(1, 3),
-    regions=st.integers(1, 4),
+    capacity=st.integers(64, 256),
     budget=st.integers(20, 40),
 )
-def test_every_token_and_reason_is_right_and_nothing_stays_behind(work, max_num_seqs, regions, budget):
-    engine = mock_engine(max_num_seqs, budget, regions=regions)
+def test_every_token_and_reason_is_right_and_nothing_stays_behind(work, max_num_seqs, capacity, budget):
+    engine = mock_engine(max_num_seqs, budget, capacity=capacity)
     for i, (prompt, wishes) in enumerate(work):
         engine.add_request(str(i), prompt, wishes)
     done = drain(engine)
@@ -79,11 +79,11 @@ def test_every_token_and_reason_is_right_and_nothing_stays_behind(work, max_num_
 @given(
     work=st.lists(st.tuples(prompts, params), min_size=1, max_size=5),
     max_num_seqs=st.integers(1, 3),
-    regions=st.integers(1, 3),
+    capacity=st.integers(64, 192),
     data=st.data(),
 )
-def test_abort_and_arrival_at_any_step_leave_others_untouched(work, max_num_seqs, regions, data):
-    engine = mock_engine(max_num_seqs, regions=regions)
+def test_abort_and_arrival_at_any_step_leave_others_untouched(work, max_num_seqs, capacity, data):
+    engine = mock_engine(max_num_seqs, capacity=capacity)
     waiting = list(enumerate(work))
     aborted: set[str] = set()  # whole requests
     cut: set[str] = set()  # single sequences
@@ -137,7 +137,7 @@ def test_first_decode_token_runs_at_the_position_of_the_prompts_length():
 
 
 def test_children_start_as_forks_and_compute_one_prompt_token_each():
-    engine = mock_engine(regions=2)
+    engine = mock_engine(capacity=128)
     prompt = list(range(1, 11))
     engine.add_request("a", prompt, SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True))
     drain(engine)
@@ -147,8 +147,8 @@ def test_children_start_as_forks_and_compute_one_prompt_token_each():
 
 
 def test_without_room_for_a_held_leader_children_compute_the_prompt_themselves():
-    engine = mock_engine(regions=1)
     prompt = list(range(1, 11))
+    engine = mock_engine(capacity=len(prompt) + 4)  # one request at its longest
     wishes = SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True)
     engine.add_request("a", prompt, wishes)
     done = drain(engine)
@@ -172,7 +172,7 @@ def test_a_leader_aborted_before_its_prompt_leaves_the_lead_to_a_child():
 
 
 def test_children_follow_their_leader_in_order_and_before_whoever_came_later():
-    engine = mock_engine(regions=2)
+    engine = mock_engine(capacity=128)
     engine.add_request("a", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
     engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
     drain(engine)
@@ -181,7 +181,7 @@ def test_children_follow_their_leader_in_order_and_before_whoever_came_later():
 
 
 def test_a_child_that_takes_the_lead_keeps_its_place_in_the_line():
-    engine = mock_engine(regions=2)
+    engine = mock_engine(capacity=128)
     engine.add_request("a", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
     engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
     engine.core.abort_requests(["a/0"])
@@ -193,7 +193,7 @@ def test_a_child_that_takes_the_lead_keeps_its_place_in_the_line():
 
 def test_a_fork_that_does_not_fit_the_budget_gives_its_room_back():
     """Three decodes fill the budget, so the next child has to wait: the copy meant for it must not count as held."""
-    engine = mock_engine(max_num_seqs=5, budget=3, regions=6)
+    engine = mock_engine(max_num_seqs=5, budget=3, capacity=384)
     engine.add_request("r", [1], SamplingParams(max_tokens=9, ignore_eos=True))
     engine.step()
     engine.add_request("a", [5, 6], SamplingParams(n=4, seed=1, max_tokens=6, ignore_eos=True))
@@ -202,14 +202,15 @@ def test_a_fork_that_does_not_fit_the_budget_gives_its_room_back():
         engine.step()
         scheduler = engine.core.scheduler
         waiting = scheduler.num_waiting
-        assert scheduler.kv.usage().reserved == 64 * (len(scheduler.requests) - waiting)
+        holding = [r for r in scheduler.requests.values() if r.num_computed_tokens]
+        assert scheduler.kv.usage().reserved == sum(r.max_total_tokens for r in holding)
         refused += waiting > 0 and len(scheduler.running) == 3
     assert refused  # the case came up
     check_empty(engine)
 
 
 def test_a_step_never_takes_more_than_the_budget():
-    engine = mock_engine(max_num_seqs=3, budget=20, regions=4)
+    engine = mock_engine(max_num_seqs=3, budget=20, capacity=256)
     for i in range(3):
         engine.add_request(str(i), [i + 1] * 12, SamplingParams(max_tokens=3, ignore_eos=True))
     drain(engine)
@@ -306,7 +307,7 @@ def test_an_interrupted_batch_leaves_nothing_behind_and_the_engine_goes_on():
 
 def test_a_failed_step_ends_its_own_requests_and_no_others():
     """After a failure in the forward the K/V of the step is in doubt: never go on with it as if nothing had been."""
-    engine = mock_engine(max_num_seqs=2, regions=4)
+    engine = mock_engine(max_num_seqs=2, capacity=256)
     runner, wishes = engine.core.runner, SamplingParams(max_tokens=5, ignore_eos=True)
     assert isinstance(runner, MockRunner)
     for i in range(3):
@@ -330,7 +331,7 @@ def test_a_failed_step_ends_its_own_requests_and_no_others():
 
 
 def test_a_request_without_a_token_to_choose_ends_alone_and_says_why():
-    engine = mock_engine(max_num_seqs=2, regions=4)
+    engine = mock_engine(max_num_seqs=2, capacity=256)
     runner, wishes = engine.core.runner, SamplingParams(max_tokens=5, ignore_eos=True)
     assert isinstance(runner, MockRunner)
     for i in range(3):
@@ -536,8 +537,7 @@ def test_a_request_that_can_never_run_is_refused_with_the_arithmetic():
     engine = mock_engine(budget=8)
     with pytest.raises(ValueError, match="the prompt has 9 tokens and a step computes at most 8"):
         engine.add_request("long", [1] * 9)
-    small = mock_engine(max_model_len=64)
-    small.core.scheduler.kv.region = 20
+    small = mock_engine(capacity=20)
     with pytest.raises(ValueError, match=r"may grow to 25 tokens \(9 of prompt and 16 of output\).*holds 20"):
         small.add_request("large", [1] * 9)
     check_empty(engine)
