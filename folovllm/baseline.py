@@ -100,8 +100,10 @@ def generate_recompute(
     def next_logits(text: list[int]) -> torch.Tensor:
         input_ids = torch.tensor([text], device=model.device)  # [1, T]
         position_ids = torch.arange(len(text), device=model.device)[None]  # [1, T]  0, 1, ..., T-1
-        # logits_to_keep=1: the LM head runs on the last position alone, nobody reads the other logits.
-        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=1)
+        # The LM head runs on the last position alone: nobody reads the other logits. It is asked for by its index:
+        # with logits_to_keep=1 it gets a slice, and torch multiplies a slice of bfloat16 far slower on a CPU.
+        last = torch.tensor([len(text) - 1], device=model.device)  # [1]
+        output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=last)
         logits: torch.Tensor = output.logits  # [1, 1, V]
         return logits[0, -1]  # [V]
 
@@ -132,12 +134,13 @@ def generate_cached(
         # The cache ends at position past - 1, so what is fed stands at past, past + 1, ...: the first decode
         # token's position is the prompt's length. One more, and every later logit would be slightly wrong.
         position_ids = torch.arange(past, len(text), device=model.device)[None]  # [1, L]
+        last = torch.tensor([len(text) - past - 1], device=model.device)  # [1]
         output = model(
             input_ids=input_ids,
             position_ids=position_ids,
             past_key_values=cache,  # each layer appends its new K and V to it, then attends to all of them
             use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )
         logits: torch.Tensor = output.logits  # [1, 1, V]
         return logits[0, -1]  # [V]

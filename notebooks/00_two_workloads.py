@@ -208,8 +208,10 @@ def measured(model, batch, new, past):
     for layer in range(text.num_hidden_layers):
         cache.update(kv.to(DTYPE), kv.to(DTYPE), layer)
 
+    last = torch.tensor([new - 1])  # the LM head runs on the last position only
+
     def forward():
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=last)
         cache.crop(-new)
 
     with torch.inference_mode():

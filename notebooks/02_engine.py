@@ -80,7 +80,7 @@ print("finish_reason:", output.outputs[0].finish_reason)
 # <details><summary>Unfold after you have run the cell</summary>
 #
 # Everything with L in it: L is the length of the prompt in the prefill and 1 in a decode. The logits do not differ,
-# because the LM head runs on the last row only (`logits_to_keep=1`): nobody samples from the others. What grows is
+# because the LM head runs on the last row only (`logits_to_keep`): nobody samples from the others. What grows is
 # the cache, by one position per step. Queries are wider than keys where the model has fewer KV heads than query heads
 # (GQA).
 # </details>

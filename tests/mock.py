@@ -90,7 +90,7 @@ def mock_engine(
 
     capacity: tokens that the contiguous KV cache may set aside.
     """
-    core = EngineCore(Scheduler(ContiguousKVManager(capacity), max_num_seqs, budget, policy), MockRunner())
+    core = EngineCore(Scheduler(ContiguousKVManager(capacity, max_model_len), max_num_seqs, budget, policy), MockRunner())
     parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
     config = EngineConfig(milestone="m2", scheduler=SchedulerConfig(scheduling_policy=policy))
     return LLMEngine(engine_config=config, parts=parts)

@@ -123,8 +123,9 @@ def workloads(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str
 
 def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
     """One forward of one text that goes on from `cache`: the last position's logits, [1, 1, V]."""
+    last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds`
     logits: torch.Tensor = model(
-        input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=1
+        input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=last
     ).logits
     return logits
 
@@ -176,6 +177,7 @@ def cache_of(console: Console, name: str, rounds: int) -> dict[str, Any]:
                 for n in lengths
             }
         )
+        measured[-1]["lm_head"] = lm_head_seconds(model)
         console.print(f"{name}, round {index + 1}: {sums['recompute'][-1]:.2f} s, {sums['cached'][-1]:.2f} s")
     data: dict[str, Any] = {
         **header,
@@ -190,6 +192,16 @@ def cache_of(console: Console, name: str, rounds: int) -> dict[str, Any]:
     if name == "folo-tiny":
         data["logit_differences"] = logit_differences(model)
     return data
+
+
+def lm_head_seconds(model: PreTrainedModel) -> dict[str, float]:
+    """The LM head on the last position of a prompt, as a slice of the hidden states and as a copy by index."""
+    hidden = torch.zeros(1, 4 * PROMPT_LEN, model.config.hidden_size, dtype=model.dtype)  # [1, L, D]
+    head = model.get_output_embeddings()
+    rows = {"slice": hidden[:, -1:], "index": hidden[:, torch.tensor([hidden.shape[1] - 1])]}  # each [1, 1, D]
+    with torch.inference_mode():
+        took = {f"{key}_seconds": min(seconds(partial(head, row)) for _ in range(3)) for key, row in rows.items()}
+    return {**took, "slice_over_index": took["slice_seconds"] / took["index_seconds"]}
 
 
 def logit_differences(model: PreTrainedModel) -> dict[str, float]:

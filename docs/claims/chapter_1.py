@@ -236,6 +236,12 @@ CLAIMS |= {
         binary,
         "docs/claims/chapter_1.py:CLAIMS",
     ),
+    "lm-head-slice-ratio": Measured(
+        "time of the LM head on the last position of a prompt as a slice, over its time as a copy; Qwen3-0.6B, bfloat16",
+        QWEN,
+        ("summary", "lm_head", "slice_over_index"),
+        with_range(digits(2)),
+    ),
     "m0-kv-bytes-tiny": Measured(
         "bytes in the cache after 256 tokens from a prompt of 16, folo-tiny, float32", TINY, ("kv_bytes",), plain
     ),

@@ -64,7 +64,7 @@ def build_engine(config: EngineConfig) -> EngineParts:
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source)
     model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
-    kv = ContiguousKVManager(kv_capacity(config, max_model_len))
+    kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
     budget, policy = config.max_num_batched_tokens(max_model_len), config.scheduler.scheduling_policy
     scheduler = Scheduler(kv, config.max_num_seqs, budget, policy)
     batching = config.batching or next(iter(config.preset.batchings), "loop")
@@ -79,8 +79,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
 def kv_capacity(config: EngineConfig, max_model_len: int) -> int:
     """Tokens of K/V that a contiguous cache may set aside.
 
-    Given num_kv_blocks, that many blocks. Else the longest that each running request can become and one more, in which
-    the K/V of a finished leader can wait for its forks: then it is `max_num_seqs` alone that limits admission.
+    Given num_kv_blocks, that many blocks. Else a region for each running request and one more, in which the K/V of a
+    finished leader can wait for its forks: then it is `max_num_seqs` alone that limits admission.
     """
     if config.cache.num_kv_blocks is not None:
         return config.cache.num_kv_blocks * config.cache.block_size

@@ -137,7 +137,9 @@ class HFRunner(ModelRunner):
             position_ids=positions,
             past_key_values=batch.cache,
             use_cache=True,
-            logits_to_keep=1,  # the LM head is the widest layer: one column of it is all that sampling needs
+            # The LM head is the widest layer, and one column is all that sampling needs. By its index: logits_to_keep=1
+            # would hand it a slice, which torch, on a CPU in bfloat16, multiplies by a copy of the weight per row.
+            logits_to_keep=torch.tensor([columns - 1], device=device),
         )
         batch.lengths = lengths
         logits: Tensor = out.logits[:, -1]  # [B, V]

@@ -203,7 +203,7 @@ def test_a_fork_that_does_not_fit_the_budget_gives_its_room_back():
         scheduler = engine.core.scheduler
         waiting = scheduler.num_waiting
         holding = [r for r in scheduler.requests.values() if r.num_computed_tokens]
-        assert scheduler.kv.usage().reserved == sum(r.max_total_tokens for r in holding)
+        assert scheduler.kv.usage().reserved == 64 * len(holding)
         refused += waiting > 0 and len(scheduler.running) == 3
     assert refused  # the case came up
     check_empty(engine)

@@ -51,7 +51,7 @@ def test_stats_are_the_sums_of_the_steps():
 
 def test_kv_usage_is_recorded_as_reserved_and_used():
     engine, _ = run()
-    assert [(s.kv.reserved, s.kv.used) for s in engine.trace][:4] == [(7, 3), (7, 4), (7, 5), (0, 0)]
+    assert [(s.kv.reserved, s.kv.used) for s in engine.trace][:4] == [(64, 3), (64, 4), (64, 5), (0, 0)]
 
 
 def test_phases_of_a_step_follow_one_another():
