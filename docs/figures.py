@@ -11,7 +11,7 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from claims import chapter_0, chapter_1, chapter_2
+from claims import chapter_0, chapter_1, chapter_2, chapter_3
 from claims.ledger import RESULTS, ROOT, result
 from claims.models import BYTES_16_BIT, bundled
 from matplotlib.figure import Figure
@@ -23,9 +23,25 @@ from folovllm.kv_cache.interface import KVUsage
 from folovllm.models.loader import load_hf_model, resolve_model
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.sampling.filters import apply_min_p, apply_temperature, apply_top_k, apply_top_p
+from folovllm.viz.batching import (
+    Life,
+    batch_gantt,
+    queue_depth,
+    ratio_bars,
+    starvation,
+    throughput_by_batch,
+    waiting_times,
+)
 from folovllm.viz.flow import shape_flow
 from folovllm.viz.kv import cache_timing, kv_bytes_bars, kv_cells
 from folovllm.viz.masks import attention_masks
+from folovllm.viz.padding import (
+    batch_rectangle,
+    kv_cells_of_static,
+    kv_cells_of_trace,
+    padding_map,
+    padding_over_steps,
+)
 from folovllm.viz.roofline import RooflinePoint, attention_share, roofline
 from folovllm.viz.sampling import Release, filter_stages, text_release
 from folovllm.viz.timeline import latency_timeline, phase_times, request_gantt
@@ -138,7 +154,8 @@ def draw_cache_timing() -> Figure:
         for loop in ("recompute", "cached")
     }
     ratios = [chapter_1.flop_ratio(chapter_1.TINY, n) for n in lengths]
-    return cache_timing(lengths, times["recompute"], times["cached"], ratios)
+    time_ratios = [data["summary"][str(n)]["time_ratio"]["median"] for n in lengths]
+    return cache_timing(lengths, times["recompute"], times["cached"], ratios, time_ratio=time_ratios)
 
 
 # --- chapter 2 --------------------------------------------------------------------------------------------
@@ -198,10 +215,9 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return f"token {token_id}"
 
 
-def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
-    """The trace of three questions that `tools/measure_course.py engine` recorded, as the engine's own objects."""
-    data = result(chapter_2.TINY)["trace"]
-    steps = [
+def steps_of(data: dict[str, Any]) -> list[StepTrace]:
+    """The steps of a trace in a results file, as the engine's own objects."""
+    return [
         StepTrace(
             **step
             | {
@@ -212,6 +228,11 @@ def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
         )
         for step in data["steps"]
     ]
+
+
+def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
+    """The trace of three questions that `tools/measure_course.py engine` recorded."""
+    data = result(chapter_2.TINY)["trace"]
     outputs = [
         RequestOutput(
             output["request_id"],
@@ -225,7 +246,85 @@ def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
         )
         for output in data["outputs"]
     ]
-    return steps, outputs
+    return steps_of(data), outputs
+
+
+# --- chapter 3 --------------------------------------------------------------------------------------------
+
+
+def draw_batch_gantt() -> Figure:
+    """The same requests arriving over time, in static, dynamic and continuous batches."""
+    ways = result(chapter_3.TINY)["trace"]["poisson"]["lives"]
+    return batch_gantt({name: [Life(**life) for life in lives] for name, lives in ways.items()})
+
+
+def served() -> tuple[list[int], list[int]]:
+    """Prompt and output lengths of the requests that were served on folo-tiny."""
+    requests = result(chapter_3.TINY)["requests"]
+    return [prompt for prompt, _ in requests], [output for _, output in requests]
+
+
+def draw_padding_map() -> Figure:
+    """The first four of these as a rectangle, and what becomes of it in a static batch."""
+    prompts, outputs = (lengths[: chapter_3.SEATS] for lengths in served())
+    return padding_map(
+        {
+            "prefill": batch_rectangle(prompts),
+            "static batch, last step": batch_rectangle(prompts, outputs, max(outputs) - 1),
+        }
+    )
+
+
+def draw_padding_over_steps() -> Figure:
+    """K/V in the batch of each step, static and continuous."""
+    trace = steps_of(result(chapter_3.TINY)["trace"]["continuous"])
+    seats = chapter_3.SEATS
+    return padding_over_steps(
+        {
+            f"static, batches of {seats}": kv_cells_of_static(*served(), seats),
+            f"M2, {seats} seats": kv_cells_of_trace(trace),
+        }
+    )
+
+
+def draw_ratios() -> Figure:
+    """Every system of w2 over M1."""
+    systems = result(chapter_3.W2)["summary"]["w2"]
+    return ratio_bars({name: numbers["ratio_to_base"] for name, numbers in systems.items() if name != "m1"})
+
+
+def draw_throughput() -> Figure:
+    """Tokens per second over the number of seats on folo-tiny."""
+    arms = result(chapter_3.TINY)["summary"]["arms"]
+    speeds = {arm: numbers["output_tokens_per_s"] for arm, numbers in arms.items()}
+    names = {"M2 padded": "m2-padded-", "M2 loop": "m2-loop-", "static batches": "static-"}
+    series = {
+        name: {int(arm.removeprefix(start)): speeds[arm] for arm in speeds if arm.startswith(start)}
+        for name, start in names.items()
+    }
+    return throughput_by_batch(series, base=("M1", speeds["m1"]))
+
+
+def draw_waits() -> Figure:
+    """Steps that each request waited, under each policy."""
+    policies = result(chapter_3.TINY)["policies"]
+    urgent = policies["priorities"]
+    labels = [f"{i}{', urgent' * (priority == 0)}" for i, priority in enumerate(urgent)]
+    waits = {name: policies[name]["waited_steps"] for name in policies if name != "priorities"}
+    return waiting_times(waits, labels, "steps")
+
+
+def draw_queue_depth() -> Figure:
+    """Who waits and who runs in each step, under each policy."""
+    policies = result(chapter_3.TINY)["policies"]
+    return queue_depth({name: policies[name]["waiting_running"] for name in policies if name != "priorities"})
+
+
+def draw_starvation() -> Figure:
+    """A long request while short ones keep coming."""
+    data = dict(result(chapter_3.TINY)["starvation"])
+    stream = data.pop("short_requests")
+    return starvation(stream, data)
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -241,6 +340,14 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "phase-times": draw_phases,
     "filter-stages": draw_filters,
     "text-release": draw_release,
+    "batch-gantt": draw_batch_gantt,
+    "padding-map": draw_padding_map,
+    "padding-over-steps": draw_padding_over_steps,
+    "ratio-bars": draw_ratios,
+    "throughput-by-batch": draw_throughput,
+    "waiting-times": draw_waits,
+    "queue-depth": draw_queue_depth,
+    "starvation": draw_starvation,
 }
 
 

@@ -90,7 +90,35 @@ def mock_engine(
 
     capacity: tokens that the contiguous KV cache may set aside.
     """
-    core = EngineCore(Scheduler(ContiguousKVManager(capacity, max_model_len), max_num_seqs, budget, policy), MockRunner())
+    core = EngineCore(
+        Scheduler(ContiguousKVManager(capacity, max_model_len), max_num_seqs, budget, policy), MockRunner()
+    )
     parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
     config = EngineConfig(milestone="m2", scheduler=SchedulerConfig(scheduling_policy=policy))
     return LLMEngine(engine_config=config, parts=parts)
+
+
+def drain(engine: LLMEngine) -> dict[str, tuple[list[list[int]], list[str | None]]]:
+    """Step to the end: request id -> (token ids, finish reasons) of its sequences."""
+    done = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                done[output.request_id] = (
+                    [c.token_ids for c in output.outputs],
+                    [c.finish_reason for c in output.outputs],
+                )
+    return done
+
+
+def check_empty(engine: LLMEngine) -> None:
+    """Nothing is left of any request, anywhere."""
+    runner, scheduler = engine.core.runner, engine.core.scheduler
+    assert isinstance(runner, MockRunner)
+    assert runner.slots == {} and runner.known == {}
+    assert scheduler.requests == {} and scheduler.running == [] and scheduler.num_waiting == 0
+    assert scheduler._parked == {} and scheduler._forks_due == {} and scheduler._finished_ids == []
+    usage = scheduler.kv.usage()
+    assert usage.reserved == 0 and usage.used == 0
+    assert engine._sequences == {} and engine._user_requests == {}
+    assert engine._undelivered == {} and engine._stems == {}

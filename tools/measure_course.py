@@ -1,8 +1,9 @@
-"""Measure what chapters 0 to 2 say about time, and write it to `results/`.
+"""Measure what chapters 0 to 3 say about time, and write it to `results/`.
 
     python tools/measure_course.py workloads    # chapter 0: what the machine can do, and prefill and decode on it
     python tools/measure_course.py cache        # chapter 1: with and without a KV cache, and what breaks one
     python tools/measure_course.py engine       # chapter 2: a trace of M1, and the engine beside the bare loop
+    python tools/measure_course.py batching     # chapter 3: M2's two ways beside M1 and static batches, and who waits
 
 Each part runs the models it is about, in rounds: what is compared stands side by side within a round, in an order that
 turns from round to round, ratios are taken inside a round, and the file keeps the median with the least and the
@@ -14,10 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import random
-import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -26,25 +24,22 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine, spinning threads cost 2x
 
 import torch
+from measure_batching import batching
+from measuring import CPU, DECODE_CONTEXT, feed, load, load_format, plain, random_tokens, seconds, summarize, turned
 from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
 from folovllm import LLM, SamplingParams
 from folovllm.baseline import BaselineResult, generate_cached, generate_recompute
 from folovllm.bench import machine
-from folovllm.bench.report import spread
 from folovllm.bench.roofline import Row, pass_work
-from folovllm.engine.trace import Trace
 from folovllm.glossary import default_prompts
-from folovllm.models.loader import load_config, load_hf_model, resolve_device, resolve_dtype, resolve_model
-from folovllm.outputs import RequestOutput
 
 RESULTS = Path(__file__).resolve().parent.parent / "results"
-CPU = torch.device("cpu")
 ROUNDS = 5
 PROMPT_LEN = 16  # of the loops in `cache` and `engine`
 
-PREFILL_LEN, DECODE_CONTEXT, DECODE_STEPS, DECODE_BATCHES = 512, 128, 8, (1, 8)
+PREFILL_LEN, DECODE_STEPS, DECODE_BATCHES = 512, 8, (1, 8)
 CACHE_LENGTHS = {"folo-tiny": (16, 32, 64, 128, 256), "qwen3-0.6b": (16, 32, 64)}
 ENGINE_TOKENS = {"folo-tiny": 64, "qwen3-0.6b": 6}
 EXACT_LEN = 32  # tokens of the text on which logits are compared
@@ -56,9 +51,11 @@ def main() -> None:
     parser.add_argument("parts", nargs="+", choices=sorted(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--rounds", type=int, default=ROUNDS, help=f"how often each measurement is made ({ROUNDS})")
     parser.add_argument("--threads", type=int, default=1, help="of torch (1: one core gives the steadiest times)")
-    parser.add_argument("--models", nargs="+", default=["folo-tiny", "qwen3-0.6b"], help="of `cache` and `engine`")
+    parser.add_argument("--models", nargs="+", default=["folo-tiny", "qwen3-0.6b"], help="of all parts but `workloads`")
     args = parser.parse_args()
     console = Console()
+    if machine.git_state()["commit"] is None:
+        console.print(machine.NO_COMMIT, style="yellow")
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
     for part in args.parts:
@@ -119,15 +116,6 @@ def workloads(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str
         "rounds": measured,
     }
     return [("two-workloads-qwen3-0.6b", data)]
-
-
-def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
-    """One forward of one text that goes on from `cache`: the last position's logits, [1, 1, V]."""
-    last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds`
-    logits: torch.Tensor = model(
-        input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=last
-    ).logits
-    return logits
 
 
 def decode_seconds(model: PreTrainedModel, context: Sequence[int], batch: int) -> float:
@@ -311,91 +299,11 @@ def traced_questions(llm: LLM) -> dict[str, Any]:
     return {"questions": questions, **plain(llm.engine.trace, outputs)}
 
 
-def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
-    """A trace and outputs as plain data; times from the first arrival, steps and requests counted from 0."""
-    zero = min(output.metrics.arrival_time for output in outputs)
-    number = {output.request_id: str(i) for i, output in enumerate(outputs)}
-    steps = trace.to_json()["steps"]
-    for index, step in enumerate(steps):
-        step["step"] = index
-        step["finished"] = [number[i] for i in step["finished"]]
-        for request in step["requests"]:
-            request["request_id"] = number[request["request_id"]]
-        step["phases"] = {name: [start - zero, end - zero] for name, (start, end) in step["phases"].items()}
-    return {
-        "steps": steps,
-        "outputs": [
-            {
-                "request_id": number[output.request_id],
-                "prompt_len": len(output.prompt_token_ids),
-                "text": output.outputs[0].text,
-                "finish_reason": output.outputs[0].finish_reason,
-                "arrival_time": output.metrics.arrival_time - zero,
-                "first_scheduled_time": (output.metrics.first_scheduled_time or zero) - zero,
-                "finished_time": (output.metrics.finished_time or zero) - zero,
-                "token_times": [t - zero for t in output.metrics.token_times],
-            }
-            for output in outputs
-        ],
-    }
-
-
-# ------------------------------------------------------------------ all of them
-
-
-def load_format(name: str) -> str:
-    """Random weights for the models that come as a shape only."""
-    return "auto" if name == "folo-tiny" else "dummy"
-
-
-def load(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """A model on the CPU, and what a file says of where and with what it was measured."""
-    source = resolve_model(name)
-    config = load_config(source)
-    chosen = resolve_dtype(dtype, config, CPU)
-    model = load_hf_model(source, chosen, resolve_device("cpu"), load_format(name))
-    header = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(CPU),
-        "versions": machine.versions(),
-        "model": name,
-        "dtype": str(chosen).removeprefix("torch."),
-        "load_format": load_format(name),
-    }
-    return model, header
-
-
-def random_tokens(count: int, vocab_size: int) -> list[int]:
-    """The same ids at every call."""
-    ids = random.Random(0)
-    return [ids.randrange(vocab_size) for _ in range(count)]
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """How long one call takes."""
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
-def turned(names: list[str], turns: int) -> list[str]:
-    """The names, beginning with another one in each round."""
-    cut = turns % len(names)
-    return [*names[cut:], *names[:cut]]
-
-
-def summarize(rounds: Sequence[Any]) -> Any:
-    """Dicts of one shape to one dict of that shape, with the `spread` of the numbers in place of each number."""
-    if isinstance(rounds[0], dict):
-        return {key: summarize([current[key] for current in rounds]) for key in rounds[0]}
-    return spread(rounds)
-
-
 PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[str, Any]]]]] = {
     "workloads": workloads,
     "cache": cache,
     "engine": engine,
+    "batching": batching,
 }
 
 if __name__ == "__main__":

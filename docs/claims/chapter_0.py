@@ -125,7 +125,7 @@ def intensity_rows() -> list[list[str]]:
 TABLES: dict[str, Table] = {
     "two-workloads": Table(
         "prefill and decode on one machine",
-        ("one pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s reached", "of the best GEMM rate"),
+        ("one pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s reached", "of the best rate"),
         workload_rows,
         source="folovllm/bench/roofline.py:pass_work",
         files=(WORKLOADS,),
@@ -164,7 +164,7 @@ CLAIMS: dict[str, Claim] = {
         with_range(digits(2)),
     ),
     "decode-share-of-peak": Measured(
-        "decode of one text, share of the best GEMM rate",
+        "decode of one text, share of the best rate of a matrix product",
         WORKLOADS,
         ("summary", "points", "decode-1", "share_of_peak_flops"),
         median(percent()),
@@ -176,7 +176,7 @@ CLAIMS: dict[str, Claim] = {
         median(percent()),
     ),
     "prefill-share-of-peak": Measured(
-        "prefill of 512 tokens, share of the best GEMM rate",
+        "prefill of 512 tokens, share of the best rate of a matrix product",
         WORKLOADS,
         ("summary", "points", "prefill", "share_of_peak_flops"),
         median(percent()),
@@ -188,13 +188,13 @@ CLAIMS: dict[str, Claim] = {
         median(digits(3, "GB/s", 1e-9)),
     ),
     "machine-peak": Measured(
-        "best GEMM rate, at 512 rows",
+        "best rate of a matrix product, at 512 rows",
         WORKLOADS,
         ("summary", "machine", "gemm_flops_per_s", "512"),
         median(digits(3, "GFLOP/s", 1e-9)),
     ),
     "machine-ridge": Derived(
-        "best GEMM rate over best read rate, medians, FLOP per byte",
+        "best rate of a matrix product over best read rate, medians, FLOP per byte",
         lambda: machine_ceilings()[0] / machine_ceilings()[1],
         digits(3),
         "docs/claims/chapter_0.py:machine_ceilings",

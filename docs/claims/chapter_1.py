@@ -237,7 +237,7 @@ CLAIMS |= {
         "docs/claims/chapter_1.py:CLAIMS",
     ),
     "lm-head-slice-ratio": Measured(
-        "time of the LM head on the last position of a prompt as a slice, over its time as a copy; Qwen3-0.6B, bfloat16",
+        "time of the LM head on a prompt's last position as a slice, over its time as a copy; Qwen3-0.6B, bfloat16",
         QWEN,
         ("summary", "lm_head", "slice_over_index"),
         with_range(digits(2)),

@@ -10,6 +10,7 @@ from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median
 from folovllm.models.loader import load_tokenizer, resolve_model
 
 TINY, QWEN = "m1-engine-folo-tiny", "m1-engine-qwen3-0.6b"
+AGAINST_HF = "m1-vs-hf-qwen3-0.6b"  # by `folovllm bench`, with hf:sequential as the base
 
 STREAMED, STOP = "café 5€<b></s>", "</s>"  # what the chapter streams, and where it should stop
 
@@ -26,6 +27,11 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def decoded_one_by_one(text: str) -> str:
     """A text as a stream that decodes each token alone would show it."""
     return "".join(str(tokenizer().decode([token_id])) for token_id in tokenizer().encode(text))
+
+
+def of_all(pair: list[int]) -> str:
+    """A count out of a whole: "3 of 4"."""
+    return f"{pair[0]} of {pair[1]}"
 
 
 def request_rows() -> list[list[str]]:
@@ -124,5 +130,17 @@ CLAIMS: dict[str, Claim] = {
         QWEN,
         ("summary", "decode_share_outside_forward"),
         median(percent(1)),
+    ),
+    "m1-over-hf": Measured(
+        "output tokens per second, M1 over Hugging Face generate, one request, Qwen3-0.6B",
+        AGAINST_HF,
+        ("summary", "w1", "m1", "ratio_to_base"),
+        with_range(fixed(2)),
+    ),
+    "m1-same-tokens-as-hf": Measured(
+        "requests with the tokens of Hugging Face generate, in bfloat16, Qwen3-0.6B",
+        AGAINST_HF,
+        ("summary", "w1", "m1", "same_tokens_as_base"),
+        of_all,
     ),
 }

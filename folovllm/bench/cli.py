@@ -18,7 +18,14 @@ from folovllm.bench import machine
 from folovllm.bench.one_run import Job
 from folovllm.bench.report import add_roofline, build_report, save_report
 from folovllm.bench.runner import Measurements, Plan, Step, execute_in_process, run_rounds
-from folovllm.bench.systems import PEERS, choose_base, parse_milestones, parse_peers
+from folovllm.bench.systems import (
+    BATCHED_PEERS,
+    PEERS,
+    choose_base,
+    parse_milestones,
+    parse_peers,
+    with_max_num_seqs,
+)
 from folovllm.bench.tables import TABLE_WIDTH, count, number, tables
 from folovllm.bench.workloads import WORKLOADS, BenchRequest, draw, get_workload, longest
 from folovllm.config import BATCHINGS, MILESTONES, check_int
@@ -38,9 +45,11 @@ class Options:
     dtype: str = "auto"
     device: str = "auto"
     load_format: str = "auto"
+    max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     seed: int = 0
     scale: float = 1.0
+    arrival_rate: float | None = None
     out: Path | None = None
 
 
@@ -63,11 +72,17 @@ def bench(
         str,
         typer.Option(
             help=f"Comma-separated: {', '.join(MILESTONES)}, or all. A variant follows a colon "
-            f"({', '.join(BATCHINGS)}, where a milestone has them)."
+            f"({', '.join(BATCHINGS)}, where a milestone has them), a limit of requests at once an @: "
+            "m2:padded@1,m2:padded@4 measures two batch sizes side by side."
         ),
     ] = Options.milestones,
     peers: Annotated[
-        str, typer.Option(help=f"Hugging Face's ways to serve, comma-separated: {', '.join(PEERS)}, all, or ''.")
+        str,
+        typer.Option(
+            help=f"Hugging Face's ways to serve, comma-separated: {', '.join(PEERS)}, all (of these), or ''. "
+            + "; ".join(f"{name}: {about}" for name, about in BATCHED_PEERS.items())
+            + ", for example static:4,dynamic:4:0.25."
+        ),
     ] = Options.peers,
     workloads: Annotated[
         str,
@@ -82,6 +97,10 @@ def bench(
     load_format: Annotated[
         str, typer.Option(help="auto, safetensors, or dummy: random weights from config.json alone.")
     ] = Options.load_format,
+    max_num_seqs: Annotated[
+        int | None,
+        typer.Option(help="Requests at once, for milestones without an @. None: as many as a workload has. m1: one."),
+    ] = Options.max_num_seqs,
     max_num_batched_tokens: Annotated[
         int | None, typer.Option(help="Token budget of a step, for milestones that can split a prompt.")
     ] = Options.max_num_batched_tokens,
@@ -89,6 +108,10 @@ def bench(
     scale: Annotated[
         float, typer.Option(help="Shrinks every length, for a quick look. Never compare results of two scales.")
     ] = Options.scale,
+    arrival_rate: Annotated[
+        float | None,
+        typer.Option(help="Requests per second of a Poisson process. None: all are there from the start."),
+    ] = Options.arrival_rate,
     out: Annotated[
         Path | None,
         typer.Option(help="Where the JSON goes, and a plot beside it. None: results/bench-MODEL-DTYPE-DEVICE.json."),
@@ -103,11 +126,13 @@ def bench(
     if console.width < TABLE_WIDTH:
         console = Console(width=TABLE_WIDTH)  # a wrapped line can be read, a cut number cannot
     options = Options(
-        model, milestones, peers, workloads, rounds, base, dtype, device, load_format, max_num_batched_tokens, seed,
-        scale, out,
+        model, milestones, peers, workloads, rounds, base, dtype, device, load_format, max_num_seqs,
+        max_num_batched_tokens, seed, scale, arrival_rate, out,
     )  # fmt: skip
     try:
         checked = check(options)
+        if checked.header["git"]["commit"] is None:
+            console.print(machine.NO_COMMIT, style="yellow")
         measurements = measure(console, checked)
     except ValueError as error:
         console.print("[bold red]error:[/]", end=" ")
@@ -129,7 +154,10 @@ def check(options: Options) -> Bench:
     """Everything that can be wrong, before anything runs. Raises ValueError that names the option and what it takes."""
     check_int("rounds", options.rounds, 1)
     check_int("seed", options.seed, 0)
-    systems = [*parse_milestones(options.milestones), *parse_peers(options.peers)]
+    if options.max_num_seqs is not None:
+        check_int("max_num_seqs", options.max_num_seqs, 1)
+    milestones = with_max_num_seqs(parse_milestones(options.milestones), options.max_num_seqs)
+    systems = [*milestones, *parse_peers(options.peers)]
     base = choose_base(options.base, systems)
     names = [name.strip() for name in options.workloads.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
@@ -146,7 +174,8 @@ def check(options: Options) -> Bench:
     text = config.get_text_config()
     device = resolve_device(options.device)
     dtype = resolve_dtype(options.dtype, config, device)
-    requests = {w.name: draw(w, int(text.vocab_size), options.seed, options.scale) for w in chosen}
+    rate = options.arrival_rate
+    requests = {w.name: draw(w, int(text.vocab_size), options.seed, options.scale, arrival_rate=rate) for w in chosen}
     for name, drawn in requests.items():
         if longest(drawn) > text.max_position_embeddings:
             raise ValueError(
@@ -157,6 +186,8 @@ def check(options: Options) -> Bench:
     file_name = f"bench-{source.name.replace('/', '-')}-{dtype_name}-{device.type}"
     if options.scale != 1:
         file_name += f"-scale{options.scale:g}"
+    if rate is not None:
+        file_name += f"-rate{rate:g}"
     template = Job(
         system=None,
         workload=names[0],
@@ -167,6 +198,7 @@ def check(options: Options) -> Bench:
         seed=options.seed,
         scale=options.scale,
         max_num_batched_tokens=options.max_num_batched_tokens,
+        arrival_rate=rate,
     )
     header = {
         "command": command_line(options, source.name),
@@ -180,10 +212,12 @@ def check(options: Options) -> Bench:
         "load_format": options.load_format,
         "seed": options.seed,
         "scale": options.scale,
+        "arrival_rate": rate,
         "workloads": {
             w.name: {
-                "about": w.about,
+                "about": w.describe(rate),
                 "requests": [[r.num_prompt_tokens, r.max_tokens, r.start_after] for r in requests[w.name]],
+                "arrivals": [r.arrival for r in requests[w.name]],
             }
             for w in chosen
         },

@@ -19,6 +19,7 @@ import torch
 
 import folovllm
 
+NO_COMMIT = "The package was imported from outside of a git repository: the result will not say which commit it is of."
 PACKAGES = ("torch", "transformers", "triton")
 GEMM_ROWS = (1, 8, 64, 512)
 GEMM_ROWS_GPU = (*GEMM_ROWS, 4096)  # 512 rows do not fill a large GPU
@@ -84,15 +85,20 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
-    """Commit of the source and whether files differ from it (results aside); None and None outside of git."""
+    """Commit of the source and whether files differ from it (results aside); None for what git does not tell.
+
+    The source is where this package was imported from. A copy of the files alone, without their `.git`, has no commit,
+    wherever the command is typed: measure from a clone or a worktree.
+    """
     where = Path(__file__).resolve().parent if folder is None else folder
     git = ("git", "-C", str(where), "--no-optional-locks")
+    state: dict[str, str | bool | None] = {"commit": None, "dirty": None}
     try:
-        commit = _output(*git, "rev-parse", "--verify", "--quiet", "HEAD")
-        changes = _output(*git, "status", "--porcelain", "--", ":/", ":(top,exclude)results")
+        state["commit"] = _output(*git, "rev-parse", "--verify", "--quiet", "HEAD")
+        state["dirty"] = bool(_output(*git, "status", "--porcelain", "--", ":/", ":(top,exclude)results"))
     except (OSError, subprocess.SubprocessError):
-        return {"commit": None, "dirty": None}
-    return {"commit": commit, "dirty": bool(changes)}
+        pass  # no git, no repository, or one that git will not read for this user
+    return state
 
 
 @dataclass(frozen=True)

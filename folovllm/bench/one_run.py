@@ -21,7 +21,7 @@ import torch
 
 from folovllm.bench import machine
 from folovllm.bench.engines import EngineServer, engine_kwargs
-from folovllm.bench.peers import RUN_PEER
+from folovllm.bench.peers import run_peer
 from folovllm.bench.record import Measured
 from folovllm.bench.systems import System
 from folovllm.bench.workloads import BenchRequest, draw, get_workload
@@ -45,6 +45,7 @@ class Job:
     seed: int = 0
     scale: float = 1.0
     max_num_batched_tokens: int | None = None
+    arrival_rate: float | None = None
 
     def save(self, path: Path) -> None:
         """Write the job as JSON."""
@@ -79,12 +80,12 @@ def run_job(job: Job) -> dict[str, Any]:
 
     vocab_size = int(config.get_text_config().vocab_size)
     workload = get_workload(job.workload)
-    requests = draw(workload, vocab_size, job.seed, job.scale)
+    requests = draw(workload, vocab_size, job.seed, job.scale, arrival_rate=job.arrival_rate)
     warm_up = draw(workload, vocab_size, job.seed, job.scale, warm_up=True)
     started = time.perf_counter()
     run: Run
     if job.system.peer is not None:
-        run = partial(RUN_PEER[job.system.peer], load_hf_model(source, dtype, device, job.load_format))
+        run = partial(run_peer, job.system, load_hf_model(source, dtype, device, job.load_format))
     else:
         kwargs = engine_kwargs(job.system, requests, job.max_num_batched_tokens)
         llm = LLM(

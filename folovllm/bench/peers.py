@@ -1,19 +1,23 @@
-"""Hugging Face's three ways to serve several requests: the peers that the milestones are measured against.
+"""Hugging Face's ways to serve several requests: the peers that the milestones are measured against.
 
 - sequential: `generate` for one request after the other.
 - static: one `generate` for all, left-padded to the longest prompt. The batch runs until its longest output is done;
-  what a row produces beyond its own request's length is work, but not output.
+  what a row produces beyond its own request's length is work, but not output. Or, as the model servers before Orca had
+  it, batch after batch of a fixed size.
+- dynamic: the same, with a limit on how long a batch waits to be full.
 - continuous: the manager behind `generate_batch`, with a `max_new_tokens` per request.
 
-All three are greedy, without an EOS, and get token ids. Times are those at which a token reaches the host: the streamer
-of `generate` is called with each step's tokens; the manager stamps each token if asked to.
+All are greedy, without an EOS, and get token ids. Times are those at which a token reaches the host: the streamer of
+`generate` is called with each step's tokens; the manager stamps each token if asked to.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -21,9 +25,11 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from folovllm.bench.engines import Arrival
+from folovllm.bench.arrivals import Arrivals, FormBatch, by_arrival, dynamic_batch, static_batch
 from folovllm.bench.record import Measured
+from folovllm.bench.systems import System
 from folovllm.bench.workloads import BenchRequest
+from folovllm.config import check_int
 
 # The manager's own defaults look for memory to fill, which takes 10 s or more on a CPU. These two were the fastest of
 # 16 and 256 tokens per page, 256 and 2048 tokens per step, on w2.
@@ -73,41 +79,108 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_t
     return clock
 
 
-def run_sequential(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
-    """One request after the other; those that wait do so from the common start. See `Measured`."""
-    start = time.perf_counter()
-    clocks = [generate(model, [r.prompt_token_ids], r.max_tokens) for r in requests]
-    # A DynamicCache grows with its request and is dropped with it. The last token is never fed back.
-    kv = max(r.num_prompt_tokens + r.max_tokens - 1 for r in requests)
-    return Measured(
-        arrivals=[start] * len(requests),
-        finished=clocks[-1].times[-1],
-        token_ids=[[row[0] for row in clock.steps] for clock in clocks],
-        token_times=[clock.times for clock in clocks],
-        kv_reserved_tokens=kv,
-        kv_used_tokens=kv,
-        padding_share=0.0,
-    )
+@dataclass(frozen=True)
+class BatchWork:
+    """What `generate` computes for a left-padded batch, and how much of it belongs to a token that was asked for.
+
+    rows: tokens through the model; in the end the batch holds K/V of as many. kv_columns: K/V that the rows attend
+    over, summed over the forwards.
+    """
+
+    rows: int
+    rows_needed: int
+    kv_columns: int
+    kv_columns_needed: int
 
 
-def run_static(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
-    """All requests in one padded batch. See `Measured`."""
-    start = time.perf_counter()
+def batch_work(requests: Sequence[BenchRequest]) -> BatchWork:
+    """Every row is as wide as the longest prompt and runs as long as the longest output; the last token is not fed."""
+    count, width = len(requests), max(r.num_prompt_tokens for r in requests)
     steps = max(r.max_tokens for r in requests)
-    clock = generate(model, [r.prompt_token_ids for r in requests], steps)
-    # Every row holds K/V of as many positions as the longest one, and computes as many.
-    rows, width = len(requests), max(r.num_prompt_tokens for r in requests)
-    computed = rows * (width + steps - 1)
-    needed = sum(r.num_prompt_tokens + r.max_tokens - 1 for r in requests)
-    return Measured(
-        arrivals=[start] * rows,
-        finished=clock.times[-1],
-        token_ids=[[step[i] for step in clock.steps[: r.max_tokens]] for i, r in enumerate(requests)],
-        token_times=[clock.times[: r.max_tokens] for r in requests],
-        kv_reserved_tokens=computed,
-        kv_used_tokens=needed,
-        padding_share=1 - needed / computed,
+    return BatchWork(
+        rows=count * (width + steps - 1),
+        rows_needed=sum(r.num_prompt_tokens + r.max_tokens - 1 for r in requests),
+        kv_columns=count * sum(width + step for step in range(steps)),
+        kv_columns_needed=sum(r.num_prompt_tokens + step for r in requests for step in range(r.max_tokens)),
     )
+
+
+def run_sequential(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
+    """One request after the other, in order of arrival: batches of one. See `run_static`."""
+    return run_static(model, requests, batch_size=1)
+
+
+def run_static(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_size: int | None = None) -> Measured:
+    """Padded batches of `batch_size` requests in order of arrival, each begun once all of them have come.
+
+    None: all requests in one batch. `extra["batches"]` says which requests (indices) were in which batch, and when it
+    began and ended, on the clock of the token times. Raises ValueError for a batch size below 1.
+    """
+    size = len(requests) if batch_size is None else batch_size
+    check_int("batch_size", size, 1)
+    return _run_batches(model, requests, partial(static_batch, batch_size=size))
+
+
+def run_dynamic(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_size: int, window: float) -> Measured:
+    """As `run_static`, but a batch is not waited for longer than `window` seconds after its first request came.
+
+    Then it begins with those who are there, as soon as the machine is free. Raises ValueError for a batch size below 1
+    and for a window that is not a number of seconds >= 0.
+    """
+    check_int("batch_size", batch_size, 1)
+    if not 0 <= window < math.inf:
+        raise ValueError(f"window={window!r} is not valid; allowed: a number >= 0, in seconds")
+    return _run_batches(model, requests, partial(dynamic_batch, batch_size=batch_size, window=window))
+
+
+def _run_batches(model: PreTrainedModel, requests: Sequence[BenchRequest], form_batch: FormBatch) -> Measured:
+    """Batch after batch, each one `generate` that nobody joins and nobody leaves."""
+    for i, request in enumerate(requests):
+        if request.start_after:
+            raise ValueError(
+                f"requests[{i}].start_after={request.start_after} is not valid; allowed: 0, since `generate` takes no "
+                "request while it runs"
+            )
+    waiting = by_arrival(requests)
+    token_ids: dict[int, list[int]] = {}
+    token_times: dict[int, list[float]] = {}
+    batches: list[dict[str, Any]] = []
+    work: list[BatchWork] = []
+    idle, start = 0.0, time.perf_counter()
+    while waiting:
+        free = time.perf_counter()
+        size, begin = form_batch([requests[i].arrival for i in waiting], free - start)
+        sleep_until(start + begin)
+        began = time.perf_counter()
+        idle += began - free
+        batch, waiting = waiting[:size], waiting[size:]
+        members = [requests[i] for i in batch]
+        clock = generate(model, [r.prompt_token_ids for r in members], max(r.max_tokens for r in members))
+        for row, (i, request) in enumerate(zip(batch, members, strict=True)):
+            token_ids[i] = [tokens[row] for tokens in clock.steps[: request.max_tokens]]
+            token_times[i] = clock.times[: request.max_tokens]
+        batches.append({"requests": batch, "start": began, "end": clock.times[-1]})
+        work.append(batch_work(members))
+    everyone = range(len(requests))
+    return Measured(
+        arrivals=[start + r.arrival for r in requests],
+        finished=batches[-1]["end"],
+        token_ids=[token_ids[i] for i in everyone],
+        token_times=[token_times[i] for i in everyone],
+        # A DynamicCache grows with its batch and is dropped with it.
+        kv_reserved_tokens=max(w.rows for w in work),
+        kv_used_tokens=max(w.rows_needed for w in work),
+        padding_share=1 - sum(w.rows_needed for w in work) / sum(w.rows for w in work),
+        kv_padding_share=1 - sum(w.kv_columns_needed for w in work) / sum(w.kv_columns for w in work),
+        idle_seconds=idle,
+        extra={"batches": batches},
+    )
+
+
+def sleep_until(moment: float) -> None:
+    """Return once `time.perf_counter` has reached `moment`; at once if it has."""
+    while (left := moment - time.perf_counter()) > 0:
+        time.sleep(left)
 
 
 def continuous_config(device_type: str, requests: Sequence[BenchRequest]) -> ContinuousBatchingConfig:
@@ -129,33 +202,32 @@ def continuous_config(device_type: str, requests: Sequence[BenchRequest]) -> Con
 def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
     """A new manager, and so a new prefix cache; its set-up is not timed. See `Measured`.
 
-    Late requests are added when the tokens streamed so far say so; without them nothing is streamed. The manager does
-    not say how much of its pool requests hold, how much it pads, or how long its forwards take.
+    Requests are added at their arrival; late ones when the tokens streamed so far say so, and without such ones nothing
+    is streamed. The manager does not say how much of its pool requests hold, how much it pads, how long its forwards
+    take, or how long it is idle.
     Raises RuntimeError if the manager fails or loses a request.
     """
     settings = greedy_config()
     settings.eos_token_id = -1  # the manager's "none"
-    arrival = Arrival(requests)
-    arrivals: dict[int, float] = {}
+    arrivals = Arrivals(requests)
+    came: dict[int, float] = {}
     outputs: dict[int, Any] = {}
     with cast(Any, model).continuous_batching_context_manager(
         generation_config=settings, continuous_batching_config=continuous_config(model.device.type, requests)
     ) as manager:
-
-        def add(i: int) -> None:
-            arrivals[i] = time.perf_counter()
-            manager.add_request(
-                list(requests[i].prompt_token_ids),
-                request_id=str(i),
-                max_new_tokens=requests[i].max_tokens,
-                streaming=bool(arrival.late),
-                record_timestamps=True,
-            )
-
-        for i in arrival.first:
-            add(i)
+        start = time.perf_counter()
         while len(outputs) < len(requests):
-            output = manager.get_result(timeout=1)
+            now = time.perf_counter()
+            for i in arrivals.due(now - start):
+                came[i] = now if requests[i].start_after else start + requests[i].arrival
+                manager.add_request(
+                    list(requests[i].prompt_token_ids),
+                    request_id=str(i),
+                    max_new_tokens=requests[i].max_tokens,
+                    streaming=bool(arrivals.late),
+                    record_timestamps=True,
+                )
+            output = manager.get_result(timeout=min(1.0, arrivals.wait(now - start)))
             if output is None:
                 if not manager.is_running():
                     raise RuntimeError("the manager of continuous batching stopped before all requests were done")
@@ -164,9 +236,7 @@ def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> 
                 raise RuntimeError(f"continuous batching failed: {output.error}")
             if output.is_finished():
                 outputs[int(output.request_id)] = output
-            arrival.progress[int(output.request_id)] = len(output.generated_tokens)
-            for i in arrival.due():
-                add(i)
+            arrivals.progress[int(output.request_id)] = len(output.generated_tokens)
         seen_by_us = time.perf_counter()
         pool = manager.continuous_batching_config.num_blocks
     done = [outputs[i] for i in range(len(requests))]
@@ -174,16 +244,23 @@ def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> 
     # A request that was preempted starts a new list of stamps: then there are no honest ones for all tokens.
     complete = all(t is not None and len(t) == r.max_tokens for t, r in zip(times, requests, strict=True))
     return Measured(
-        arrivals=[arrivals[i] for i in range(len(requests))],
+        arrivals=[came[i] for i in range(len(requests))],
         finished=max(t[-1] for t in times) if complete else seen_by_us,
         token_ids=[list(o.generated_tokens) for o in done],
         token_times=times if complete else None,
-        extra={"pool_blocks": pool, **arrival.note},
+        idle_seconds=None,
+        extra={"pool_blocks": pool, **arrivals.note},
     )
 
 
-RUN_PEER: dict[str, Callable[[PreTrainedModel, Sequence[BenchRequest]], Measured]] = {
-    "sequential": run_sequential,
-    "static": run_static,
-    "continuous": run_continuous,
-}
+def run_peer(system: System, model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
+    """Serve the requests as the system's name says. Raises ValueError for a system that is no peer."""
+    if system.peer == "sequential":
+        return run_sequential(model, requests)
+    if system.peer == "static":
+        return run_static(model, requests, system.batch_size)
+    if system.peer == "dynamic" and system.batch_size is not None and system.window is not None:
+        return run_dynamic(model, requests, system.batch_size, system.window)
+    if system.peer == "continuous":
+        return run_continuous(model, requests)
+    raise ValueError(f"system={system.name!r} is not valid; allowed: a peer")

@@ -11,7 +11,6 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from folovllm.bench.tables import count, number, processor, share
-from folovllm.bench.workloads import WORKLOADS
 
 OWN, PEER, INK, MUTED = "#2a6f97", "#b8a07e", "#222222", "#666666"
 LATENCIES = (("TTFT", "ttft", -0.16, "#9c4221"), ("ITL", "itl", 0.16, "#2f6f4f"))
@@ -32,8 +31,7 @@ def plot(report: dict[str, Any]) -> Figure:
     for (workload, rows), (left, right) in zip(summary.items(), axes, strict=True):
         _throughput(left, rows)
         _latency(right, rows)
-        about = WORKLOADS[workload].about if workload in WORKLOADS else ""
-        left.set_title(f"{workload}: {about}", loc="left", fontsize=9, color=INK)
+        left.set_title(f"{workload}: {report['workloads'][workload]['about']}", loc="left", fontsize=9, color=INK)
     axes[-1][0].set_xlabel(
         f"output tokens/s: median, least and greatest of the rounds;\n"
         f"times {report['base']} (x); share of the roofline (%)",

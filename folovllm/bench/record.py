@@ -14,10 +14,13 @@ from typing import Any
 class Measured:
     """One system's run of one workload, on one clock (`time.perf_counter`). One list entry per request, in order.
 
-    arrivals: when each request was handed over. token_times: when each output token was known; None where the system
-    does not say. kv_*_tokens: peaks, in tokens of K/V: room in all, set aside for requests, holding K/V that a request
-    needs; None where unknown. padding_share: of all token rows that the model computed, those that belong to no token
-    anybody asked for. forward_seconds: spent inside the model's forward; None where unknown. extra: anything else.
+    arrivals: when each request came, whether or not anybody was free to take it. token_times: when each output token
+    was known; None where the system does not say. kv_*_tokens: peaks, in tokens of K/V: room in all, set aside for
+    requests, holding K/V that a request needs; None where unknown. padding_share: of all token rows that the model
+    computed, those that belong to no token anybody asked for. kv_padding_share: of all columns of K/V that stood in a
+    forward's batch, summed over the forwards, those that no such token needed. forward_seconds: spent inside the
+    model's forward; None where unknown. idle_seconds: spent waiting for requests to come; None where unknown. extra:
+    anything else; "batches" are a list of {"requests": indices, "start": s, "end": s} on the token times' clock.
     """
 
     arrivals: list[float]
@@ -28,7 +31,9 @@ class Measured:
     kv_reserved_tokens: int | None = None
     kv_used_tokens: int | None = None
     padding_share: float | None = None
+    kv_padding_share: float | None = None
     forward_seconds: float | None = None
+    idle_seconds: float | None = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -55,13 +60,25 @@ class Measured:
             return None
         return [b - a for times in self.token_times for a, b in pairwise(times)]
 
+    @property
+    def overhead_share(self) -> float | None:
+        """Of the time that was not spent waiting for requests, the share that was not the model's forward."""
+        if self.forward_seconds is None:
+            return None
+        return 1 - self.forward_seconds / (self.wall_seconds - (self.idle_seconds or 0.0))
+
     def to_json(self, kv_bytes_per_token: int | None) -> dict[str, Any]:
-        """The run as plain data: times in seconds, K/V in bytes (None without `kv_bytes_per_token`)."""
+        """The run as plain data: times in seconds, K/V in bytes (None without `kv_bytes_per_token`).
+
+        Moments, which only the batches have, are seconds after the first arrival.
+        """
 
         def kv_bytes(tokens: int | None) -> int | None:
             return None if tokens is None or kv_bytes_per_token is None else tokens * kv_bytes_per_token
 
         wall = self.wall_seconds
+        zero, batches = min(self.arrivals), self.extra.get("batches", [])
+        moments = [{**b, "start": b["start"] - zero, "end": b["end"] - zero} for b in batches]
         return {
             "wall_s": wall,
             "output_tokens": self.output_tokens,
@@ -72,9 +89,12 @@ class Measured:
             "kv_reserved_bytes": kv_bytes(self.kv_reserved_tokens),
             "kv_used_bytes": kv_bytes(self.kv_used_tokens),
             "padding_share": self.padding_share,
-            "overhead_share": None if self.forward_seconds is None else 1 - self.forward_seconds / wall,
+            "kv_padding_share": self.kv_padding_share,
+            "overhead_share": self.overhead_share,
+            "idle_s": self.idle_seconds,
             "token_hashes": [token_hash(ids) for ids in self.token_ids],
             **self.extra,
+            **({"batches": moments} if moments else {}),
         }
 
 

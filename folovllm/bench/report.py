@@ -31,6 +31,7 @@ PLAIN = {
     "kv_reserved_bytes": ("kv_reserved_bytes",),
     "kv_used_bytes": ("kv_used_bytes",),
     "padding_share": ("padding_share",),
+    "kv_padding_share": ("kv_padding_share",),
     "overhead_share": ("overhead_share",),
     "peak_memory_bytes": ("peak_memory_bytes",),
     "other_cpu_share": ("other_cpu_share",),

@@ -16,6 +16,9 @@ A pass takes at least as long as its bytes at the read bandwidth, and at least a
 rate; perfect overlap is assumed, so the longer of the two counts (Williams et al. 2009, "Roofline"). Norms, biases,
 activations and softmax are left out, as are logits. The share of the roofline is this least time over the measured.
 
+All requests have to be there from the start (or to come by progress): where they come at times of their own, a run
+takes as long as they take to come, however fast the machine is.
+
 The bandwidth is that of memory. A model that fits the processor's caches may do better than its roofline.
 """
 
@@ -73,8 +76,10 @@ class Work:
 def ideal_passes(requests: Sequence[BenchRequest]) -> list[list[Row]]:
     """The passes of the ideal engine, each a row per request that takes part.
 
-    Raises ValueError if a late request would come after the others are done.
+    Raises ValueError if a late request would come after the others are done, and for arrivals spread over time.
     """
+    if any(r.arrival for r in requests):
+        raise ValueError("the requests come one by one, so that their arrivals too set how long a run takes")
     at_start = [r for r in requests if r.start_after == 0]
     prefix = shared_prefix_len(at_start)
     last = max(r.start_after + r.max_tokens for r in requests)

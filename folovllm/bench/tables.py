@@ -10,11 +10,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from folovllm.bench.workloads import WORKLOADS
-
 MIB = 2**20
 BUSY = 0.1  # a share of the CPU in other hands from which on a time is doubtful
 TABLE_WIDTH = 100  # columns that the tables need
+NAME_WIDTH = 13  # of a system's name: "hf:continuous"
 
 
 def tables(report: dict[str, Any]) -> RenderableType:
@@ -65,10 +64,9 @@ def processor(report: dict[str, Any]) -> str:
 
 def workload_table(report: dict[str, Any], workload: str, rows: dict[str, dict[str, Any]]) -> Table:
     """One row per system; stacked in a cell: the median and, below it, the least and the greatest of the rounds."""
-    about = WORKLOADS[workload].about if workload in WORKLOADS else ""
     scale = "" if report["scale"] == 1 else f" (lengths x {report['scale']:g})"
     table = Table(
-        title=f"{workload}: {about}{scale}",
+        title=f"{workload}: {report['workloads'][workload]['about']}{scale}",
         title_justify="left",
         title_style="bold",
         box=box.SIMPLE_HEAD,
@@ -83,26 +81,34 @@ def workload_table(report: dict[str, Any], workload: str, rows: dict[str, dict[s
         "TTFT ms\np50\np99\nmax",
         "ITL ms\np50\np99\nmax",
         "KV MiB\nreserved\nused",
-        "pad-\nding",
+        "padded\nrows\nK/V",
         "over-\nhead",
         "peak\nMiB",
     ):
         table.add_column(name, justify="right", no_wrap=True)
     for system, row in rows.items():
         table.add_row(
-            Text(system, style="bold" if not system.startswith("hf:") else ""),
+            Text(_two_lines(system), style="bold" if not system.startswith("hf:") else ""),
             _stacked(row["output_tokens_per_s"], number),
             _stacked(row["ratio_to_base"], ratio),
             _median(row["roofline_share"], share),
             _lines(row, ("ttft_p50_s", "ttft_p99_s", "ttft_max_s"), milliseconds),
             _lines(row, ("itl_p50_s", "itl_p99_s", "itl_max_s"), milliseconds),
             _lines(row, ("kv_reserved_bytes", "kv_used_bytes"), mebibytes),
-            _median(row["padding_share"], share),
+            _lines(row, ("padding_share", "kv_padding_share"), share),
             _median(row["overhead_share"], share),
             _median(row["peak_memory_bytes"], mebibytes),
             end_section=True,
         )
     return table
+
+
+def _two_lines(system: str) -> str:
+    """A long name with its last part below, as "hf:dynamic:4:0.25" would take too many columns."""
+    if len(system) <= NAME_WIDTH:
+        return system
+    cut = max(system.rfind(":", 0, NAME_WIDTH + 1), system.rfind("@", 0, NAME_WIDTH + 1))
+    return f"{system[:cut]}\n{system[cut:]}" if cut > 0 else system
 
 
 def _stacked(summary: dict[str, Any] | None, form: Any) -> str:

@@ -1,23 +1,31 @@
 """What is asked: seeded requests as token ids, greedy, EOS ignored, so that every system does the same work.
 
 A workload is data (`Workload`); `draw` turns it into requests. The lengths depend on the workload's name and the seed
-alone, the token ids on the vocabulary too, so a run can be repeated anywhere.
+alone, the token ids on the vocabulary too, so a run can be repeated anywhere. Requests are there at the start, unless
+an arrival rate is asked for: then they come as a Poisson process has it, with exponential gaps.
 """
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 
 @dataclass(frozen=True)
 class BenchRequest:
-    """One request. start_after: 0 is there from the start; n arrives when the others have n output tokens each."""
+    """One request.
+
+    start_after: n > 0 comes when the others have n output tokens each. arrival: else it comes that many seconds after
+    the start.
+    """
 
     prompt_token_ids: list[int]
     max_tokens: int
     start_after: int = 0
+    arrival: float = 0.0
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -54,6 +62,10 @@ class Workload:
         """Requests that could run at once."""
         return self.num_requests + (self.late is not None)
 
+    def describe(self, arrival_rate: float | None = None) -> str:
+        """The workload in a line; with a rate, requests that would be there at once come one by one."""
+        return self.about if arrival_rate is None else self.about.replace("at once", f"arriving at {arrival_rate:g}/s")
+
 
 WORKLOADS: dict[str, Workload] = {
     w.name: w
@@ -82,21 +94,31 @@ def get_workload(name: str) -> Workload:
 
 
 def draw(
-    workload: Workload, vocab_size: int, seed: int = 0, scale: float = 1.0, warm_up: bool = False
+    workload: Workload,
+    vocab_size: int,
+    seed: int = 0,
+    scale: float = 1.0,
+    warm_up: bool = False,
+    arrival_rate: float | None = None,
 ) -> list[BenchRequest]:
-    """The workload's requests, the late one last.
+    """The workload's requests in order of arrival, the late one last.
 
     scale: multiplies every length, for a quick look; never below one token (two of output, so that an ITL exists).
     warm_up: the same prompt lengths with other token ids and at most 4 output tokens, all there from the start.
-    Raises ValueError for a scale or vocabulary that gives no requests.
+    arrival_rate: requests per second of a Poisson process; the first comes at 0, each other one an exponential gap of
+    mean 1 / arrival_rate after the one before. None: all are there from the start.
+    Raises ValueError for a scale, vocabulary or rate that gives no requests.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale={scale!r} is not valid; allowed: a number > 0 and <= 1")
+    if arrival_rate is not None and not 0 < arrival_rate < math.inf:
+        raise ValueError(f"arrival_rate={arrival_rate!r} is not valid; allowed: a number > 0, in requests per second")
     if vocab_size < 2:
         raise ValueError(f"vocab_size={vocab_size} is not valid; allowed: an integer >= 2")
     # A string seeds random.Random the same way on every platform and Python version.
     lengths = random.Random(f"{workload.name}/{seed}/lengths")
     ids = random.Random(f"{workload.name}/{seed}/{'warm-up' if warm_up else 'tokens'}")
+    gaps = random.Random(f"{workload.name}/{seed}/arrivals")
 
     def tokens(count: int) -> list[int]:
         return [ids.randrange(vocab_size) for _ in range(count)]
@@ -108,12 +130,15 @@ def draw(
         return min(max(2, round(count * scale)), 4 if warm_up else count)
 
     prefix = tokens(prompt_len(workload.shared_prefix)) if workload.shared_prefix else []
+    rate = None if warm_up else arrival_rate
+    waits = [0.0 if rate is None or i == 0 else gaps.expovariate(rate) for i in range(workload.num_requests)]
     requests = [
         BenchRequest(
             prefix + tokens(prompt_len(lengths.randint(*workload.prompt_len))),
             max_tokens(lengths.randint(*workload.max_tokens)),
+            arrival=arrival,
         )
-        for _ in range(workload.num_requests)
+        for arrival in accumulate(waits)
     ]
     if (late := workload.late) is not None:
         start_after = 0 if warm_up else max(1, round(late.start_after * scale))

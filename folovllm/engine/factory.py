@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -22,6 +23,9 @@ from folovllm.models.loader import (
 from folovllm.runner.hf_runner import HFRunner
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
+
+if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
+    from transformers import PreTrainedModel
 
 
 @dataclass
@@ -51,9 +55,10 @@ def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
     return longest if wanted is None else wanted
 
 
-def build_engine(config: EngineConfig) -> EngineParts:
+def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> EngineParts:
     """Load the model and make the core that `config.milestone` describes.
 
+    model: the weights, where another engine of the same `config.model` has loaded them: a forward only reads them.
     Raises ValueError for an unknown model, a corrupt checkpoint, or settings that the model cannot meet.
     """
     source = resolve_model(config.model.model)
@@ -63,7 +68,8 @@ def build_engine(config: EngineConfig) -> EngineParts:
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source)
-    model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
+    if model is None:
+        model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
     kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
     budget, policy = config.max_num_batched_tokens(max_model_len), config.scheduler.scheduling_policy
     scheduler = Scheduler(kv, config.max_num_seqs, budget, policy)

@@ -7,6 +7,7 @@ prompt -tokenizer-> Request(s) -> core.step() -> CoreOutput -detokenizer-> Reque
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypedDict, cast
@@ -77,7 +78,8 @@ class LLMEngine:
         self.max_model_len = built.max_model_len
         self._user_requests: dict[str, text.UserRequest] = {}
         self._sequences: dict[str, tuple[text.UserRequest, text.Sequence]] = {}  # by the core's request id
-        self._undelivered: list[RequestOutput] = []  # completed while somebody else was driving
+        self._undelivered: dict[str, RequestOutput] = {}  # completed while somebody else was driving
+        self._stems: Counter[str] = Counter()  # of the ids in `_user_requests`
         self._next_id = 0
 
     @property
@@ -138,44 +140,42 @@ class LLMEngine:
 
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Queue prepared prompts, all or none. Raises ValueError if an id is in use."""
-        taken = set(self._sequences) | self.live_ids()
+        taken: set[str] = set()  # by submissions that come before in the list
         for submission in submissions:
-            ids = {submission.user.request_id, *(r.request_id for r in submission.requests)}
-            if ids & taken:
-                raise ValueError(
-                    f"request_id={submission.user.request_id!r} is in use; allowed: an id of no unfinished request"
-                )
+            user_id = submission.user.request_id
+            ids = {user_id, *(r.request_id for r in submission.requests)}
+            if self.is_live(user_id) or any(i in taken or i in self._sequences for i in ids):
+                raise ValueError(f"request_id={user_id!r} is in use; allowed: an id of no unfinished request")
             taken |= ids
         for submission in submissions:
             self._user_requests[submission.user.request_id] = submission.user
+            self._stems[stem(submission.user.request_id)] += 1
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
                 self._sequences[request.request_id] = (submission.user, sequence)
                 self.core.add_request(request)
 
     def next_request_id(self) -> str:
         """An id that no request in the engine has, nor a part of one: "0", "1", ..."""
-        taken = self.live_ids() | {sequence_id.split("/")[0] for sequence_id in self._sequences}
-        while str(self._next_id) in taken:
+        while str(self._next_id) in self._stems or self.is_live(str(self._next_id)):
             self._next_id += 1
         self._next_id += 1
         return str(self._next_id - 1)
 
-    def live_ids(self) -> set[str]:
-        """Requests that are unfinished, or finished and not handed over yet."""
-        return set(self._user_requests) | {o.request_id for o in self._undelivered}
+    def is_live(self, request_id: str) -> bool:
+        """Whether a request is unfinished, or finished and not handed over yet."""
+        return request_id in self._user_requests or request_id in self._undelivered
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests now and free what they hold; returns what they had become. Unknown ids are ignored."""
         if not isinstance(request_id, Iterable):
             raise ValueError(f"request_id={request_id!r} is not valid; allowed: a string or a list of strings")
-        request_ids = [request_id] if isinstance(request_id, str) else list(request_id)
+        request_ids = [request_id] if isinstance(request_id, str) else list(dict.fromkeys(request_id))
         users = [self._user_requests[i] for i in request_ids if i in self._user_requests]
         self.core.abort_requests([s.request_id for user in users for s in user.sequences])
         for user in users:
             for sequence in user.sequences:
                 sequence.abort()
-        ended = [o for o in self._undelivered if o.request_id in request_ids]
-        self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
+        ended = [self._undelivered.pop(i) for i in request_ids if i in self._undelivered]
         return ended + self._outputs(users, final_only=False)
 
     def has_unfinished_requests(self) -> bool:
@@ -187,8 +187,8 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """Run one step; every request that it moved on, as it is now."""
         outputs = self._step(final_only=False)
-        ready, self._undelivered = self._undelivered, []
-        return ready + outputs
+        ready, self._undelivered = self._undelivered, {}
+        return [*ready.values(), *outputs]
 
     def step_for(self, request_ids: Collection[str], final_only: bool) -> list[RequestOutput]:
         """Run one step on behalf of some requests: only their outputs, or only those it completed.
@@ -196,19 +196,17 @@ class LLMEngine:
         Other requests go on beside. What completes of them is kept for whoever asks next: their own caller, or `step`.
         If some of these requests were completed by another caller's step, that is handed over first, without a step.
         """
-        ready = [o for o in self._undelivered if o.request_id in request_ids]
-        if ready:
-            self._undelivered = [o for o in self._undelivered if o.request_id not in request_ids]
-            return ready
+        if not self._undelivered.keys().isdisjoint(request_ids):
+            return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
         outputs = self._step(final_only)
-        self._undelivered += [o for o in outputs if o.finished and o.request_id not in request_ids]
+        self._undelivered |= {o.request_id: o for o in outputs if o.finished and o.request_id not in request_ids}
         return [o for o in outputs if o.request_id in request_ids]
 
     def _step(self, final_only: bool) -> list[RequestOutput]:
         try:
             outputs = self.core.step()
         except BaseException:
-            self._undelivered += self._end_lost()
+            self._undelivered |= {o.request_id: o for o in self._end_lost()}
             raise
         now = self.core.clock()
         moved: dict[str, text.UserRequest] = {}
@@ -263,19 +261,21 @@ class LLMEngine:
         self.check_live(unfinished)
         done: dict[str, RequestOutput] = {}
         try:
-            while unfinished:
-                for output in self.step_for(unfinished, final_only=True):
-                    unfinished.discard(output.request_id)
-                    done[output.request_id] = output
-                    on_done(output)
-                unfinished &= self.live_ids()
+            # Each is waited for in turn, while the others run beside it: no step looks at all that are unfinished.
+            for request_id in request_ids:
+                while request_id in unfinished and self.is_live(request_id):
+                    for output in self.step_for(unfinished, final_only=True):
+                        unfinished.discard(output.request_id)
+                        done[output.request_id] = output
+                        on_done(output)
+                unfinished.discard(request_id)
         finally:
             self.abort_request(sorted(unfinished))
         return {i: done[i] for i in request_ids if i in done}
 
     def check_live(self, request_ids: Iterable[str]) -> None:
         """Raise ValueError for an id that the engine does not have."""
-        unknown = sorted(set(request_ids) - self.live_ids())
+        unknown = sorted({i for i in request_ids if not self.is_live(i)})
         if unknown:
             raise ValueError(f"request_ids={unknown} are unknown; allowed: ids of requests that were added")
 
@@ -285,12 +285,19 @@ class LLMEngine:
         for user in users:
             if user.finished:
                 user.metrics.finished_time = now
-                del self._user_requests[user.request_id]
-                for sequence in user.sequences:
-                    del self._sequences[sequence.request_id]
+                self._forget(user)
             if user.finished or not final_only:
                 outputs.append(user.output())
         return outputs
+
+    def _forget(self, user: text.UserRequest) -> None:
+        del self._user_requests[user.request_id]
+        for sequence in user.sequences:
+            del self._sequences[sequence.request_id]
+        first = stem(user.request_id)
+        self._stems[first] -= 1
+        if not self._stems[first]:
+            del self._stems[first]
 
     # ------------------------------------------------------------------ checks
 
@@ -337,6 +344,11 @@ class LLMEngine:
                     f"prompt_token_ids[{i}]={token_id!r} is not valid; allowed: integers in [0, {self.vocab_size})"
                 )
         return list(token_ids)
+
+
+def stem(request_id: str) -> str:
+    """What stands before the first "/": the same for a request and for each of its samples, "7", "7/0", "7/1", ..."""
+    return request_id.split("/")[0]
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, name: str, value: str, add_special_tokens: bool = True) -> list[int]:

@@ -15,7 +15,14 @@ from rich.console import Console
 from rich.table import Table
 
 from folovllm.bench.cli import bench
-from folovllm.config import MILESTONES, NEWEST_MILESTONE, check_int
+from folovllm.config import (
+    BATCHINGS,
+    MILESTONES,
+    NEWEST_MILESTONE,
+    SCHEDULING_POLICIES,
+    check_float,
+    check_int,
+)
 from folovllm.entrypoints.llm import LLM, Message
 from folovllm.glossary import default_prompts
 from folovllm.grading.command import grade
@@ -24,7 +31,8 @@ from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.viz.console import print_stream
-from folovllm.viz.tables import phase_table, request_table, stats_table
+from folovllm.viz.live import watch
+from folovllm.viz.tables import phase_table, request_table, stats_table, step_table
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -57,6 +65,25 @@ Seed = Annotated[int | None, typer.Option(help="Makes drawn tokens repeatable.")
 Stop = Annotated[list[str] | None, typer.Option(help="End an answer at this string. May be given more than once.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together; the model's own if not given.")
+]
+MaxNumSeqs = Annotated[
+    int | None, typer.Option(help="Requests that may run at once; the milestone's default if not given.")
+]
+MaxNumBatchedTokens = Annotated[
+    int | None,
+    typer.Option(
+        help="Tokens that one step may compute; if not given, 2048, or the longest sequence where that is more."
+    ),
+]
+Batching = Annotated[
+    str | None,
+    typer.Option(
+        help=f"How m2 runs a step's requests: {' or '.join(BATCHINGS)} (one forward each); {BATCHINGS[0]} if not given."
+    ),
+]
+Policy = Annotated[
+    str,
+    typer.Option(help=f"Who comes first: {', '.join(SCHEDULING_POLICIES)} (shortest job first). m1 knows fcfs only."),
 ]
 TracePath = Annotated[
     Path | None,
@@ -95,6 +122,10 @@ def generate(
     device: Device = "auto",
     load_format: LoadFormat = "auto",
     max_model_len: MaxModelLen = None,
+    max_num_seqs: MaxNumSeqs = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
+    batching: Batching = None,
+    scheduling_policy: Policy = "fcfs",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -106,17 +137,26 @@ def generate(
     num_prompts: Annotated[int, typer.Option(help="How many glossary questions to ask when no prompt is given.")] = 3,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")] = False,
     stream: Annotated[bool, typer.Option(help="Show answers as they grow, or all at the end.")] = True,
+    watch_steps: Annotated[
+        bool,
+        typer.Option(
+            "--watch", help="See every step as it happens: who waits, who runs, what it computes. Answers follow."
+        ),
+    ] = False,
+    pace: Annotated[float, typer.Option(help="Seconds that --watch shows a step at least; 0 is full speed.")] = 0.1,
     trace: TracePath = None,
 ) -> None:
     """Answer prompts, and show what it took.
 
     Try: `folovllm generate "What is a KV cache?"`, then the same with `--temperature 0.8 --seed 1 -n 3 --no-stream`.
+    To see requests queue, join and leave: `folovllm generate --num-prompts 12 --max-num-seqs 4 --watch`.
     """
     console = Console()
     with clean_exit(console):
         if trace is not None and not trace.parent.is_dir():
             raise ValueError(f"trace={str(trace)!r} is not valid; allowed: a file in a folder that exists")
         check_int("num_prompts", num_prompts, 1)
+        check_float("pace", pace, 0, 60)
         params = SamplingParams(
             n=n,
             temperature=temperature,
@@ -135,16 +175,27 @@ def generate(
             device=device,
             load_format=load_format,
             max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            batching=batching,
+            scheduling_policy=scheduling_policy,
         )
         titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
-        if stream and n == 1:
+        stream = stream and n == 1 and not watch_steps
+        if stream or watch_steps:
             ids = llm.enqueue(inputs, params)
-            outputs = print_stream(console, llm.follow(ids), dict(zip(ids, titles, strict=True)), show_ids(llm))
+            by_id = dict(zip(ids, titles, strict=True))
+            if stream:
+                outputs = print_stream(console, llm.follow(ids), by_id, show_ids(llm))
+            else:
+                outputs = watch(console, llm.engine, ids, by_id, pace)
         else:
             outputs = llm.generate(inputs, params)
+        if not stream:
             for title, output in zip(titles, outputs, strict=True):
                 print_samples(console, title, output, show_ids(llm))
-        console.print(request_table(outputs), phase_table(llm.engine.trace), stats_table(llm.engine.stats))
+        steps, stats = llm.engine.trace, llm.engine.stats
+        console.print(request_table(outputs), step_table(steps), phase_table(steps), stats_table(stats))
         if trace is not None:
             console.print(f"Trace of {len(llm.engine.trace)} steps: {llm.engine.trace.save(trace, chrome=True)}")
 
@@ -156,6 +207,7 @@ def chat(
     dtype: Dtype = "auto",
     device: Device = "auto",
     max_model_len: MaxModelLen = None,
+    max_num_batched_tokens: MaxNumBatchedTokens = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -170,7 +222,15 @@ def chat(
         params = SamplingParams(
             temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
         )
-        llm = load_llm(console, model, milestone=milestone, dtype=dtype, device=device, max_model_len=max_model_len)
+        llm = load_llm(
+            console,
+            model,
+            milestone=milestone,
+            dtype=dtype,
+            device=device,
+            max_model_len=max_model_len,
+            max_num_batched_tokens=max_num_batched_tokens,
+        )
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
         llm.chat_prompts(
             [[*opening, {"role": "user", "content": "?"}]]
@@ -256,6 +316,8 @@ def info(
             table.add_row(name, str(value))
         console.print(table)
         console.print(f"Bundled models: {', '.join(BUNDLED)}", highlight=False)
+        for milestone in MILESTONES.values():
+            console.print(f"Milestone {milestone.name}: {milestone.adds}", highlight=False)
 
 
 def head_dim(text_config: Any) -> int:

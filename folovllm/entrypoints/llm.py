@@ -28,23 +28,32 @@ class OutputStream(Iterator[RequestOutput]):
     def __init__(self, engine: LLMEngine, request_ids: Sequence[str]) -> None:
         self._engine = engine
         self._unfinished: set[str] = set()
+        self._turns: deque[str] = deque(request_ids)  # each is waited for in turn
         self._ready: deque[RequestOutput] = deque()
         engine.check_live(request_ids)
         self._unfinished.update(request_ids)
 
     def __next__(self) -> RequestOutput:
-        while not self._ready and self._unfinished:
+        while not self._ready and self._waits():
             try:
                 self._ready.extend(self._engine.step_for(self._unfinished, final_only=False))
             except BaseException:
                 self.close()
                 raise
             self._unfinished -= {o.request_id for o in self._ready if o.finished}
-            # One that somebody else aborted or took over is not waited for.
-            self._unfinished &= self._engine.live_ids()
         if not self._ready:
             raise StopIteration
         return self._ready.popleft()
+
+    def _waits(self) -> bool:
+        """Whether any request is still to come. One that somebody else aborted or took over is not."""
+        while self._turns:
+            first = self._turns[0]
+            if first in self._unfinished and self._engine.is_live(first):
+                return True
+            self._unfinished.discard(first)
+            self._turns.popleft()
+        return False
 
     def close(self) -> None:
         """Abort what is unfinished, and yield nothing more."""

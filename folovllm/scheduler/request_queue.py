@@ -1,9 +1,9 @@
 """The waiting line. Its order is the scheduling policy (vLLM: `vllm/v1/core/sched/request_queue.py`).
 
-fcfs      first come, first served.
-priority  the lowest `priority` first; among equals, first come.
-sjf       shortest job first: the fewest tokens left at most, prompt and output together; among equals, first come.
-          It gives the lowest mean waiting time and can starve long requests. This one is ours: vLLM does not have it.
+- fcfs: first come, first served.
+- priority: the lowest `priority` first; among equals, first come.
+- sjf: shortest job first, which is the fewest tokens left at most, prompt and output together; among equals, first
+  come. It gives the lowest mean waiting time and can starve long requests. This one is ours: vLLM does not have it.
 
 No operation looks at everyone who waits: joining, leaving and the next in line cost O(1) under fcfs, and O(log n)
 spread over the operations under the other two.
@@ -137,8 +137,7 @@ class SortedQueue(RequestQueue):
     def pop(self) -> Request:
         """Take the next in line. Raises IndexError when nobody waits."""
         request = self.peek()
-        heapq.heappop(self._heap)
-        del self._places[request.request_id]
+        self.remove(request)
         return request
 
     def remove(self, request: Request) -> None:

@@ -100,7 +100,8 @@ class Scheduler:
         Their K/V may be half written, and to repeat the step on it could give wrong tokens. Returns the aborted ids.
         """
         self._finished_ids[:0] = step.finished_ids
-        return self.abort([share.request_id for share in step.scheduled])
+        # The last one first: a leader leaves its place at the front of the line to a child, so the first is then ahead.
+        return self.abort([share.request_id for share in reversed(step.scheduled)])
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to compute."""
@@ -188,13 +189,14 @@ class Scheduler:
     def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
         """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
         outputs: list[CoreOutput] = []
+        next_in_line: list[Request] = []
         for share, sampled, logprobs in zip(step.scheduled, result.sampled_token_ids, result.logprobs, strict=True):
             request = self.requests.get(share.request_id)
             if request is None or request.is_finished:
                 continue  # aborted while the step was on its way
             self.kv.commit(share.plan)
             request.num_computed_tokens += share.num_tokens
-            self._unpark(request)
+            next_in_line += self._unpark(request)
             if share.request_id in result.failed:
                 request.stop_reason = result.failed[share.request_id]
                 request.set_status(RequestStatus.FINISHED_ERROR)
@@ -218,6 +220,8 @@ class Scheduler:
                         request.first_scheduled_time,
                     )
                 )
+        for child in reversed(next_in_line):
+            self.waiting.prepend(child)
         return outputs
 
     # ------------------------------------------------------------------ requests out
@@ -261,11 +265,11 @@ class Scheduler:
                 self._fork_done(self.requests[child_id])
         return bool(held)
 
-    def _unpark(self, leader: Request) -> None:
-        """Once a leader's prompt is computed, its children are next in line, in order."""
+    def _unpark(self, leader: Request) -> list[Request]:
+        """The children that are next in line, in order, once their leader's prompt is computed."""
         if leader.request_id in self._parked and leader.num_computed_tokens >= leader.num_prompt_tokens:
-            for child in reversed(self._parked.pop(leader.request_id)):
-                self.waiting.prepend(child)
+            return self._parked.pop(leader.request_id)
+        return []
 
     def _promote(self, leader: Request) -> None:
         """A leader that goes before its prompt is computed leaves the lead to its first child."""

@@ -100,12 +100,14 @@ def cache_timing(
     ms_cached: Sequence[float],
     flop_ratio: Sequence[float],
     *,
+    time_ratio: Sequence[float] | None = None,
     title: str | None = None,
 ) -> Figure:
     """With and without a cache, over the number of generated tokens n (logarithmic).
 
     Left: milliseconds per token, the mean over all n, of both loops. Right: the ratio of times, which was measured,
-    beside `flop_ratio`, which was derived; each point carries its value.
+    beside `flop_ratio`, which was derived; each point carries its value. time_ratio: where the times are medians of
+    rounds, the median of the rounds' ratios, which is another number; without it, the quotients of the times shown.
     """
     figure, (left, right) = new_figure(3.1, 1, 2, title)
     n = np.asarray(new_tokens)
@@ -116,10 +118,10 @@ def cache_timing(
         left.plot(n, values, dash, color=color, marker=marker, label=name)
     left.set_title("milliseconds per token")
     left.set_ylim(bottom=0)
-    time_ratio = np.asarray(ms_recompute) / np.asarray(ms_cached)
+    times = np.asarray(ms_recompute) / np.asarray(ms_cached) if time_ratio is None else np.asarray(time_ratio)
     for name, ratio, color, marker, dash, above in (
         ("FLOPs, derived", np.asarray(flop_ratio), GREEN, MARKERS[2], "--", True),
-        ("time, measured", time_ratio, ORANGE, MARKERS[3], "-", False),
+        ("time, measured", times, ORANGE, MARKERS[3], "-", False),
     ):
         right.plot(n, ratio, dash, color=color, marker=marker, label=name)
         for x, y in zip(n, ratio, strict=True):
@@ -127,7 +129,8 @@ def cache_timing(
             right.annotate(f"{y:.3g}", (x, y), offset, textcoords="offset points", ha="center", size=8)
     right.set_title("without over with")
     right.set_yscale("log")
-    right.set_ylim(min(time_ratio.min(), min(flop_ratio)) / 2.2, max(time_ratio.max(), max(flop_ratio)) * 1.8)
+    right.set_ylim(min(times.min(), min(flop_ratio)) / 2.2, max(times.max(), max(flop_ratio)) * 1.8)
+    right.margins(x=0.09)  # room for the values of the first and the last point
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     for ax in (left, right):
         ax.set_xscale("log", base=2)
@@ -168,7 +171,8 @@ def kv_bytes_bars(rows: Sequence[tuple[str, str, int]], *, title: str | None = N
     ax.invert_yaxis()
     ax.set_xlim(0, max(size for _, _, size in rows) * 1.16)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: binary_bytes(value) if value else "0"))
-    ax.set_xticks(np.linspace(0, 2 ** np.ceil(np.log2(max(size for _, _, size in rows))), 5)[:-1])
+    ticks = np.linspace(0, 2 ** np.ceil(np.log2(max(size for _, _, size in rows))), 5)
+    ax.set_xticks(ticks[ticks <= ax.get_xlim()[1]])
     ax.set_xlabel("bytes of K and V per token, all layers")
     ax.tick_params(axis="y", length=0)
     ax.spines["left"].set_color(GREY)

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.textpath import TextPath
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from folovllm.viz.style import (
     BLUE,
@@ -105,10 +107,6 @@ def roofline(
             [p.intensity for p in own], [p.flops_per_s for p in own],
             linestyle="", marker=MARKERS[i], markersize=7, color=SERIES[i], label=kind,
         )  # fmt: skip
-        below = (-10, -17) if i % 2 else (7, -10)  # two kinds at one place stay readable
-        for p in own:
-            place = (p.intensity, p.flops_per_s)
-            ax.annotate(p.label, place, below, textcoords="offset points", size=8.5, color=SERIES[i])
     slope = (left * ridge) ** 0.5  # where the label of the rising roof stands: halfway up
     ax.annotate(
         engineering(bandwidth, "B/s"), (slope, slope * bandwidth), (-8, 6), textcoords="offset points", ha="right"
@@ -123,12 +121,50 @@ def roofline(
     ax.set_yscale("log")
     ax.set_xlim(left, right)
     ax.set_ylim(min([*(p.flops_per_s for p in points), left * bandwidth]) / 2, peak_flops * 3)
+    _label_points(ax, figure.get_size_inches(), points, peak_flops, bandwidth)
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: engineering(value, "FLOP/s")))
     ax.set_xlabel("FLOP per byte moved")
     ax.grid(which="major")
     ax.legend(loc="upper left", bbox_to_anchor=(0.0, 0.98))
     return figure
+
+
+def _label_points(
+    ax: Axes, size_inches: NDArray[np.float64], points: Sequence[RooflinePoint], peak_flops: float, bandwidth: float
+) -> None:
+    """Write each point's label at the first of eight places around it that is free: under the roof, on nothing else.
+
+    Distances are in points of 1/72 inch. The size of the axes is estimated: a figure has its layout only when drawn.
+    """
+    low = np.log10([ax.get_xlim()[0], ax.get_ylim()[0]])
+    scale = 72 * 0.8 * size_inches / (np.log10([ax.get_xlim()[1], ax.get_ylim()[1]]) - low)
+
+    def on_paper(x: float, y: float) -> NDArray[np.float64]:
+        return scale * (np.log10([x, y]) - low)
+
+    kinds = list(dict.fromkeys(point.kind for point in points))
+    places = [on_paper(p.intensity, p.flops_per_s) for p in points]
+    taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]  # left, bottom, right, top
+
+    def faults(box: tuple[float, float, float, float]) -> int:
+        x, y = 10 ** (np.array([box[0], box[3]]) / scale + low)  # the corner that comes nearest to the roof
+        covered = sum(box[0] < r and left < box[2] and box[1] < t and b < box[3] for left, b, r, t in taken)
+        return covered + int(y > min(peak_flops, x * bandwidth))
+
+    for point, (x, y) in zip(points, places, strict=True):
+        wide, high = float(TextPath((0, 0), point.label, size=8.5).get_extents().width), 10.0
+        beside, centre = (8.0, -8.0 - wide), -wide / 2
+        options = [(dx, dy) for dy in (-11.0, -4.5, 3.0) for dx in beside] + [(centre, -17.0), (centre, 8.0)]
+        boxes = [(x + dx, y + dy - 2, x + dx + wide, y + dy - 2 + high) for dx, dy in options]  # 2 below the baseline
+        best = min(range(len(boxes)), key=lambda i: faults(boxes[i]))  # the first of the best
+        taken.append(boxes[best])
+        ax.annotate(
+            point.label, (point.intensity, point.flops_per_s),
+            (0 if options[best][0] == centre else 8 * np.sign(options[best][0]), options[best][1]),
+            textcoords="offset points", ha={8.0: "left", centre: "center"}.get(options[best][0], "right"),
+            size=8.5, color=SERIES[kinds.index(point.kind)],
+        )  # fmt: skip
 
 
 @styled

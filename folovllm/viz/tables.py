@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from itertools import groupby
 from statistics import fmean
 
+from rich import box
 from rich.table import Table
 
 from folovllm.engine.trace import PHASES, EngineStats, StepTrace
@@ -16,9 +18,19 @@ SHOWN_STATS = (
     ("prompt_tokens_computed", "prompt tokens computed"),
     ("cached_tokens", "prompt tokens from a cache"),
     ("generated_tokens", "tokens generated"),
-    ("padding_tokens", "padding tokens"),
+    ("padding_tokens", "padding tokens computed"),
+    ("padding_kv_tokens", "masked K/V columns"),
+    ("copied_tokens", "tokens of K/V copied for forks"),
+    ("preemptions", "preemptions"),
     ("max_running", "most requests in a step"),
 )
+
+
+def new_table(title: str, *, head: bool = True, gap: int = 2) -> Table:
+    """A table in the look that all of them share: no frames, and `gap` blanks between columns (at least 1)."""
+    table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), show_header=head)
+    table.title_justify, table.title_style = "left", "bold"
+    return table
 
 
 def milliseconds(seconds: float | None) -> str:
@@ -34,7 +46,7 @@ def request_table(outputs: Sequence[RequestOutput]) -> Table:
 
     TTFT: arrival to first token, waiting included. TPOT: mean time per token after the first.
     """
-    table = Table(title="Requests", title_justify="left")
+    table = new_table("Requests")
     table.add_column("id", justify="right")
     for name in ("prompt", "output"):
         table.add_column(f"{name}\ntokens", justify="right")
@@ -63,7 +75,7 @@ def request_table(outputs: Sequence[RequestOutput]) -> Table:
 
 def phase_table(steps: Iterable[StepTrace]) -> Table:
     """Where the time of a step goes: mean milliseconds of each phase and its share, prefill and decode apart."""
-    table = Table(title="Time in a step", title_justify="left")
+    table = new_table("Time in a step")
     table.add_column("steps")
     table.add_column("count", justify="right")
     for phase in PHASES:
@@ -71,7 +83,7 @@ def phase_table(steps: Iterable[StepTrace]) -> Table:
     table.add_column("outside of\nthe forward", justify="right")
     all_steps = list(steps)
     for name, group in (
-        ("with a prefill", [s for s in all_steps if s.num_prefills]),
+        ("with prefill", [s for s in all_steps if s.num_prefills]),
         ("decode only", [s for s in all_steps if not s.num_prefills]),
     ):
         if not group:
@@ -82,9 +94,67 @@ def phase_table(steps: Iterable[StepTrace]) -> Table:
     return table
 
 
+def step_table(steps: Iterable[StepTrace], most: int = 20) -> Table:
+    """Who shared each step and what that cost. Neighbouring steps with the same work for the same requests are a row.
+
+    Tokens, forwards and ms are those of one step of the row (ms is the mean); padding tokens and masked columns of K/V
+    are those of all its steps; the K/V, in tokens, is the most that a step of the row left behind, and the requests
+    that wait are those after its last step. Of more than `most` rows, the middle ones are left out.
+    """
+    table = new_table("Steps", gap=1)
+    table.add_column("steps", justify="right", no_wrap=True)
+    for head in (
+        "run",
+        "prefill\ntokens",
+        "decode\ntokens",
+        "for-\nwards",
+        "padding\ntokens",
+        "masked\nK/V",
+        "wait",
+        "K/V\nreserved",
+        "K/V\nused",
+        "ms",
+    ):
+        table.add_column(head, justify="right")
+    groups = [list(group) for _, group in groupby(steps, key=_work)]
+    tail = most // 4
+    middle = range(most - tail, len(groups) - tail) if len(groups) > most else range(0)
+    for index, group in enumerate(groups):
+        if index not in middle:
+            table.add_row(*_step_cells(group))
+        elif index == middle.start:
+            last = groups[middle.stop - 1][-1]
+            table.add_row(f"{group[0].step}-{last.step}", *["..."] * 10)
+    return table
+
+
+def _work(step: StepTrace) -> tuple[tuple[str, int, int], ...]:
+    """What makes steps alike: who computed how many tokens, and how many of those were of the prompt."""
+    return tuple((r.request_id, r.num_scheduled, r.num_prompt) for r in step.requests)
+
+
+def _step_cells(group: Sequence[StepTrace]) -> list[str]:
+    """One row of `step_table`."""
+    first, last = group[0], group[-1]
+    prefill = sum(r.num_prompt for r in first.requests)
+    return [
+        f"{first.step}" if first is last else f"{first.step}-{last.step}",
+        f"{len(first.requests)}",
+        f"{prefill}",
+        f"{first.num_scheduled_tokens - prefill}",
+        f"{first.forwards}",
+        f"{sum(s.padding_tokens for s in group)}",
+        f"{sum(s.padding_kv_tokens for s in group):,}",
+        f"{last.num_waiting}",
+        f"{max(s.kv.reserved for s in group):,}",
+        f"{max(s.kv.used for s in group):,}",
+        milliseconds(fmean(s.duration for s in group)),
+    ]
+
+
 def stats_table(stats: EngineStats) -> Table:
     """The engine's counts, one row each; those that are 0 are left out."""
-    table = Table(title="Engine", title_justify="left", show_header=False)
+    table = new_table("Engine", head=False)
     table.add_column("count")
     table.add_column("value", justify="right")
     for name, label in SHOWN_STATS:

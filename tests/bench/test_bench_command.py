@@ -102,6 +102,11 @@ def test_a_job_that_cannot_work_says_why_through_its_process():
         (["--rounds", "0"], "rounds=0"),
         (["--milestones", "m1,m9"], "milestone='m9'"),
         (["--milestones", "m1:loop"], "no variants"),
+        (["--milestones", "m1@2"], "max_num_seqs='2'"),
+        (["--max-num-seqs", "0"], "max_num_seqs=0"),
+        (["--arrival-rate", "0"], "arrival_rate=0.0"),
+        (["--peers", "dynamic:4"], "dynamic:N:S"),
+        (["--milestones", "m2@4,m2@04"], "each system once"),
         (["--peers", "vllm"], "peer='vllm'"),
         (["--peers", "", "--milestones", ""], "nothing to run"),
         (["--base", "hf:static", "--peers", "sequential"], "base='hf:static'"),
@@ -170,13 +175,45 @@ def test_a_failed_system_does_not_lose_the_others(tmp_path: Path, monkeypatch: p
 def test_without_an_out_the_file_says_what_it_holds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cli, "execute_in_process", Fake(RuntimeError(), at=-1))
-    for scale in ((), ("--scale", "0.5")):
-        result = invoke("--dtype", "float32", "--device", "cpu", "--rounds", "1", *scale)
+    for other in ((), ("--scale", "0.5"), ("--arrival-rate", "4")):
+        result = invoke("--dtype", "float32", "--device", "cpu", "--rounds", "1", *other)
         assert result.exit_code == 0, result.output
     assert {p.name for p in (tmp_path / "results").glob("*.json")} == {
         "bench-folo-tiny-float32-cpu.json",
         "bench-folo-tiny-float32-cpu-scale0.5.json",
+        "bench-folo-tiny-float32-cpu-rate4.json",
     }
+
+
+def test_batch_sizes_and_arrivals_reach_the_runs_and_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    jobs: list[Job] = []
+    fake = Fake(RuntimeError(), at=-1)
+    monkeypatch.setattr(cli, "execute_in_process", lambda job: jobs.append(job) or fake(job))
+    options = "--milestones m1,m2:loop,m2:padded@2 --peers static:4 --workloads w2 --rounds 1 --dtype float32"
+    more = f"--device cpu --max-num-seqs 8 --arrival-rate 2.5 --out {tmp_path}/a.json"
+    result = invoke(*options.split(), *more.split())
+    assert result.exit_code == 0, result.output
+    assert "w2: 16 arriving at 2.5/s, 32-256 in" in result.output
+    assert "no roofline: the requests come one by one" in " ".join(result.output.split())
+    assert [(job.system.name, job.system.max_num_seqs) for job in jobs if job.system] == [
+        ("m1", None),
+        ("m2:loop", 8),
+        ("m2:padded@2", 2),
+        ("hf:static:4", None),
+    ]
+    assert {job.arrival_rate for job in jobs} == {2.5}
+    report = json.loads((tmp_path / "a.json").read_text())
+    assert report["arrival_rate"] == 2.5
+    assert report["workloads"]["w2"]["arrivals"] == [r.arrival for r in draw(WORKLOADS["w2"], 100, arrival_rate=2.5)]
+    assert "--max-num-seqs 8 --arrival-rate 2.5" in report["command"]
+
+
+def test_a_result_without_a_commit_is_announced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(cli, "execute_in_process", Fake(RuntimeError(), at=-1))
+    for commit in (None, "0" * 40):
+        monkeypatch.setattr(cli.machine, "git_state", lambda commit=commit: {"commit": commit, "dirty": None})
+        result = invoke("--workloads", "w1", "--rounds", "1", "--out", str(tmp_path / "a.json"))
+        assert ("outside of a git repository" in " ".join(result.output.split())) == (commit is None)
 
 
 def test_the_command_in_the_file_repeats_it_without_naming_folders():

@@ -35,6 +35,7 @@ def run(rate: float, **other: Any) -> dict[str, Any]:
         "kv_reserved_bytes": 4 * 2**20,
         "kv_used_bytes": 2**20,
         "padding_share": 0.25,
+        "kv_padding_share": 0.375,
         "overhead_share": 0.05,
         "token_hashes": ["a", "b"],
         "peak_memory_bytes": 600 * 2**20,
@@ -61,6 +62,7 @@ def report_of(rounds: list[Round], systems: list[str], base: str) -> dict[str, A
         "dtype": "float32",
         "load_format": "auto",
         "scale": 1.0,
+        "workloads": {"w1": {"about": "one request"}, "w2": {"about": "some arriving at 4/s"}},
         "roofline_left_out": None,
     }
     return build_report(header, Measurements(rounds, left_out), systems, base)
@@ -166,6 +168,14 @@ def test_the_roofline_uses_the_ceilings_of_its_own_round():
     assert summarize(rounds, ["m1"], "m1")["w1"]["m1"]["roofline_share"]["max"] == max(shares)
 
 
+def test_arrivals_of_their_own_leave_no_roofline():
+    rounds = rounds_of(m1=[30])
+    config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
+    coming = {"w1": [BenchRequest([1, 2], 4), BenchRequest([1, 2], 4, arrival=0.5)]}
+    assert "come one by one" in str(add_roofline(rounds, config, 2, coming))
+    assert rounds[0].runs["w1"]["m1"]["roofline_share"] is None
+
+
 def test_a_model_without_formulas_has_no_roofline():
     rounds = rounds_of(m1=[30])
     config = LlamaConfig(hidden_size=64, num_attention_heads=4)
@@ -179,7 +189,12 @@ def test_a_model_without_formulas_has_no_roofline():
 
 
 def test_the_tables_fit_their_width_and_cut_nothing():
-    rates = {"m1": [12345.6, 23456.7], "m2:padded": [1.23, 2.34], "hf:sequential": [801, 1234.5]}
+    rates = {
+        "m1": [12345.6, 23456.7],
+        "m2:padded@16": [1.23, 2.34],
+        "hf:dynamic:16:0.25": [120.0, 130.0],
+        "hf:sequential": [801, 1234.5],
+    }
     rounds = rounds_of(**rates)
     for current in rounds:
         for system, values in rates.items():
@@ -191,7 +206,11 @@ def test_the_tables_fit_their_width_and_cut_nothing():
     text = console.export_text()
     assert "…" not in text and max(map(len, text.splitlines())) <= TABLE_WIDTH
     for expected in (
-        "m2:padded",
+        "w1: one request",
+        "m2:padded@16",
+        "hf:dynamic:16 ",
+        ":0.25 ",
+        "38%",
         "17,901",
         "12,346-23,457",
         "17.21",
@@ -227,6 +246,7 @@ def test_the_plot_shows_every_system_of_every_workload():
     left = [axes for axes in figure.axes if axes.patches]
     assert [[label.get_text() for label in axes.get_yticklabels()] for axes in left] == [["m1", "base"], ["m1"]]
     assert [[bar.get_width() for bar in axes.patches] for axes in left] == [[25.0, 15.0], [5.0]]
+    assert [axes.get_title(loc="left") for axes in left] == ["w1: one request", "w2: some arriving at 4/s"]
     with pytest.raises(ValueError, match="no results"):
         plot(report_of([], ["m1"], "m1"))
 

@@ -98,9 +98,13 @@ def test_watchers_hear_of_each_job_before_and_after():
 
 
 def test_a_job_survives_its_file(tmp_path: Path):
-    job = Job(System("m2:loop", milestone="m2", variant="loop"), "w2", "x", "float32", "cpu", "dummy", 1, 0.5, 64)
-    job.save(tmp_path / "job.json")
-    assert Job.load(tmp_path / "job.json") == job
+    for system in (
+        System("m2:loop@4", milestone="m2", variant="loop", max_num_seqs=4),
+        System("hf:dynamic:4:0.25", peer="dynamic", batch_size=4, window=0.25),
+    ):
+        job = Job(system, "w2", "x", "float32", "cpu", "dummy", 1, 0.5, 64, 8.0)
+        job.save(tmp_path / "job.json")
+        assert Job.load(tmp_path / "job.json") == job
     TEMPLATE.save(tmp_path / "job.json")
     assert Job.load(tmp_path / "job.json") == TEMPLATE
 

@@ -7,11 +7,13 @@ import pytest
 from folovllm.bench.engines import engine_kwargs
 from folovllm.bench.record import token_hash
 from folovllm.bench.systems import (
+    System,
     choose_base,
     not_applicable,
     parse_milestones,
     parse_peers,
     variants_of,
+    with_max_num_seqs,
 )
 from folovllm.bench.workloads import (
     WORKLOADS,
@@ -136,6 +138,69 @@ def test_names_that_do_not_exist_are_refused_with_those_that_do():
         parse_peers("vllm")
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("static:0", r"peer='static:0': batch_size='0' is not valid; allowed: an integer >= 1"),
+        ("static:four", r"batch_size='four'"),
+        ("static:", r"batch_size=''"),
+        ("static:4:1", r"peer='static:4:1' is not valid; allowed: .*static:N, dynamic:N:S"),
+        ("dynamic", r"peer='dynamic' is not valid; allowed: .*dynamic:N:S"),
+        ("dynamic:4", r"peer='dynamic:4' is not valid"),
+        ("hf:dynamic:4:x", r"peer='dynamic:4:x': window='x' is not valid; allowed: a number >= 0, in seconds"),
+        ("dynamic:4:-1", r"window='-1'"),
+        ("dynamic:4:nan", r"window='nan'"),
+        ("dynamic:-4:1", r"batch_size='-4'"),
+        ("continuous:4", r"peer='continuous:4' is not valid"),
+        ("sequential:1", r"peer='sequential:1' is not valid"),
+    ],
+)
+def test_peers_with_numbers_that_cannot_be(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_peers(name)
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("m1@2", r"milestone='m1@2': max_num_seqs='2' is not valid; allowed: an integer >= 1 and <= 1"),
+        ("m2@0", r"milestone='m2@0': max_num_seqs='0' is not valid; allowed: an integer >= 1$"),
+        ("m2@", r"max_num_seqs=''"),
+        ("m2:padded@4@5", r"max_num_seqs='4@5'"),
+        ("m2@4:padded", r"max_num_seqs='4:padded'"),
+        ("m2:paged@4", r"milestone='m2:paged@4' is not valid; allowed: m2:padded, m2:loop"),
+    ],
+)
+def test_limits_that_cannot_be(name, message):
+    with pytest.raises(ValueError, match=message):
+        parse_milestones(name)
+
+
+def test_numbers_in_names():
+    assert parse_milestones("m2:padded@04, m2@1,m1@1") == [
+        System("m2:padded@4", milestone="m2", variant="padded", max_num_seqs=4),
+        System("m2@1", milestone="m2", max_num_seqs=1),
+        System("m1@1", milestone="m1", max_num_seqs=1),
+    ]
+    assert parse_peers("static:4,hf:dynamic:8:0.250") == [
+        System("hf:static:4", peer="static", batch_size=4),
+        System("hf:dynamic:8:0.25", peer="dynamic", batch_size=8, window=0.25),
+    ]
+
+
+def test_a_common_limit_is_for_milestones_that_name_none():
+    systems = [*parse_milestones("m1,m2,m2:padded@8"), *parse_peers("static")]
+    assert [s.max_num_seqs for s in with_max_num_seqs(systems, 4)] == [None, 4, 8, None]
+    assert with_max_num_seqs(systems, None) == systems
+
+
+def test_a_rate_shows_in_what_is_said_of_a_workload():
+    assert WORKLOADS["w2"].describe() == "16 at once, 32-256 in, 16-128 out"
+    assert WORKLOADS["w2"].describe(2.5) == "16 arriving at 2.5/s, 32-256 in, 16-128 out"
+    assert all("at once" not in w.describe(1) for w in WORKLOADS.values())
+    assert all("arriving" in w.describe(1) for w in WORKLOADS.values() if w.num_requests > 1)
+
+
 def test_names_become_systems():
     assert [s.name for s in parse_milestones("all")] == list(MILESTONES)
     assert [s.name for s in parse_milestones(" m1 ,")] == ["m1"]
@@ -165,8 +230,9 @@ def test_the_base_is_the_first_peer_unless_one_is_named():
 
 def test_generate_takes_no_late_request():
     mixed, w2 = WORKLOADS["mixed"], WORKLOADS["w2"]
-    reasons = {s.name: not_applicable(s, mixed) for s in [*parse_milestones("m1"), *parse_peers("all")]}
-    assert {name for name, reason in reasons.items() if reason} == {"hf:sequential", "hf:static"}
+    peers = parse_peers("sequential,static,static:4,dynamic:4:1,continuous")
+    reasons = {s.name: not_applicable(s, mixed) for s in [*parse_milestones("m1"), *peers]}
+    assert [name for name, reason in reasons.items() if reason] == [s.name for s in peers[:-1]]
     assert all(not_applicable(s, w2) is None for s in parse_peers("all"))
 
 

@@ -61,6 +61,19 @@ EXPECTED = {
     "stream-tokens": "17",
     "stream-replacement-characters": "5",  # two bytes of e acute, three of the euro sign
     "stop-string-tokens": "4",
+    "padding-unequal-cells": "900",  # 3 x 300
+    "padding-unequal-tokens": "352",
+    "padding-unequal": "60.9 %",
+    "padding-nearly-equal": "1.8 %",  # 2 of 111
+    "padding-mixed-cells": "800",
+    "padding-mixed-tokens": "107",
+    "padding-mixed": "86.6 %",  # 99 x 7 of 800
+    "padding-exercise-cells": "13",
+    "padding-exercise-used": "56.7 %",  # 17 of 30
+    "reservation": "1,024",
+    "reservation-admitted": "4",
+    "reservation-used": "14.6 %",  # 149 of 1024: the last token of an answer is never fed
+    "reservation-by-use": "27",
 }
 EXPECTED_TABLES = {
     "recompute-ratios": [["10", "5.5", "7"], ["100", "50.5", "67"], ["1,000", "500.5", "667"]],
@@ -81,9 +94,16 @@ EXPECTED_TABLES = {
         ["512", "17,179", "410", "205"],
         ["4,096", "137,438", "1,370", "683"],
     ],
+    "batching-steps": [
+        ["10, 20, 30, 100", "160", "100", "40 %", "100", "1.00"],
+        # The long ones start in steps 0, 30, 70 and 110.
+        ["these, 4 times", "640", "400", "40 %", "210", "1.90"],
+        ["40, 16 times", "640", "160", "100 %", "160", "1.00"],
+    ],
 }
-# Derived from what stands in a results file: the prompt's length, the ceilings.
-FROM_RESULTS = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3", "machine-ridge"}
+# Derived from what stands in a results file: the prompt's length, the ceilings, requests, counts of passes and steps.
+FROM_RESULTS = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3", "machine-ridge", "w2-prefill-padding", "w2-kv-padding"}
+FROM_RESULTS |= {"m1-w2-passes", "m2-loop-passes", "m2-padded-passes", "m2-fcfs-steps", "m2-sjf-steps"}
 
 
 @pytest.mark.parametrize(("claim_id", "text"), EXPECTED.items())
@@ -168,7 +188,8 @@ def results_of_the_course() -> list[str]:
 @pytest.mark.parametrize("file", results_of_the_course())
 def test_a_results_file_says_where_it_was_measured_and_sums_up_its_rounds(file: str) -> None:
     data = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
-    assert data["command"].startswith("python tools/measure_course.py ")
+    of_the_bench = data["command"].startswith("python -m folovllm.bench ")
+    assert of_the_bench or data["command"].startswith("python tools/measure_course.py ")
     assert data["hardware"]["cpu"] and data["hardware"]["threads"]
     assert data["versions"]["torch"] and data["versions"]["transformers"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", data["date"])
@@ -184,7 +205,36 @@ def test_a_results_file_says_where_it_was_measured_and_sums_up_its_rounds(file: 
             spread = {"median": statistics.median(rounds), "min": min(rounds), "max": max(rounds)}
             assert summary == {**spread, "rounds": len(rounds)}
 
-    check(data["summary"], data["rounds"])
+    if not of_the_bench:
+        check(data["summary"], data["rounds"])
+        return
+    for workload, systems in data["summary"].items():
+        rounds = [current["runs"][workload] for current in data["rounds"]]
+        for system, numbers in systems.items():
+            check(numbers["wall_s"], [runs[system]["wall_s"] for runs in rounds])
+            speeds = [[runs[name]["output_tokens_per_s"] for name in (system, data["base"])] for runs in rounds]
+            check(numbers["ratio_to_base"], [own / base for own, base in speeds])
+
+
+def test_what_chapter_3_says_of_passes_and_arms_holds_in_its_results() -> None:
+    data = ledger.result("m2-w2-qwen3-0.6b")
+    assert data["base"] == "m1"
+    tokens = sum(max_tokens for _, max_tokens, *_ in data["workloads"]["w2"]["requests"])
+    assert claims.claim_text("m1-w2-passes") == claims.claim_text("m2-loop-passes") == f"{tokens:,}"
+    assert int(claims.claim_text("m2-padded-passes").replace(",", "")) < tokens / 4
+    tiny = ledger.result("m2-batching-folo-tiny")
+    arms = {arm: numbers["forwards"]["median"] for arm, numbers in tiny["summary"]["arms"].items()}
+    outputs = [output for _, output in tiny["requests"]]
+    assert arms["m1"] == arms["m2-loop-4"] == arms["m2-loop-16"] == sum(outputs)
+    assert arms["static-4"] == sum(max(outputs[i : i + 4]) for i in range(0, 16, 4))
+    assert arms["m2-padded-4"] < arms["static-4"]
+    waits = {policy: tiny["policies"][policy]["waited_steps"] for policy in ("fcfs", "priority", "sjf")}
+    assert sum(waits["sjf"]) < sum(waits["fcfs"])
+    urgent = [i for i, priority in enumerate(tiny["policies"]["priorities"]) if priority == 0]
+    assert max(waits["priority"][i] for i in urgent) < min(waits["fcfs"][-1], waits["sjf"][-1])
+    assert waits["fcfs"] == sorted(waits["fcfs"])
+    assert tiny["starvation"]["sjf"] == sorted(set(tiny["starvation"]["sjf"]))
+    assert len(set(tiny["starvation"]["fcfs"])) == 1
 
 
 def test_the_mistakes_of_chapter_1_show_and_the_right_ways_agree() -> None:

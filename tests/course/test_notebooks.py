@@ -28,6 +28,10 @@ FIGURES = {
         *("shape_flow", "phase_times", "filter_stages", "token_match", "text_release", "text_release"),
         "request_gantt",
     ],
+    "03_continuous_batching": [
+        *("batch_gantt", "batch_gantt", "padding_map", "padding_growth", "padding_map", "padding_over_steps"),
+        *("queue_depth", "waiting_times", "starvation", "throughput_by_batch", "ratio_bars"),
+    ],
 }
 
 
@@ -230,3 +234,36 @@ def test_lab_2_ends_requests_in_four_ways_and_takes_no_text_back() -> None:
     texts = dict(table("02_engine", "parameters"))
     assert texts["temperature 0.8, seed 1"] == texts["temperature 0.8, seed 1, again"]
     assert texts["temperature 0.8, seed 1"] != texts["temperature 0.8, seed 2"]
+
+
+def test_lab_3_needs_fewer_steps_and_lets_nobody_wait_for_others_to_end() -> None:
+    shown = outputs_as_text("03_continuous_batching")
+    least = int(re.findall(r"at least \d+ tokens / 4 seats = (\d+) steps", shown)[0])
+    static, continuous = table("03_continuous_batching", "way | steps")
+    assert least <= int(continuous[1]) < int(static[1])
+    assert float(continuous[2]) < float(static[2])  # TTFT
+    rows = {row[0]: [float(cell) for cell in row[1:]] for row in table("03_continuous_batching", "way | mean TTFT")}
+    assert all(rows["continuous"][i] < min(rows["static"][i], rows["dynamic"][i]) for i in range(3))
+
+
+def test_lab_3_has_a_control_arm_that_gains_nothing_from_its_scheduler() -> None:
+    assert "same tokens everywhere: True" in outputs_as_text("03_continuous_batching")
+    rows = table("03_continuous_batching", "arm | seats")
+    forwards = {(arm, int(seats)): int(count) for arm, seats, count, *_ in rows}
+    speed = {(arm, int(seats)): float(tokens) for arm, seats, *_, tokens in rows}
+    ways = {arm: [key for key in forwards if key[0] == arm] for arm, _ in forwards}
+    assert {forwards[key] for key in [("M1", 1), *ways["loop"]]} == {forwards["M1", 1]}
+    padded = [forwards[key] for key in ways["padded"]]
+    assert padded == sorted(padded, reverse=True) and padded[0] > 4 * padded[-1]
+    assert 0.6 < speed["loop", 16] / speed["M1", 1] < 1.5
+    assert speed["padded", 16] > 2 * speed["loop", 16]
+
+
+def test_lab_3_tells_scheduling_from_batching() -> None:
+    rows = {row[0]: [float(cell) for cell in row[1:]] for row in table("03_continuous_batching", "arm | mean TTFT")}
+    ttft, whole, _, itl = zip(rows["M1"], rows["loop, 16"], rows["padded, 16"], strict=True)
+    assert ttft[1] < ttft[0] and itl[1] > 3 * itl[0]  # taking turns: an early first token, then a slow rest
+    assert whole[2] < min(whole[:2])
+    loop, padded = table("03_continuous_batching", "arm | steps")
+    assert loop[1:3] == padded[1:3]  # the same steps, filled alike
+    assert float(padded[4]) > 1.5 * float(loop[4])

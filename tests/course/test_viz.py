@@ -25,7 +25,7 @@ from folovllm.kv_cache.formulas import (
 )
 from folovllm.kv_cache.interface import KVUsage
 from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from folovllm.viz import flow, kv, masks, roofline, sampling, style, timeline
+from folovllm.viz import batching, flow, kv, masks, padding, roofline, sampling, style, timeline
 from folovllm.viz.notebook import MarkdownTable, progress
 
 L = 6
@@ -103,6 +103,43 @@ OUTPUTS = [
 ]
 
 
+# Two seats and three requests, 10 ms a step: "0" and "1" start together, "2" takes the seat of "0".
+def shared_step(number: int, shares: dict[str, tuple[int, int]], waiting: int, padding_kv: int = 0) -> StepTrace:
+    """A step of `shares`: request -> (prompt tokens computed, K/V tokens after it)."""
+    start = 5.0 + 0.01 * number
+    phases = {"schedule": (start, start), "update": (start, start + 0.01)}
+    requests = [RequestStep(i, p or 1, p, 0, known, 1, 1, "RUNNING") for i, (p, known) in shares.items()]
+    return StepTrace(number, phases, requests, waiting, len(shares), 64, 1, 0, KVUsage(99, 9, 9),
+                     padding_kv_tokens=padding_kv)  # fmt: skip
+
+
+SHARED = [
+    shared_step(0, {"0": (3, 3), "1": (2, 2)}, waiting=1, padding_kv=1),
+    shared_step(1, {"0": (0, 4), "1": (0, 3)}, waiting=1, padding_kv=1),
+    shared_step(2, {"1": (0, 4), "2": (5, 5)}, waiting=0),
+    shared_step(3, {"1": (0, 5)}, waiting=0),
+]
+# The same in batches of two: "0" has its last token at 20 ms, and its seat is held until 40 ms.
+BATCHES = [{"requests": [0, 1], "start": 5.0, "end": 5.04}, {"requests": [2], "start": 5.05, "end": 5.07}]
+STATIC = batching.lives_from_batches(
+    BATCHES, [5.0, 5.0, 5.0], [[5.01, 5.02], [5.01, 5.02, 5.03, 5.04], [5.06, 5.07]]
+)  # fmt: skip
+
+
+def continuous() -> list[batching.Life]:
+    return batching.lives_from_trace(SHARED, {"0": 5.0, "1": 5.0, "2": 4.995})
+
+
+def spread_of(*rounds: float) -> dict[str, float]:
+    return {"median": float(np.median(rounds)), "min": min(rounds), "max": max(rounds)}
+
+
+SIZES = {
+    "padded": {1: spread_of(9, 10, 12), 16: spread_of(50, 60, 70)},
+    "loop": {1: spread_of(10, 10, 11), 16: spread_of(10, 11, 12)},
+}
+
+
 # --- every figure once, for what holds for all of them ------------------------------------------------------------
 
 
@@ -144,6 +181,24 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         TRACE, ["a", "b"], submitted={"b": 1}, endings={"a": "length", "b": "stop (' a stop string')"}, title="Life"
     ),
     "phase_times": lambda: timeline.phase_times(TRACE, title="Parts"),
+    "batch_gantt": lambda: batching.batch_gantt({"static, batches of 2": STATIC, "continuous": continuous()}),
+    "queue_depth": lambda: batching.queue_depth(
+        {policy: batching.depth_of_trace(SHARED) for policy in ("fcfs", "priority", "sjf")}, title="Queue"
+    ),
+    "waiting_times": lambda: batching.waiting_times(
+        {"fcfs": [0.0, 120.0, 30.5], "sjf": [0.0, 8.0, 130.0]}, ["4 + 5", "9 + 48", "20 + 3, urgent"], title="Waits"
+    ),
+    "starvation": lambda: batching.starvation([0, 4, 8], {"fcfs": [4, 4, 4], "sjf": [4, 8, 12]}),
+    "throughput_by_batch": lambda: batching.throughput_by_batch(SIZES, ("M1", spread_of(9, 10, 11)), title="T"),
+    "ratio_bars": lambda: batching.ratio_bars({"loop": spread_of(0.9, 1, 1.2), "padded": spread_of(3, 4, 5)}),
+    "padding_map": lambda: padding.padding_map(
+        {"prefill": padding.batch_rectangle([5, 2]), "the last step's K/V": padding.batch_rectangle([5, 2], [2, 4], 3)},
+        title="Cells",
+    ),
+    "padding_over_steps": lambda: padding.padding_over_steps(
+        {"static": padding.kv_cells_of_static([5, 2], [2, 4], 2), "continuous": padding.kv_cells_of_trace(SHARED)}
+    ),
+    "padding_growth": lambda: padding.padding_growth([2, 8, 16], [25, 50, 100], title="Growth"),
     "filter_stages": lambda: sampling.filter_stages(
         {"own": probabilities(), "cut": np.where(probabilities() > 0.03, probabilities(), 0)},
         [f"_token{i}" for i in range(300)],
@@ -215,6 +270,7 @@ def test_the_colours_are_those_of_okabe_and_ito() -> None:
         (kv.ABSENT, kv.REUSED, kv.COMPUTED),
         (timeline.WAITING, timeline.PREFILL, timeline.DECODE),
         (sampling.EQUAL, sampling.DIFFERENT, sampling.NOTHING),
+        (padding.NEEDED, padding.PADDING, padding.DONE),
     ],
 )
 def test_cells_differ_without_colour(kinds: tuple[style.Kind, ...]) -> None:
@@ -389,6 +445,22 @@ def test_the_roof_is_the_smaller_of_both_ceilings() -> None:
     assert len(set(markers)) == 2
 
 
+def test_labels_of_points_that_crowd_under_the_roof_cover_nothing() -> None:
+    places = [(0.5, 7e9), (2.0, 14e9), (7.9, 39e9), (30.2, 63e9),
+              (7.8, 47e9), (30.3, 75e9), (123.0, 86e9), (231.0, 65e9)]  # fmt: skip
+    points = [roofline.RooflinePoint(f"prefill {i}", *place, "model") for i, place in enumerate(places)]
+    figure = roofline.roofline(9.5e10, 2.5e10, points)
+    FigureCanvasAgg(figure).draw()
+    (ax,) = figure.axes
+    labels = [t.get_window_extent() for t in ax.texts if t.get_text().startswith("prefill")]
+    assert len(labels) == len(points)
+    for i, label in enumerate(labels):
+        assert not any(label.overlaps(other) for other in labels[:i])
+        assert not any(label.contains(*ax.transData.transform(place)) for place in places)
+        x, y = ax.transData.inverted().transform((label.x0, label.y1))
+        assert y < min(9.5e10, 2.5e10 * x)
+
+
 def test_attention_crosses_the_linear_layers_of_llama_2_7b_near_24_7k() -> None:
     config = llama_7b()
     crossing = linear_flops_per_token(config) / attention_flops_per_token(config, 1)
@@ -458,6 +530,177 @@ def test_phases_are_means_with_their_share_of_the_step() -> None:
     assert y_labels(ax) == list(PHASES)
     assert "71 ms, 94.7%" in texts(ax)  # 71 of 75
     assert ax.get_ylim()[0] > ax.get_ylim()[1]  # the first phase at the top
+
+
+# --- batching ---------------------------------------------------------------------------------------------------
+
+
+def bars(ax: Axes, label: str) -> list[tuple[int, float, float]]:
+    """(lane, start, width), in milliseconds, of the bars of one kind."""
+    found = []
+    for collection in ax.collections:
+        if collection.get_label() == label:
+            for path in collection.get_paths():
+                x, y = path.vertices[:4, 0], path.vertices[:4, 1]
+                found.append((round(float(y.mean())), round(float(x.min()), 3), round(float(np.ptp(x)), 3)))
+    return found
+
+
+def test_a_life_in_a_batch_ends_with_the_batch_and_in_an_engine_with_its_request() -> None:
+    figure = batching.batch_gantt({"static": STATIC, "continuous": continuous()}, title="The same three")
+    top, below = figure.axes
+    assert bars(top, "prefill") == [(0, 0, 10), (1, 0, 10), (2, 50, 10)]
+    assert bars(top, "decode") == [(0, 10, 10), (1, 10, 10), (1, 20, 10), (1, 30, 10), (2, 60, 10)]
+    assert bars(top, "held") == [(0, 20, 20)]
+    assert bars(top, "waiting") == [(0, 0, 0), (1, 0, 0), (2, 0, 50)]
+    assert texts(top) == ["20 ms"]
+    # Request 2 came 5 ms before the others, so that panel's clock starts there.
+    assert bars(below, "prefill") == [(0, 5, 10), (1, 5, 10), (2, 25, 10)]
+    assert bars(below, "decode") == [(0, 15, 10), (1, 15, 10), (1, 25, 10), (1, 35, 10)]
+    assert bars(below, "held") == []
+    assert bars(below, "waiting") == [(0, 5, 0), (1, 5, 0), (2, 0, 25)]
+    # 20 of 40 + 40 + 20 ms of taken seats.
+    assert top.get_title(loc="left") == "static: all done after 70 ms, 20% of the seats' time held for nothing"
+    assert below.get_title(loc="left") == "continuous: all done after 45 ms"
+    assert top.get_xlim() == below.get_xlim() == pytest.approx((0, 70.7))
+    assert y_labels(top) == ["0", "1", "2"]
+    assert len(legend_labels(figure)) == 4
+
+
+def test_lives_can_be_put_on_another_clock_and_need_a_prompt_that_was_computed() -> None:
+    moved = [life.shifted(-5.0) for life in STATIC]
+    assert moved[0].prefills == [pytest.approx((0, 0.01))]
+    assert moved[2].decodes == [pytest.approx((0.06, 0.07))]
+    assert (moved[0].arrival, moved[0].finished, moved[0].released) == pytest.approx((0, 0.02, 0.04))
+    a, b = (batching.batch_gantt({"x": lives}) for lives in (STATIC, moved))
+    assert bars(a.axes[0], "decode") == bars(b.axes[0], "decode")
+    with pytest.raises(ValueError, match="'9'"):
+        batching.lives_from_trace(SHARED, {"9": 0.0})
+
+
+def test_a_rectangle_holds_tokens_padding_and_what_is_left_of_finished_requests() -> None:
+    prompts, most = [3, 1, 2], [4, 1, 2]
+    assert padding.batch_rectangle(prompts).tolist() == [[0, 0, 0], [1, 1, 0], [1, 0, 0]]
+    # Request 1 asked for one token, which the prefill gave; request 2 feeds one and is done after that.
+    assert padding.batch_rectangle(prompts, most, 1).tolist() == [[0, 0, 0, 0], [1, 1, 2, 2], [1, 0, 0, 0]]
+    assert padding.batch_rectangle(prompts, most, 2).tolist() == [[0] * 5, [1, 1, 2, 2, 2], [1, 2, 2, 2, 2]]
+
+
+def test_one_long_prompt_beside_seven_of_one_token_is_mostly_padding() -> None:
+    figure = padding.padding_map({"prefill": padding.batch_rectangle([100] + [1] * 7)})
+    (ax,) = figure.axes
+    assert (cells(ax) == 0).sum() == 107
+    assert marks(ax, padding.PADDING.label) == {(row, column) for row in range(1, 8) for column in range(99)}
+    assert ax.get_title(loc="left") == "prefill: 107 of 800 cells needed, 86.6% padding"
+    assert legend_labels(figure) == [padding.NEEDED.label, padding.PADDING.label]
+
+
+def test_a_map_counts_what_finished_requests_leave_behind() -> None:
+    figure = padding.padding_map({"K/V": padding.batch_rectangle([5, 2], [2, 4], 3)})
+    (ax,) = figure.axes
+    assert marks(ax, padding.DONE.label) == {(0, column) for column in range(8)}
+    assert ax.get_title(loc="left") == "K/V: 5 of 16 cells needed, 18.8% padding, 50.0% of finished requests"
+    assert legend_labels(figure)[-1] == padding.DONE.label
+
+
+def test_cells_of_static_batches_are_those_of_the_bench() -> None:
+    # The bench derives them from sums over requests and steps, never from cells.
+    from folovllm.bench.peers import batch_work
+    from folovllm.bench.workloads import BenchRequest
+
+    rng = np.random.default_rng(0)
+    prompts, most = rng.integers(1, 30, 8).tolist(), rng.integers(1, 20, 8).tolist()
+    requests = [BenchRequest([1] * p, m) for p, m in zip(prompts, most, strict=True)]
+    found = padding.kv_cells_of_static(prompts, most, 4)
+    work = [batch_work(requests[:4]), batch_work(requests[4:])]
+    assert len(found) == max(most[:4]) + max(most[4:])
+    assert found.sum() == sum(w.kv_columns for w in work)
+    assert found[:, 0].sum() == sum(w.kv_columns_needed for w in work)
+
+
+def test_bars_over_steps_stack_the_cells_of_each() -> None:
+    arms = {"static": padding.kv_cells_of_static([5, 2], [2, 4], 2), "continuous": padding.kv_cells_of_trace(SHARED)}
+    assert arms["static"].tolist() == [[7, 3, 0], [9, 3, 0], [4, 3, 7], [5, 3, 8]]
+    assert arms["continuous"].tolist() == [[5, 1, 0], [7, 1, 0], [9, 0, 0], [5, 0, 0]]
+    figure = padding.padding_over_steps(arms)
+    top, below = figure.axes
+    heights = [[bar.get_height() for bar in container] for container in top.containers]
+    assert heights == arms["static"].T.tolist()
+    assert [bar.get_y() for bar in top.containers[2]] == [10, 12, 7, 8]
+    assert top.get_title(loc="left") == "static: 4 steps, 52% of all cells are for nobody"  # 27 of 52
+    assert below.get_title(loc="left") == "continuous: 4 steps, 7% of all cells are for nobody"  # 2 of 28
+    assert top.get_ylim() == below.get_ylim()
+    assert top.get_ylim()[0] == 0 < 13 < top.get_ylim()[1]  # no bar is cut off
+
+
+def test_padding_grows_in_a_straight_line_with_either_number() -> None:
+    left, right = padding.padding_growth([2, 8, 16], [25, 100]).axes
+    for ax, labels in ((left, ["n = 25", "n = 100"]), (right, ["B = 2", "B = 8", "B = 16"])):
+        for label in labels:
+            x, y = line(ax, label)
+            assert np.diff(y) / np.diff(x) == pytest.approx([y[-1] / (x[-1] - 1)] * (len(x) - 1))
+    # What is drawn is what cells say.
+    assert line(left, "n = 100")[1][2] == (padding.batch_rectangle([100] + [1] * 7) == 1).sum() == 693
+    assert line(right, "B = 8")[1][2] == 693
+
+
+def test_the_queue_is_that_of_the_trace() -> None:
+    assert batching.depth_of_trace(SHARED).tolist() == [[1, 2], [1, 2], [0, 2], [0, 1]]
+    figure = batching.queue_depth({"fcfs": batching.depth_of_trace(SHARED), "sjf": [[3, 1], [2, 1]]})
+    left, right = figure.axes
+    waiting, running = (patch.get_data().values.tolist() for patch in left.patches)
+    assert (waiting, running) == ([1, 1, 0, 0], [2, 2, 2, 1])
+    assert left.patches[0].get_data().baseline == 0
+    assert [ax.get_title(loc="left") for ax in (left, right)] == ["fcfs: 4 steps", "sjf: 2 steps"]
+    assert left.get_ylim() == right.get_ylim()
+    assert legend_labels(figure) == ["waiting", "running"]
+
+
+def test_waits_stand_in_the_row_of_their_request_beside_the_mean() -> None:
+    figure = batching.waiting_times({"fcfs": [0.0, 60.0, 30.0], "sjf": [0.0, 8.0, 70.0]}, ["a", "b", "c"])
+    (ax,) = figure.axes
+    fcfs, sjf = "fcfs: mean 30 ms, longest 60 ms", "sjf: mean 26 ms, longest 70 ms"
+    assert legend_labels(figure) == [fcfs, sjf]
+    assert line(ax, fcfs)[0].tolist() == [0, 60, 30]
+    assert np.round(line(ax, sjf)[1]).tolist() == [0, 1, 2]
+    assert [ln.get_xdata()[0] for ln in ax.lines if ln.get_linestyle() == "--"] == [30, 26]
+    assert y_labels(ax) == ["a", "b", "c"]
+    with pytest.raises(ValueError, match="2 values"):
+        batching.waiting_times({"fcfs": [1.0, 2.0]}, ["a", "b", "c"])
+
+
+def test_starvation_is_drawn_over_the_stream() -> None:
+    (ax,) = batching.starvation([0, 4, 8], {"fcfs": [4, 4, 4], "sjf": [4, 8, 12]}).axes
+    assert line(ax, "fcfs")[1].tolist() == [4, 4, 4]
+    assert line(ax, "sjf")[0].tolist() == [0, 4, 8]
+    assert line(ax, "sjf")[1].tolist() == [4, 8, 12]
+    assert ax.get_ylim()[0] == 0
+
+
+def test_throughput_is_the_median_with_its_range_over_the_batch() -> None:
+    figure = batching.throughput_by_batch(SIZES, ("M1", spread_of(8, 10, 11)))
+    (ax,) = figure.axes
+    drawn = {c.get_label(): c for c in ax.containers}
+    assert drawn["padded"].lines[0].get_ydata().tolist() == [10, 60]
+    (ends,) = drawn["padded"].lines[2]
+    assert [segment[:, 1].tolist() for segment in ends.get_segments()] == [[9, 12], [50, 70]]
+    assert line(ax, "M1")[1].tolist() == [10, 10]
+    (band,) = ax.patches
+    assert (band.get_y(), band.get_height()) == (8, 3)
+    assert x_labels(ax) == ["1", "16"]
+    assert ax.get_ylim()[0] == 0
+    assert set(legend_labels(figure)) == {"M1", "padded", "loop"}
+
+
+def test_ratios_are_bars_from_nothing_with_their_range() -> None:
+    (ax,) = batching.ratio_bars({"loop": spread_of(0.9, 1.0, 1.25), "padded": spread_of(3, 4, 5)}).axes
+    assert [(p.get_x(), p.get_width()) for p in ax.patches] == [(0, 1.0), (0, 4)]
+    assert texts(ax) == ["1.00x  (0.90 to 1.25)", "4.00x  (3.00 to 5.00)"]
+    whiskers = [list(ln.get_xdata()) for ln in ax.lines if ln.get_marker() == "|"]
+    assert whiskers == [[0.9, 1.25], [3, 5]]
+    assert [ln.get_xdata() for ln in ax.lines if ln.get_linestyle() == ":"] == [[1, 1]]
+    assert y_labels(ax) == ["loop", "padded"]
+    assert ax.get_xlim()[0] == 0
 
 
 # --- sampling and text --------------------------------------------------------------------------------------------

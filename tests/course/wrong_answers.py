@@ -459,7 +459,366 @@ M1 = {
     },
 }
 
-WRONG_ANSWERS = {"m0": M0, "m1": M1}
+M2 = {
+    "padding_share": {
+        "tokens, not padding": """
+            def padding_share(lengths):
+                return 1 - right_share(lengths)
+        """,
+        "padding over tokens": """
+            def padding_share(lengths):
+                right_share(lengths)
+                return (len(lengths) * max(lengths) - sum(lengths)) / sum(lengths)
+        """,
+        "the longest row against the mean of the others": """
+            def padding_share(lengths):
+                right_share(lengths)
+                others = sorted(lengths)[:-1]
+                return 1 - sum(others) / len(others) / max(lengths) if others else 0.0
+        """,
+        "nothing is refused": """
+            def padding_share(lengths):
+                return 1 - sum(lengths) / (max(1, len(lengths)) * max(lengths, default=1))
+        """,
+    },
+    "padded_inputs": {
+        "padded on the right": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                L = ids.shape[1]
+                pad = [[0] * (L - len(row)) for row in new_tokens]
+                ids = torch.tensor([list(row) + p for row, p in zip(new_tokens, pad)])
+                positions = torch.tensor([list(range(s, s + len(r))) + p for r, s, p in zip(new_tokens, cached, pad)])
+                return ids, torch.cat([mask[:, :-L], mask[:, -L:].flip(1)], dim=1), positions
+        """,
+        "every zero is padding": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                mask[:, -ids.shape[1]:] = (ids != 0).long()
+                return ids, mask, positions
+        """,
+        "the whole cache is seen": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                mask[:, : mask.shape[1] - ids.shape[1]] = 1
+                return ids, mask, positions
+        """,
+        "positions count columns": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                columns = torch.arange(mask.shape[1])[-ids.shape[1]:].expand_as(ids)
+                return ids, mask, columns * mask[:, -ids.shape[1]:]
+        """,
+        "positions start at 0 again": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, _ = right_inputs(new_tokens, cached)
+                return ids, mask, right_inputs(new_tokens, [0] * len(cached))[2]
+        """,
+        "one position too far": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                late = torch.tensor(cached)[:, None].gt(0) & mask[:, -ids.shape[1]:].bool()
+                return ids, mask, positions + late.long()
+        """,
+        "a mask of the new tokens only": """
+            def padded_inputs(new_tokens, cached):
+                ids, mask, positions = right_inputs(new_tokens, cached)
+                return ids, mask[:, -ids.shape[1]:].contiguous(), positions
+        """,
+    },
+    "static_batch_steps": {
+        "one batch for all": """
+            def static_batch_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                return max(output_lens, default=0)
+        """,
+        "the shortest ends a batch": """
+            def static_batch_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                return sum(min(output_lens[i : i + batch_size]) for i in range(0, len(output_lens), batch_size))
+        """,
+        "sorted first": """
+            def static_batch_steps(output_lens, batch_size):
+                return right_static(sorted(output_lens), batch_size)
+        """,
+        "the last batch is forgotten": """
+            def static_batch_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                full = len(output_lens) - len(output_lens) % batch_size
+                return right_static(output_lens[:full], batch_size)
+        """,
+    },
+    "continuous_steps": {
+        "static": """
+            def continuous_steps(output_lens, batch_size):
+                return right_static(output_lens, batch_size)
+        """,
+        "perfectly full": """
+            def continuous_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                return max(-(-sum(output_lens) // batch_size), max(output_lens, default=0))
+        """,
+        "a seat is free a step late": """
+            def continuous_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                waiting, running, steps = list(output_lens), [], 0
+                while waiting or any(running):
+                    seats = batch_size - len(running)
+                    done = [left for left in running if left == 0]
+                    running = [left for left in running if left > 0] + waiting[:seats]
+                    waiting = waiting[seats:]
+                    running = [left - 1 for left in running]
+                    steps += 1
+                return steps
+        """,
+        "the shortest first": """
+            def continuous_steps(output_lens, batch_size):
+                return right_continuous(sorted(output_lens), batch_size)
+        """,
+        "one joins per step": """
+            def continuous_steps(output_lens, batch_size):
+                check_lengths(output_lens, batch_size)
+                waiting, running, steps = list(output_lens), [], 0
+                while waiting or running:
+                    if waiting and len(running) < batch_size:
+                        running.append(waiting.pop(0))
+                    running = [left - 1 for left in running if left > 1]
+                    steps += 1
+                return steps
+        """,
+    },
+    "PriorityQueue": {
+        "the highest first": """
+            class PriorityQueue(RightQueue):
+                def add(self, request_id, priority):
+                    super().add(request_id, -priority)
+        """,
+        "equals by name": """
+            class PriorityQueue(RightQueue):
+                def peek(self):
+                    if not self.places:
+                        raise IndexError
+                    return min(self.places, key=lambda i: (self.places[i][0], i))
+        """,
+        "the last of equals first": """
+            class PriorityQueue(RightQueue):
+                def add(self, request_id, priority):
+                    super().add(request_id, priority)
+                    self.places[request_id] = (priority, -self.turn)
+        """,
+        "first come, first served": """
+            class PriorityQueue(RightQueue):
+                def add(self, request_id, priority):
+                    super().add(request_id, 0)
+        """,
+        "a gap that is filled again": """
+            class PriorityQueue(RightQueue):
+                def __init__(self):
+                    self.line, self.left, self.turn = [], set(), 0
+                def __len__(self):
+                    return len(self.line) - len(self.left)
+                def add(self, request_id, priority):
+                    if any(r == request_id for _, _, r in self.line) and request_id not in self.left:
+                        raise ValueError
+                    self.left.discard(request_id)
+                    self.turn += 1
+                    self.line.append((priority, self.turn, request_id))
+                    self.line.sort()
+                def remove(self, request_id):
+                    if request_id in self.left or all(r != request_id for _, _, r in self.line):
+                        raise KeyError
+                    self.left.add(request_id)
+                def peek(self):
+                    while self.line and self.line[0][2] in self.left:
+                        self.left.discard(self.line.pop(0)[2])
+                    if not self.line:
+                        raise IndexError
+                    return self.line[0][2]
+                def pop(self):
+                    self.peek()
+                    return self.line.pop(0)[2]
+        """,
+        "a heap that is broken by leaving": """
+            class PriorityQueue(RightQueue):
+                def __init__(self):
+                    self.line, self.turn = [], 0
+                def __len__(self):
+                    return len(self.line)
+                def sift(self, i):
+                    while i and self.line[i] < self.line[(i - 1) // 2]:
+                        self.line[i], self.line[(i - 1) // 2] = self.line[(i - 1) // 2], self.line[i]
+                        i = (i - 1) // 2
+                def add(self, request_id, priority):
+                    if any(r == request_id for _, _, r in self.line):
+                        raise ValueError
+                    self.turn += 1
+                    self.line.append((priority, self.turn, request_id))
+                    self.sift(len(self.line) - 1)
+                def peek(self):
+                    return self.line[0][2]
+                def pop(self):
+                    first, last = self.line[0], self.line.pop()
+                    if self.line:
+                        self.line[0], i = last, 0
+                        while 2 * i + 1 < len(self.line):
+                            child = min(range(2 * i + 1, min(2 * i + 3, len(self.line))), key=self.line.__getitem__)
+                            if self.line[i] < self.line[child]:
+                                break
+                            self.line[i], self.line[child], i = self.line[child], self.line[i], child
+                    return first[2]
+                def remove(self, request_id):
+                    for i, (_, _, r) in enumerate(self.line):
+                        if r == request_id:
+                            self.line[i] = self.line[-1]
+                            return self.line.pop() and None
+                    raise KeyError
+        """,
+        "twice in line": """
+            class PriorityQueue(RightQueue):
+                def add(self, request_id, priority):
+                    self.turn += 1
+                    self.places[request_id] = (priority, self.turn)
+        """,
+        "nobody is None": """
+            class PriorityQueue(RightQueue):
+                def peek(self):
+                    return super().peek() if self.places else None
+                def pop(self):
+                    return super().pop() if self.places else None
+        """,
+    },
+    "schedule": {
+        "prefills first": """
+            def schedule(waiting, running, **rules):
+                step = right_schedule(waiting, running, **rules)
+                return [pair for pair in step if pair[0] not in running] + [p for p in step if p[0] in running]
+        """,
+        "decodes are free": """
+            def schedule(waiting, running, *, max_num_seqs, max_num_batched_tokens, decodes_skipped=False):
+                more = max_num_batched_tokens + len(running)
+                right_schedule(waiting, [], max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+                return right_schedule(waiting, running, max_num_seqs=max_num_seqs, max_num_batched_tokens=more,
+                                      decodes_skipped=decodes_skipped)
+        """,
+        "seats for newcomers only": """
+            def schedule(waiting, running, *, max_num_seqs, **rules):
+                return right_schedule(waiting, running, max_num_seqs=max_num_seqs + len(running), **rules)
+        """,
+        "small ones overtake": """
+            def schedule(waiting, running, *, max_num_seqs, max_num_batched_tokens, decodes_skipped=False):
+                step = right_schedule(waiting, running, max_num_seqs=max_num_seqs,
+                                      max_num_batched_tokens=max_num_batched_tokens, decodes_skipped=decodes_skipped)
+                for request_id, n in waiting:
+                    there = {r for r, _ in step} | set(running)
+                    fits = sum(n for _, n in step) + n <= max_num_batched_tokens
+                    if request_id not in there and fits and len(there) < max_num_seqs:
+                        step.append((request_id, n))
+                return step
+        """,
+        "never a step of its own": """
+            def schedule(waiting, running, **rules):
+                return right_schedule(waiting, running, **{**rules, "decodes_skipped": True})
+        """,
+        "steps of their own in a row": """
+            def schedule(waiting, running, **rules):
+                return right_schedule(waiting, running, **{**rules, "decodes_skipped": False})
+        """,
+        "a step of its own without a seat": """
+            def schedule(waiting, running, *, max_num_seqs, max_num_batched_tokens, decodes_skipped=False):
+                step = right_schedule(waiting, running, max_num_seqs=max_num_seqs,
+                                      max_num_batched_tokens=max_num_batched_tokens, decodes_skipped=decodes_skipped)
+                large = waiting and waiting[0][1] + len(running) > max_num_batched_tokens
+                return [waiting[0]] if large and running and not decodes_skipped else step
+        """,
+        "nobody joins after a step without decodes": """
+            def schedule(waiting, running, *, decodes_skipped=False, **rules):
+                right_schedule(waiting, running, **rules)
+                if decodes_skipped:
+                    return [(request_id, 1) for request_id in running]
+                return right_schedule(waiting, running, **rules)
+        """,
+        "alone in a step of its own": """
+            def schedule(waiting, running, **rules):
+                step = right_schedule(waiting, running, **rules)
+                return step if not running or any(r in running for r, _ in step) else step[:1]
+        """,
+        "one joins per step": """
+            def schedule(waiting, running, **rules):
+                step = right_schedule(waiting, running, **rules)
+                return [pair for pair in step if pair[0] in running or pair == waiting[0]]
+        """,
+        "one token below the budget": """
+            def schedule(waiting, running, *, max_num_seqs, max_num_batched_tokens, decodes_skipped=False):
+                right_schedule(waiting, running, max_num_seqs=max_num_seqs,
+                               max_num_batched_tokens=max_num_batched_tokens)
+                step, used = [(r, 1) for r in running], len(running)
+                if waiting and len(running) < max_num_seqs and not decodes_skipped:
+                    if used + waiting[0][1] >= max_num_batched_tokens and running:
+                        step, used = [], 0
+                for request_id, n in waiting[: max_num_seqs - len(running)]:
+                    if step and used + n >= max_num_batched_tokens:
+                        break
+                    step, used = [*step, (request_id, n)], used + n
+                return step
+        """,
+        "too long is left out in silence": """
+            def schedule(waiting, running, *, max_num_batched_tokens, **rules):
+                fitting = [pair for pair in waiting if pair[1] <= max_num_batched_tokens]
+                return right_schedule(fitting, running, max_num_batched_tokens=max_num_batched_tokens, **rules)
+        """,
+        "only the first in line is checked": """
+            def schedule(waiting, running, *, max_num_batched_tokens, **rules):
+                if waiting and waiting[0][1] > max_num_batched_tokens:
+                    raise ValueError
+                fitting = [pair for pair in waiting if pair[1] <= max_num_batched_tokens]
+                return right_schedule(fitting, running, max_num_batched_tokens=max_num_batched_tokens, **rules)
+        """,
+        "a prompt is split": """
+            def schedule(waiting, running, *, max_num_seqs, max_num_batched_tokens, decodes_skipped=False):
+                right_schedule(waiting, running, max_num_seqs=max_num_seqs,
+                               max_num_batched_tokens=max_num_batched_tokens)
+                step, left = [(r, 1) for r in running], max_num_batched_tokens - len(running)
+                for request_id, n in waiting[: max_num_seqs - len(running)]:
+                    if left:
+                        step.append((request_id, min(n, left)))
+                        left -= min(n, left)
+                return step
+        """,
+        "a list of ids": """
+            def schedule(waiting, running, **rules):
+                return [request_id for request_id, _ in right_schedule(waiting, running, **rules)]
+        """,
+    },
+    "pick_job": {
+        "ageing is ignored": """
+            def pick_job(jobs, now, ageing):
+                return right_pick(jobs, now, 0 * right_pick(jobs, now, ageing))
+        """,
+        "the longest first": """
+            def pick_job(jobs, now, ageing):
+                right_pick(jobs, now, ageing)
+                return right_pick([(arrival, -tokens) for arrival, tokens in jobs], now, ageing)
+        """,
+        "waiting counts against it": """
+            def pick_job(jobs, now, ageing):
+                right_pick(jobs, now, ageing)
+                ranks = [(tokens + ageing * (now - arrival), arrival) for arrival, tokens in jobs]
+                return ranks.index(min(ranks))
+        """,
+        "equals in the order of the list": """
+            def pick_job(jobs, now, ageing):
+                right_pick(jobs, now, ageing)
+                ranks = [tokens - ageing * (now - arrival) for arrival, tokens in jobs]
+                return ranks.index(min(ranks))
+        """,
+        "the job, not its index": """
+            def pick_job(jobs, now, ageing):
+                return jobs[right_pick(jobs, now, ageing)]
+        """,
+    },
+}
+
+WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2}
 
 # Names under which wrong answers find the right ones.
 ALIASES = {
@@ -479,5 +838,14 @@ ALIASES = {
         "right_stop": "check_stop",
         "RightStream": "TextStream",
         "RightStops": "StopStrings",
+    },
+    "m2": {
+        "right_share": "padding_share",
+        "right_inputs": "padded_inputs",
+        "right_static": "static_batch_steps",
+        "right_continuous": "continuous_steps",
+        "RightQueue": "PriorityQueue",
+        "right_schedule": "schedule",
+        "right_pick": "pick_job",
     },
 }

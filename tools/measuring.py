@@ -1,0 +1,108 @@
+"""What the measurements of `measure_course.py` share: models with a header for their file, one forward, rounds."""
+
+from __future__ import annotations
+
+import random
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from folovllm.bench import machine
+from folovllm.bench.report import spread
+from folovllm.engine.trace import Trace
+from folovllm.models.loader import load_config, load_hf_model, resolve_device, resolve_dtype, resolve_model
+from folovllm.outputs import RequestOutput
+
+CPU = torch.device("cpu")
+DECODE_CONTEXT = 128  # tokens that a timed decode step attends over
+
+
+def load_format(name: str) -> str:
+    """Random weights for the models that come as a shape only."""
+    return "auto" if name == "folo-tiny" else "dummy"
+
+
+def load(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """A model on the CPU, and what a file says of where and with what it was measured."""
+    source = resolve_model(name)
+    config = load_config(source)
+    chosen = resolve_dtype(dtype, config, CPU)
+    model = load_hf_model(source, chosen, resolve_device("cpu"), load_format(name))
+    header = {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "git": machine.git_state(),
+        "hardware": machine.hardware(CPU),
+        "versions": machine.versions(),
+        "model": name,
+        "dtype": str(chosen).removeprefix("torch."),
+        "load_format": load_format(name),
+    }
+    return model, header
+
+
+def random_tokens(count: int, vocab_size: int) -> list[int]:
+    """The same ids at every call."""
+    ids = random.Random(0)
+    return [ids.randrange(vocab_size) for _ in range(count)]
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """How long one call takes."""
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def turned(names: list[str], turns: int) -> list[str]:
+    """The names, beginning with another one in each round."""
+    cut = turns % len(names)
+    return [*names[cut:], *names[:cut]]
+
+
+def summarize(rounds: Sequence[Any]) -> Any:
+    """Dicts of one shape to one dict of that shape, with the `spread` of the numbers in place of each number."""
+    if isinstance(rounds[0], dict):
+        return {key: summarize([current[key] for current in rounds]) for key in rounds[0]}
+    return spread(rounds)
+
+
+def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
+    """One forward of one text that goes on from `cache`: the last position's logits, [1, 1, V]."""
+    last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds` in measure_course.py
+    logits: torch.Tensor = model(
+        input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=last
+    ).logits
+    return logits
+
+
+def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
+    """A trace and outputs as plain data; times from the first arrival, steps and requests counted from 0."""
+    zero = min(output.metrics.arrival_time for output in outputs)
+    number = {output.request_id: str(i) for i, output in enumerate(outputs)}
+    steps = trace.to_json()["steps"]
+    for index, step in enumerate(steps):
+        step["step"] = index
+        step["finished"] = [number[i] for i in step["finished"]]
+        for request in step["requests"]:
+            request["request_id"] = number[request["request_id"]]
+        step["phases"] = {name: [start - zero, end - zero] for name, (start, end) in step["phases"].items()}
+    return {
+        "steps": steps,
+        "outputs": [
+            {
+                "request_id": number[output.request_id],
+                "prompt_len": len(output.prompt_token_ids),
+                "text": output.outputs[0].text,
+                "finish_reason": output.outputs[0].finish_reason,
+                "arrival_time": output.metrics.arrival_time - zero,
+                "first_scheduled_time": (output.metrics.first_scheduled_time or zero) - zero,
+                "finished_time": (output.metrics.finished_time or zero) - zero,
+                "token_times": [t - zero for t in output.metrics.token_times],
+            }
+            for output in outputs
+        ],
+    }
