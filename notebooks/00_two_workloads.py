@@ -408,5 +408,5 @@ MarkdownTable(header, table)
 #    quite: predict which way the ridge moves, then look.
 # 2. Set `DTYPE = torch.bfloat16` (sections 1 to 3). What does the formula say about the ridge? Does the CPU agree?
 #    (On a CPU without bfloat16 instructions it will be slow: that is an answer too.)
-# 3. Add `(16, 1, 4096)` to `decode`. Which term of `forward_bytes` grew, and why does a larger batch no longer help
-#    as much?
+# 3. Add `(16, 1, 4096)` to `decode`. Which of the bytes that `pass_work` adds up grew, and why does a larger batch no
+#    longer help as much?

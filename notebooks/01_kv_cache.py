@@ -228,7 +228,7 @@ kv_drift(drift, title="How far old keys and values move when a token is appended
 # | `attention_mask` | `[B, T]` or `[B, 1, L, T]` | padding, or the full mask; without it: causal |
 # | `past_key_values` | a `DynamicCache` | keys and values of the T − L tokens before |
 # | `use_cache` | bool | whether to keep keys and values at all (training does not) |
-# | `logits_to_keep` | int | for how many last positions to run the LM head; 0: all |
+# | `logits_to_keep` | int, or positions `[K]` | where to run the LM head: the last so many, or there; 0: everywhere |
 # | → `logits` | `[B, L, V]` | a score per vocabulary entry, for every position kept |
 # | → `past_key_values` | the same object, longer | |
 #
@@ -325,8 +325,9 @@ MarkdownTable(
 # Much smaller. Lab 0 showed why: the step with a cache multiplies weights by *one* vector, which is memory-bound, and
 # for a model as small as this one it is mostly the fixed cost of launching many small operations. The step without a
 # cache multiplies them by hundreds of vectors at once, which is the efficient kind of work. So recomputing wastes
-# FLOPs, but each of its FLOPs is cheap. The ratio of times grows with n, and a larger model comes closer to the ratio
-# of FLOPs (`results/m0-cache-qwen3-0.6b.json` has those of Qwen3-0.6B).
+# FLOPs, but each of its FLOPs is cheap. The ratio of times grows with n. A larger model has a larger fixed cost as
+# well, because a step with a cache reads all its weights for one token: Qwen3-0.6B keeps far below the ratio of FLOPs
+# too (`results/m0-cache-qwen3-0.6b.json`).
 # </details>
 
 

@@ -426,7 +426,8 @@ text_release(moments, title="UTF-8: bytes wait until they are a character")
 # <details><summary>Unfold after you have run the cell</summary>
 #
 # The one after the request before it has ended. M1 serves one request at a time, so everybody else waits, even though
-# the step of lab 0 would have carried many of them at hardly more cost. Milestone M2 is the answer to the grey cells.
+# a step can carry several of them for far less than a step for each takes (lab 0). Milestone M2 is the answer to the
+# grey cells.
 # </details>
 
 # %%

@@ -170,8 +170,10 @@ MarkdownTable(
 # <details><summary>Unfold after you have run the cells</summary>
 #
 # It helps those who came first and would wait for others to come. It does nothing about the wait for the batch's
-# longest, and nothing for those who come while a batch runs: they see a closed door until it ends. With a window of 0
-# a batch is whoever is there when the machine becomes free, which under load is often the best a closed batch can do.
+# longest, and nothing for those who come while a batch runs: they see a closed door until it ends. It has a price,
+# too: a batch that starts early is smaller and takes nearly as long, so on a busy machine everybody after it may be
+# *later* than with static batching. With a window of 0 a batch is whoever is there when the machine becomes free.
+#
 # Continuous batching has no window to tune: a newcomer waits for the end of a *step*, if a seat is free.
 # </details>
 

@@ -88,12 +88,12 @@ def step_rows() -> list[list[str]]:
 
 # --- reservations -----------------------------------------------------------------------------------------
 
-CAPACITY, PROMPT, MAX_TOKENS, ANSWER = 4096, 100, 924, 50  # tokens
+CAPACITY, MAX_MODEL_LEN, PROMPT, ANSWER = 4096, 1024, 100, 50  # tokens
 
 
 def reserved_and_used() -> tuple[int, int]:
     """Tokens that a request sets aside, and those that it has K/V for when it is done."""
-    return PROMPT + MAX_TOKENS, PROMPT + ANSWER - 1
+    return MAX_MODEL_LEN, PROMPT + ANSWER - 1
 
 
 # --- w2 on Qwen3-0.6B -------------------------------------------------------------------------------------
@@ -349,7 +349,7 @@ CLAIMS |= {
     "m2-prefill-tokens": Measured("tokens in it", QWEN, ("prefill_cells", "needed"), plain),
     # --- room
     "reservation": Derived(
-        f"tokens set aside for a prompt of {PROMPT} and at most {MAX_TOKENS} more",
+        f"tokens set aside for a prompt of {PROMPT} with max_model_len={MAX_MODEL_LEN}",
         lambda: reserved_and_used()[0],
         plain,
         f"{HERE}:reserved_and_used",

@@ -8,6 +8,7 @@ one from round to round, so that none always runs first.
 from __future__ import annotations
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -133,7 +134,9 @@ def execute_in_process(job: Job) -> dict[str, Any]:
         job_path, result_path = Path(folder, "job.json"), Path(folder, "result.json")
         job.save(job_path)
         command = [sys.executable, "-m", "folovllm.bench.one_run", str(job_path), str(result_path)]
-        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True)
+        # A thread that waits for another must not spin: where other programs want the cores, it spins against them.
+        env = {"OMP_WAIT_POLICY": "passive", **os.environ}
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, env=env)
         if done.returncode not in (0, USAGE_ERROR) or not result_path.exists():
             raise RunFailed(failure_kind(done.returncode, done.stderr), done.stderr[-2000:])
         result: dict[str, Any] = json.loads(result_path.read_text(encoding="utf-8"))

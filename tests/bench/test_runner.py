@@ -122,6 +122,19 @@ def test_a_failure_is_named_without_its_message(stderr, kind):
     assert failure_kind(-9, stderr) == kind
 
 
+@pytest.mark.parametrize("own", [None, "active"])
+def test_threads_of_a_run_do_not_spin_unless_the_user_says_so(monkeypatch, tmp_path, own):
+    python = tmp_path / "python"
+    python.write_text('#!/bin/sh\necho "policy is $OMP_WAIT_POLICY" >&2\nexit 1\n')
+    python.chmod(0o755)
+    monkeypatch.setattr(runner.sys, "executable", str(python))
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
+    if own is not None:
+        monkeypatch.setenv("OMP_WAIT_POLICY", own)
+    with pytest.raises(RunFailed, match=f"policy is {own or 'passive'}"):
+        execute_in_process(TEMPLATE)
+
+
 def test_a_process_that_dies_is_a_failed_run(monkeypatch, tmp_path):
     # An interpreter that fails at once stands for a run that is killed.
     python = tmp_path / "python"

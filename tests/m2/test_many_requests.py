@@ -115,12 +115,22 @@ def test_ids_that_are_taken_are_passed_over_and_none_is_given_twice() -> None:
 def test_a_complete_request_that_nobody_has_taken_is_in_nobodys_way() -> None:
     llm = mock_llm()
     llm.engine.add_request("0/1", prompt(0), SamplingParams(max_tokens=1, ignore_eos=True))
-    llm.engine.generate_batch([prompt(1)], WISHES)
+    assert llm.engine.step_for(set(), final_only=True) == []  # complete, and kept for whoever asks
     (output,) = llm.generate([prompt(2)], SamplingParams(n=2, seed=1, max_tokens=2, ignore_eos=True), use_tqdm=False)
-    assert output.finished and len(output.outputs) == 2
+    assert output.request_id == "0" and output.finished and len(output.outputs) == 2
     (waiting,) = llm.engine.step()
     assert waiting.request_id == "0/1" and waiting.finished
     check_empty(llm.engine)
+
+
+def test_an_id_that_comes_twice_in_one_call_is_refused_and_nothing_is_queued() -> None:
+    engine = mock_llm().engine
+    samples = SamplingParams(n=2, seed=1, max_tokens=2, ignore_eos=True)
+    for first, second in (("a", "a"), ("a", "a/1"), ("a/0", "a")):
+        calls = [engine.prepare(first, prompt(0), samples), engine.prepare(second, prompt(1), samples)]
+        with pytest.raises(ValueError, match=f"request_id='{second}' is in use"):
+            engine.submit(calls)
+    check_empty(engine)
 
 
 def test_an_id_that_is_named_twice_is_aborted_once() -> None:

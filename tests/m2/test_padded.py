@@ -47,11 +47,14 @@ def forwards_of(llm: LLM) -> Iterator[list[Forward]]:
 
     def before(module: torch.nn.Module, args: Any, kwargs: dict[str, Any]) -> None:
         rows, columns = kwargs["input_ids"].shape
-        assert kwargs["position_ids"].shape == (rows, columns)
         mask, cache = kwargs["attention_mask"], kwargs["past_key_values"]
-        if mask is not None:
-            assert mask.shape == (rows, cache.get_seq_length() + columns)
-            assert mask[:, -1].all() and (mask.diff(dim=1) >= 0).all()  # padding stands on the left of each row
+        width = cache.get_seq_length() + columns
+        stands = torch.ones(rows, width, dtype=torch.long) if mask is None else mask
+        assert stands.shape == (rows, width)
+        assert stands[:, -1].all() and (stands.diff(dim=1) >= 0).all()  # padding stands on the left of each row
+        # Hugging Face's own positions of a left-padded batch; under the mask they mean nothing.
+        expected = (stands.cumsum(dim=1) - 1)[:, -columns:]
+        assert torch.equal(kwargs["position_ids"].where(expected >= 0, -1), expected)
         seen.append(Forward(rows, columns, None if mask is None else int((mask == 0).sum()), cache))
 
     def after(module: torch.nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> None:

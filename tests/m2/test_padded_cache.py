@@ -154,6 +154,15 @@ def test_while_the_same_requests_run_nothing_is_copied():
     assert caches.gather(["b", "a"]) is again
 
 
+def test_a_rectangle_that_somebody_has_left_is_not_taken_for_theirs_again():
+    """b goes on alone and comes back: what stands in the old rectangle is out of date."""
+    caches, batch = filled({"a": 3, "b": 5})
+    alone = caches.gather(["b"])
+    write(alone, [[torch.randn(2, HEADS, 1, DIM)] for _ in range(LAYERS)])
+    both = caches.gather(["a", "b"])
+    assert both is not batch and both.lengths == [3, 6] and both.width == 6
+
+
 def test_when_the_longest_leaves_its_columns_go_too():
     caches, batch = filled({"a": 3, "b": 5, "c": 1})
     caches.drop("b")

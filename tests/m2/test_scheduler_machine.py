@@ -72,7 +72,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         as_long_as_a_step=st.booleans(),
         params=st.builds(
             SamplingParams,
-            n=st.sampled_from([1, 1, 2, 3]),
+            n=st.sampled_from([1, 1, 2, 4]),
             seed=st.integers(0, 3),
             max_tokens=st.sampled_from([4, 5, 9, 20, None]),
             min_tokens=st.integers(0, 4),
