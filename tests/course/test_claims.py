@@ -193,7 +193,7 @@ def test_a_results_file_says_where_it_was_measured_and_sums_up_its_rounds(file: 
     assert data["hardware"]["cpu"] and data["hardware"]["threads"]
     assert data["versions"]["torch"] and data["versions"]["transformers"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", data["date"])
-    assert len(data["rounds"]) >= 3
+    assert len(data["rounds"]) >= 2  # a single round has no spread to speak of
     assert data.get("same_tokens", True) or data["dtype"] != "float32"
 
     def check(summary: Any, rounds: list[Any]) -> None:
