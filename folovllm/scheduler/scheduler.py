@@ -15,6 +15,10 @@ A step takes every running request first, since somebody reads along; waiting on
 what is left of the token budget. A prompt is computed in one piece here, so the head of the line may not fit beside the
 decodes: then it gets a step without them. No two such steps follow each other, so a decode skips one step at most.
 
+Where K/V comes in blocks, a running request may find none free. Then whoever came last (or has the lowest priority)
+gives way: it loses its K/V, to be computed again, or has it swapped to the host, and goes back to the front of the
+line. Its tokens are kept, so what it comes to say does not change. In such a step nobody is admitted.
+
 Invariants (between two calls):
   1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
   2. len(running) <= max_running, and a step never holds more than max_num_batched_tokens tokens.
@@ -38,9 +42,16 @@ class Scheduler:
     """Iteration-level scheduling under a limit of requests and a budget of tokens (Orca, Yu et al., OSDI 2022)."""
 
     def __init__(
-        self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int, policy: str = "fcfs"
+        self,
+        kv: KVCacheManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "fcfs",
+        preemption_mode: str = "recompute",
     ) -> None:
         self.kv = kv
+        self.policy = policy
+        self.swaps = preemption_mode == "swap"
         self.max_num_batched_tokens = max_num_batched_tokens
         # Every running request needs a token of the budget in every step, so more of them would have to take turns.
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
@@ -98,8 +109,13 @@ class Scheduler:
         """The runner failed in `step`: abort its requests, and tell their end and all other news of it again.
 
         Their K/V may be half written, and to repeat the step on it could give wrong tokens. Returns the aborted ids.
+        Nor is it known what reached the host of those that were swapped out: they will compute theirs again.
         """
         self._finished_ids[:0] = step.finished_ids
+        for request in (self.requests[i] for i in step.preempted_ids if i in self.requests):
+            self.waiting.remove(request)
+            self._forget(request)
+            self.waiting.prepend(request)
         return self.abort([share.request_id for share in step.scheduled])
 
     def has_unfinished_requests(self) -> bool:
@@ -121,15 +137,12 @@ class Scheduler:
         """Decide the next step: running requests first, then as many waiting ones as room and budget allow."""
         step = SchedulerOutput()
         if self._head_needs_a_step_of_its_own():
-            self._admit_waiting(step, self.max_num_batched_tokens)
+            self._admit_waiting(step)
         self._decodes_skipped = bool(step.scheduled)
         if not step.scheduled:
-            for request in self.running:
-                plan = self.kv.reserve(request, request.num_tokens_to_compute)
-                if plan is None:
-                    raise RuntimeError(f"request {request.request_id!r} holds a reservation and was refused room in it")
-                self._schedule(request, plan, step)
-            self._admit_waiting(step, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+            self._schedule_running(step)
+            if not step.preempted_ids:
+                self._admit_waiting(step)
         # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
         step.finished_ids, self._finished_ids = self._finished_ids, []
         return step
@@ -139,39 +152,84 @@ class Scheduler:
         if not self.waiting or not self.running or len(self.running) >= self.max_running or self._decodes_skipped:
             return False
         head = self.waiting.peek()
-        num_new = 1 if self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
+        in_pieces = head.status is RequestStatus.PREEMPTED
+        num_new = 1 if in_pieces or self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
         return num_new > self.max_num_batched_tokens - sum(r.num_tokens_to_compute for r in self.running)
 
-    def _admit_waiting(self, step: SchedulerOutput, budget: int) -> None:
+    def _schedule_running(self, step: SchedulerOutput) -> None:
+        """Decodes, then those that still catch up after a preemption, each with what the budget leaves."""
+        for request in sorted(self.running, key=lambda r: r.num_tokens_to_compute > 1):
+            num_new = min(request.num_tokens_to_compute, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+            if request.status is RequestStatus.RUNNING and num_new > 0:  # it may have given way to one before it
+                plan = self._reserve(request, num_new, step)
+                if plan is not None:
+                    self._schedule(request, plan, step)
+
+    def _reserve(self, request: Request, num_new: int, step: SchedulerOutput) -> KVPlan | None:
+        """Room for a running request, at the cost of others if need be; None if it was itself the one to give way."""
+        while (plan := self.kv.reserve(request, num_new)) is None:
+            if self._release_held():
+                continue
+            victim = self.running[-1]
+            if self.policy == "priority":
+                victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
+            self._preempt(victim, step)
+            if victim is request:
+                return None
+        return plan
+
+    def _preempt(self, victim: Request, step: SchedulerOutput) -> None:
+        """Take a running request's K/V away, and its share of the step, and put it in front of those that wait."""
+        ops = self.kv.swap_out(victim) if self.swaps else None
+        if ops is None:
+            self._forget(victim)
+        else:
+            step.kv_ops.extend(ops)
+        step.remove(victim.request_id)
+        step.preempted_ids.append(victim.request_id)
+        self.running.remove(victim)
+        victim.set_status(RequestStatus.PREEMPTED)
+        self.waiting.prepend(victim)
+
+    def _forget(self, request: Request) -> None:
+        self.kv.release(request)
+        request.num_computed_tokens = 0
+
+    def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
         while self.waiting and len(self.running) < self.max_running:
-            admitted = self._admit(self.waiting.peek(), step, budget)
+            admitted = self._admit(self.waiting.peek(), step)
             if not admitted and not self.running and self._release_held():
                 # Nothing runs, so no room would ever come free: only finished leaders were in the way.
-                admitted = self._admit(self.waiting.peek(), step, budget)
+                admitted = self._admit(self.waiting.peek(), step)
             if not admitted:
                 break
-            budget -= step.scheduled[-1].num_tokens
 
-    def _admit(self, request: Request, step: SchedulerOutput, budget: int) -> bool:
-        """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing."""
+    def _admit(self, request: Request, step: SchedulerOutput) -> bool:
+        """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing.
+
+        A preempted one may catch up in pieces, since with its output it may be longer than any step.
+        """
+        budget = self.max_num_batched_tokens - step.total_num_scheduled_tokens
+        first_time = request.status is RequestStatus.WAITING
         leader = self._leader_to_fork(request)
         fork = self.kv.fork(leader, request, request.num_prompt_tokens - 1) if leader is not None else KVFork(0)
         if fork is None:
             return False
         start = fork.num_tokens if leader is not None else self.kv.match(request)
-        num_new = request.num_tokens - start
-        plan = self.kv.reserve(request, num_new) if num_new <= budget else None
+        num_new = request.num_tokens - start if first_time else min(request.num_tokens - start, budget)
+        plan = self.kv.reserve(request, num_new, spare=bool(self.running)) if 0 < num_new <= budget else None
         if plan is None:
-            self.kv.release(request)
+            if leader is not None:
+                self.kv.release(request)
             return False
         self.waiting.pop()
-        if request.status is RequestStatus.WAITING:  # a preempted one is known to the runner: its state lives on
+        if first_time:  # a preempted one is known to the runner: its state lives on
+            request.num_cached_tokens = 0 if leader is not None else start
             params, stop_ids = request.sampling_params, request.stop_token_ids
             step.new_requests.append(NewRequest(request.request_id, request.prompt_token_ids, params, stop_ids))
         request.set_status(RequestStatus.RUNNING)
         request.num_computed_tokens = start
-        request.num_cached_tokens = 0 if leader is not None else start
         self.running.append(request)
         step.kv_ops.extend(fork.ops)
         self._schedule(request, plan, step)
@@ -182,8 +240,7 @@ class Scheduler:
         """Add a request's share, as planned, to the step."""
         end = plan.start + plan.num_tokens
         tokens = request.tokens(plan.start, end)
-        step.kv_ops.extend(plan.ops)
-        step.scheduled.append(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
+        step.add(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
 
     def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
         """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
@@ -251,7 +308,7 @@ class Scheduler:
         """
         leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
         num_shared = request.num_prompt_tokens - 1
-        return leader if leader is not None and leader.num_computed_tokens >= num_shared > 0 else None
+        return leader if leader is not None and num_shared > 0 and self.kv.can_fork(leader, num_shared) else None
 
     def _release_held(self) -> bool:
         """Give up the K/V of finished leaders; their children start alone. Whether there was any."""
