@@ -60,6 +60,11 @@ class EngineCore:
             )
         self._settle()
 
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """Free what finished requests with `hold` kept for forks."""
+        self.scheduler.let_go(request_ids)
+        self._settle()
+
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do."""
         return self.scheduler.has_unfinished_requests()

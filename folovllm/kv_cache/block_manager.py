@@ -152,8 +152,9 @@ class BlockManager(KVCacheManager):
 
     def usage(self) -> KVUsage:
         """Held blocks, each counted once however many tables name it, and the slots written in them."""
-        capacity, held = self.pool.num_blocks * self.block_size, self.pool.num_held * self.block_size
-        return KVUsage(capacity, held, self._used)
+        size = self.block_size
+        named = sum(len(table.blocks) for table in self._tables.values())
+        return KVUsage(self.pool.num_blocks * size, self.pool.num_held * size, self._used, named * size)
 
     def snapshot(self) -> BlockSnapshot:
         """Everything a block map shows."""

@@ -83,16 +83,25 @@ class KVFork:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed."""
+    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed.
+
+    unshared: what `reserved` would be if nobody shared a block with anybody else.
+    """
 
     capacity: int
     reserved: int
     used: int
+    unshared: int | None = None
 
     @property
     def free(self) -> int:
         """Tokens that nobody has set aside."""
         return self.capacity - self.reserved
+
+    @property
+    def sharing_saves(self) -> float:
+        """The share of room that sharing saves against a copy for each request; 0 where nothing is shared."""
+        return 1 - self.reserved / self.unshared if self.unshared else 0.0
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,9 @@ There is one scheduler for every milestone. `schedule()` decides a step, `update
 Parallel sampling (n > 1) arrives as one leader and n - 1 children that name it as `parent_id`. The children are parked
 until the leader has computed the prompt; then they join the front of the line, and each starts as a fork of the
 leader's first prompt_len - 1 tokens, computes the last prompt token itself and samples with its own generator. A leader
-that finishes first is *held*: its K/V stays in the books until its last child has forked or gone.
+that finishes first is *held*: its K/V stays in the books until its last child has forked or gone. A request may also
+ask to be held (`Request.hold`): a beam search forks its next beams from it, and then lets it go. When room is short,
+held K/V is given up before anybody has to give way, and whoever wanted to fork it computes its prompt alone.
 
 A step takes every running request first, since somebody reads along; waiting ones join in the order of the queue with
 what is left of the token budget. A prompt is computed in one piece here, so the head of the line may not fit beside the
@@ -61,7 +63,7 @@ class Scheduler:
         self._decodes_skipped = False  # by the last step
         self._parked: dict[str, list[Request]] = {}  # leader id -> children that wait for its prompt
         self._forks_due: dict[str, set[str]] = {}  # leader id -> children that will need its K/V
-        self._held: set[str] = set()  # finished leaders whose K/V children still need
+        self._held: set[str] = set()  # finished requests whose K/V others still need
         self._finished_ids: list[str] = []  # for the next SchedulerOutput
 
     # ------------------------------------------------------------------ requests in
@@ -84,13 +86,15 @@ class Scheduler:
             raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
         self.check_can_run(request)
         leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
-        if request.parent_id is not None and (leader is None or leader.num_computed_tokens > 0):
-            raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that has not run yet")
+        held = request.parent_id in self._held
+        if request.parent_id is not None and not held and (leader is None or leader.num_computed_tokens > 0):
+            raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that is held or has not run yet")
         self.requests[request.request_id] = request
-        if leader is None:
+        if leader is None or held:
             self.waiting.add(request)
         else:
             self._parked.setdefault(leader.request_id, []).append(request)
+        if leader is not None:
             self._forks_due.setdefault(leader.request_id, set()).add(request.request_id)
 
     def abort(self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> list[str]:
@@ -104,6 +108,17 @@ class Scheduler:
             request.set_status(status)
             self._remove(request)
         return ended
+
+    def is_held(self, request_id: str) -> bool:
+        """Whether the request has finished and its K/V can be forked."""
+        return request_id in self._held
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """Requests that asked to be held need not be, once those that fork them have done so. Others are ignored."""
+        for request_id in request_ids:
+            if request_id in self._held:
+                self.requests[request_id].hold = False
+                self._release_if_unneeded(request_id)
 
     def undo_step(self, step: SchedulerOutput) -> list[str]:
         """The runner failed in `step`: abort its requests, and tell their end and all other news of it again.
@@ -292,6 +307,9 @@ class Scheduler:
             else:
                 self._held.add(request.request_id)  # `_fork_done` of the last child releases it
                 return
+        elif request.hold and request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            self._held.add(request.request_id)
+            return
         self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -311,12 +329,20 @@ class Scheduler:
         return leader if leader is not None and num_shared > 0 and self.kv.can_fork(leader, num_shared) else None
 
     def _release_held(self) -> bool:
-        """Give up the K/V of finished leaders; their children start alone. Whether there was any."""
+        """Give up the K/V of all who are held; whoever would have forked it starts alone. Whether there was any."""
         held = list(self._held)
         for leader_id in held:
-            for child_id in list(self._forks_due[leader_id]):
+            self.requests[leader_id].hold = False
+            for child_id in list(self._forks_due.get(leader_id, ())):
                 self._fork_done(self.requests[child_id])
+            self._release_if_unneeded(leader_id)
         return bool(held)
+
+    def _release_if_unneeded(self, leader_id: str) -> None:
+        """Release a held request that nobody has reason to hold any longer."""
+        if leader_id in self._held and leader_id not in self._forks_due and not self.requests[leader_id].hold:
+            self._held.remove(leader_id)
+            self._release(self.requests[leader_id])
 
     def _unpark(self, leader: Request) -> None:
         """Once a leader's prompt is computed, its children are next in line, in order."""
@@ -349,6 +375,4 @@ class Scheduler:
         if not due:
             del self._forks_due[leader_id]
             self._parked.pop(leader_id, None)
-            if leader_id in self._held:
-                self._held.remove(leader_id)
-                self._release(self.requests[leader_id])
+            self._release_if_unneeded(leader_id)
