@@ -37,18 +37,32 @@ class AttentionMetadata:
     tables: list[tuple[int, ...]]
 
     @cached_property
-    def kv_slots(self) -> list[slice | Tensor]:
-        """Per request, the slots of its K/V in order: a slice where its blocks lie side by side, else [S] int64.
-
-        The pool hands out neighbours where it can. A slice is read where it lies; indices make a copy.
-        """
-        return [self._slots(table, length) for table, length in zip(self.tables, self.kv_lens, strict=True)]
-
-    def _slots(self, table: tuple[int, ...], length: int) -> slice | Tensor:
+    def places(self) -> KVPlaces:
+        """Where every request's K/V can be read in one piece. Worked out once per step, for all layers."""
         size = self.block_size
-        first, num_blocks = table[0], -(-length // size)
-        if table[:num_blocks] == tuple(range(first, first + num_blocks)):
-            return slice(first * size, first * size + length)
-        blocks = torch.tensor(table[:num_blocks])  # [blocks]
-        slots = blocks[:, None] * size + torch.arange(size)  # [blocks, block_size]
-        return slots.flatten()[:length].to(self.slot_mapping.device)
+        scattered: list[int] = []
+        in_pool, slots = [], []
+        for table, length in zip(self.tables, self.kv_lens, strict=True):
+            num_blocks = -(-length // size)
+            first = table[0]
+            neighbours = table[:num_blocks] == tuple(range(first, first + num_blocks))
+            start = (first if neighbours else len(scattered)) * size
+            in_pool.append(neighbours)
+            slots.append(slice(start, start + length))
+            if not neighbours:
+                scattered += table[:num_blocks]
+        blocks = torch.tensor(scattered, device=self.slot_mapping.device) if scattered else None  # [blocks]
+        return KVPlaces(in_pool, slots, blocks)
+
+
+@dataclass(frozen=True)
+class KVPlaces:
+    """Per request a range of slots that holds its K/V in order.
+
+    in_pool: whether that range is in the pool itself, because the request's blocks are neighbours there; else it is in
+    the copy that `scattered_blocks` [blocks] says how to make, block by block.
+    """
+
+    in_pool: list[bool]
+    slots: list[slice]
+    scattered_blocks: Tensor | None

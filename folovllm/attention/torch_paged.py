@@ -1,9 +1,9 @@
 """Paged attention in plain torch: the default on a CPU.
 
 One call of torch's own attention per request, on that request's K/V alone: no padding, and nothing is computed for
-tokens of others. Two things keep it fast. K/V is read where it lies if a request's blocks are neighbours, which is
-common, and copied together otherwise. And for a decode the G query heads that share a KV head are stacked as G rows of
-one head, so that each key and value is read once:
+tokens of others. Two things keep it fast. K/V is read where it lies if a request's blocks are neighbours; that of the
+others is copied together, whole blocks at a time. And in a decode the G query heads that share a KV head are stacked as
+G rows of one head, so that each key and value is read once:
 
     queries of one decode token  [Hq, D]  ->  [Hkv, G, D]  x  keys [Hkv, S, D]  ->  scores [Hkv, G, S]
 """
@@ -28,16 +28,25 @@ class TorchBackend(AttentionBackend):
         """See `AttentionBackend.attend`."""
         if params.softcap is not None:
             raise ValueError(f"softcap={params.softcap} is not valid with attention_backend='torch'; allowed: None")
-        keys, values = kv.flat()  # [slots, Hkv, D]
+        places = meta.places
+        pool = kv.flat()  # each [slots, Hkv, D]
+        copied = pool
+        if places.scattered_blocks is not None:
+            copied = (
+                kv.keys.index_select(0, places.scattered_blocks).flatten(0, 1),
+                kv.values.index_select(0, places.scattered_blocks).flatten(0, 1),
+            )
         out = torch.zeros_like(query)  # [T, Hq, D]
         start = 0
-        for query_len, kv_len, slots in zip(meta.query_lens, meta.kv_lens, meta.kv_slots, strict=True):
+        for query_len, in_pool, slots in zip(meta.query_lens, places.in_pool, places.slots, strict=True):
+            keys, values = pool if in_pool else copied
             end = start + query_len
-            if params.sliding_window is not None and query_len == 1:  # what is before the window need not be read
-                hidden = max(0, kv_len - params.sliding_window)
-                slots = slice(slots.start + hidden, slots.stop) if isinstance(slots, slice) else slots[hidden:]
-            attend_one = decode if query_len == 1 else prefill
-            out[start:end] = attend_one(query[start:end], keys[slots], values[slots], params)
+            if query_len == 1:
+                if params.sliding_window is not None:  # what is before the window need not be read
+                    slots = slice(max(slots.start, slots.stop - params.sliding_window), slots.stop)
+                out[start:end] = decode(query[start:end], keys[slots], values[slots], params)
+            else:
+                out[start:end] = prefill(query[start:end], keys[slots], values[slots], params)
             start = end
         return out
 

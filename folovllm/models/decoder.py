@@ -169,6 +169,12 @@ class Decoder(nn.Module):
         out: Tensor = self.norm(x)
         return out
 
+    def pack(self) -> None:
+        """Rearrange the weights for a CPU in bfloat16; elsewhere nothing happens. The embedding stays as it is."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(keep=module is self.head and self.config.tied_embeddings)
+
     def logits(self, hidden: Tensor) -> Tensor:
         """Hidden states of the rows that sample, [N, E], as logits, [N, V]. The head is the widest layer of all."""
         out: Tensor = self.head(hidden)

@@ -47,6 +47,7 @@ def load_decoder(
         fill_dummy(decoder, seed)
     else:
         fill_from(source, decoder, load_format)
+    decoder.pack()
     return decoder.eval()
 
 
