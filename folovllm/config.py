@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 PREEMPTION_MODES = ("recompute", "swap")
-ATTENTION_BACKENDS = ("auto", "reference", "torch")
+ATTENTION_BACKENDS = ("auto", "reference", "torch", "torch-compiled")
 BATCHINGS = ("padded", "loop")
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
 
@@ -197,7 +197,8 @@ class EngineConfig:
     """One engine: a milestone, its three parts, and how many steps of trace it keeps.
 
     batching: how M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None
-    for every other milestone. attention_backend: "reference" is dense and obvious, "torch" the default on a CPU.
+    for every other milestone. attention_backend: "reference" is dense and obvious, "torch" the default on a CPU, and
+    "torch-compiled" the same with a fused decode, which needs a C++ compiler and seconds at the first step.
     trace_blocks: keep the state of every block in each step's record.
     """
 

@@ -10,8 +10,9 @@ from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.reference import ReferenceBackend
+from folovllm.attention.torch_compiled import TorchCompiledBackend
 from folovllm.attention.torch_paged import TorchBackend
-from folovllm.config import EngineConfig
+from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockPlan
 from folovllm.kv_cache.storage import KVStorage
@@ -81,7 +82,9 @@ def make_backend(name: str) -> AttentionBackend:
         return TorchBackend()
     if name == "reference":
         return ReferenceBackend()
-    raise ValueError(f"attention_backend={name!r} is not valid; allowed: 'auto', 'reference', 'torch'")
+    if name == "torch-compiled":
+        return TorchCompiledBackend()
+    raise ValueError(f"attention_backend={name!r} is not valid; allowed: {', '.join(ATTENTION_BACKENDS)}")
 
 
 def make_storage(model: Decoder, num_blocks: int, num_host_blocks: int, block_size: int) -> KVStorage:
@@ -143,7 +146,7 @@ def run_longest_step(model: Decoder, buffers: InputBuffers, sampler: Sampler, ba
     """One prefill of as many tokens as a step may have, sampled, to see how much memory that takes."""
     size = buffers.block_size
     num_tokens = min(len(buffers.token_ids.host), buffers.block_table.host.shape[1] * size)
-    shares = []
+    shares: list[ScheduledRequest] = []
     left, block = len(buffers.token_ids.host), 1
     while left > 0 and len(shares) < len(buffers.seq_lens.host):
         count = min(left, num_tokens)

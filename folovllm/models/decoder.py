@@ -146,7 +146,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, device
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = nn.ModuleList(DecoderLayer(config, i, dtype, device) for i in range(config.num_layers))
+        self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
+        self.registered_layers = nn.ModuleList(self.layers)
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
         self.head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
         if config.tied_embeddings:

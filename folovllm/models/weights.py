@@ -68,9 +68,9 @@ def targets(decoder: Decoder) -> dict[str, Tensor]:
             layer.attention.qkv, {f"{attention}.q_proj": query, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
         )
         found |= _linear(layer.attention.out, {f"{attention}.o_proj": config.hidden_size})
-        if config.qk_norm:
-            found |= _norm(layer.attention.q_norm, f"{attention}.q_norm")
-            found |= _norm(layer.attention.k_norm, f"{attention}.k_norm")
+        for kind, norm in (("q_norm", layer.attention.q_norm), ("k_norm", layer.attention.k_norm)):
+            if norm is not None:
+                found |= _norm(norm, f"{attention}.{kind}")
         width = config.intermediate_size
         found |= _linear(layer.mlp.gate_up, {f"{name}.mlp.gate_proj": width, f"{name}.mlp.up_proj": width})
         found |= _linear(layer.mlp.down, {f"{name}.mlp.down_proj": config.hidden_size})
@@ -83,7 +83,7 @@ def _norm(norm: RMSNorm, name: str) -> dict[str, Tensor]:
 
 def _linear(layer: Linear, rows: dict[str, int]) -> dict[str, Tensor]:
     """The rows of a (fused) layer by the names of the layers in it, in order."""
-    found = {}
+    found: dict[str, Tensor] = {}
     for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
         if tensor is not None:
             parts = tensor.data.split(list(rows.values()))
