@@ -16,7 +16,7 @@ from folovllm.engine.factory import EngineParts
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
-from folovllm.kv_cache.interface import BlockCopy, SwapIn, SwapOut
+from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.output import NewRequest, SchedulerOutput
@@ -84,8 +84,8 @@ class MockRunner(ModelRunner):
 class PagedMockRunner(MockRunner):
     """Slots of token ids in blocks, on a device and on a host. What a request reads back goes through its block table.
 
-    Raises if a block operation reads a slot that was never written, or a step writes a slot of a block that another
-    request's table in the same step names beyond what both share.
+    Raises if an operation reads a block that holds nothing, if a slot is written by two requests of a step or lies in
+    the null block, and if a request reads a slot that nobody wrote.
     """
 
     def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
@@ -98,14 +98,7 @@ class PagedMockRunner(MockRunner):
         """Copy and swap in order, forget, learn, write every token, and then read back."""
         self.steps.append(step)
         for op in step.kv_ops:
-            if isinstance(op, BlockCopy):
-                self.device[op.dst] = list(self.device[op.src])
-            elif isinstance(op, SwapOut):
-                self.host[op.host_block] = list(self.device[op.block])
-            elif isinstance(op, SwapIn):
-                self.device[op.block] = list(self.host[op.host_block])
-            else:
-                raise RuntimeError(f"{op} is not for blocks")
+            self.apply(op)
         for request_id in step.finished_ids:
             self.known.pop(request_id, None)
         for new in step.new_requests:
@@ -133,6 +126,21 @@ class PagedMockRunner(MockRunner):
             result.logprobs.append(None)
         result.phases = {"prepare": (0.0, 0.0), "forward": (0.0, 0.0), "sample": (0.0, 0.0)}
         return result
+
+    def apply(self, op: KVOp) -> None:
+        """Do one block operation. What is moved leaves nothing behind on the host, since nobody may read it again."""
+        if isinstance(op, BlockCopy):
+            source, target, place = self.device[op.src], self.device, op.dst
+        elif isinstance(op, SwapOut):
+            source, target, place = self.device[op.block], self.host, op.host_block
+        elif isinstance(op, SwapIn):
+            source, target, place = self.host[op.host_block], self.device, op.block
+            self.host[op.host_block] = [None] * self.block_size
+        else:
+            raise RuntimeError(f"{op} is not for blocks")
+        if source[0] is None or place == 0:
+            raise RuntimeError(f"{op} reads a block that holds nothing, or writes the null block")
+        target[place] = list(source)
 
 
 def paged_mock_engine(

@@ -59,6 +59,7 @@ def beam_search(
         tokens = engine.prepare(engine.next_request_id(), prompt, sampling).user.prompt_token_ids
         room = engine.max_model_len - len(tokens)
         searches.append(Search(len(tokens), min(params.max_tokens, room), [Beam(tokens, 0.0)]))
+        check_last_round(engine, searches[-1], sampling)
     held: list[str] = []
     try:
         while active := [search for search in searches if search.running]:
@@ -75,6 +76,18 @@ def beam_search(
     finally:
         engine.core.let_go(held)
     return [result(engine, search) for search in searches]
+
+
+def check_last_round(engine: LLMEngine, search: Search, sampling: SamplingParams) -> None:
+    """Raise ValueError unless what a beam has become by its last round could run as a prompt, without its parent."""
+    tokens = search.beams[0].tokens
+    longest = [*tokens, *tokens[-1:] * (search.max_tokens - 1)]
+    try:
+        engine.prepare(engine.next_request_id(), {"prompt_token_ids": longest}, sampling)
+    except ValueError as error:
+        raise ValueError(
+            f"a beam with {len(tokens)} tokens of prompt and {search.max_tokens} of output cannot run: {error}"
+        ) from error
 
 
 def run_round(
@@ -96,7 +109,7 @@ def run_round(
     held[:] = [s.user.request_id for s in submissions]
     outputs = engine.run_to_completion(held)
     for request_id in held:
-        if request_id not in outputs or outputs[request_id].outputs[0].logprobs is None:
+        if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
             raise RuntimeError(f"request {request_id!r} of a beam search was aborted, or its logits are not finite")
     return outputs
 

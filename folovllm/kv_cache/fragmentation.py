@@ -248,8 +248,8 @@ def replay(
 
     A request's first step writes its prompt and every other one token more; each step gives it an output token, and
     with the last of them it leaves. Where a running request finds no block, the last to come gives way: it loses its
-    K/V, goes to the front of the line and writes all it had in one step when it comes back. In such a step nobody is
-    admitted. Raises ValueError for an unknown policy, and for requests that the memory can never hold.
+    K/V, goes to the front of the line and writes all it had in one step when it comes back.
+    Raises ValueError for an unknown policy, and for requests that the memory can never hold.
     """
     room = make_room(policy, requests, capacity, max_model_len, block_size)
     in_order = sorted(requests, key=lambda request: request.arrival)
@@ -262,9 +262,9 @@ def replay(
         while coming and coming[0].request.arrival <= len(steps):
             waiting.append(coming.popleft())
         gave_way = grow(room, running)
-        waiting.extend(gave_way)
+        waiting.extendleft(gave_way)
         preemptions += len(gave_way)
-        while waiting and not gave_way and room.write(waiting[0], bool(running)):
+        while waiting and room.write(waiting[0], bool(running)):
             running.append(waiting.popleft())
         steps.append(slots(room, running, waiting))
         for life in running:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from pickle import UnpicklingError
 
 import torch
 from huggingface_hub import snapshot_download
@@ -128,7 +129,10 @@ def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterato
 
     Safetensors are mapped, not read. Without any, "auto" takes PyTorch's own files. Raises ValueError for damage.
     """
-    files = weight_files(folder)
+    try:
+        files = weight_files(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: cannot load {INDEX}: {error}") from error
     if files:
         for file in files:
             try:
@@ -142,7 +146,11 @@ def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterato
     if load_format == "safetensors" or not pickled:
         raise ValueError(f"{source}: the folder has no *.safetensors; load_format='dummy' gives random weights")
     for file in pickled:
-        yield from torch.load(file, map_location="cpu", weights_only=True, mmap=True).items()
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"{source}: cannot load {file.name}: {error}") from error
+        yield from tensors.items()
 
 
 def weight_files(folder: Path) -> list[Path]:

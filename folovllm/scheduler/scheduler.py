@@ -131,6 +131,9 @@ class Scheduler:
             self.waiting.remove(request)
             self._forget(request)
             self.waiting.prepend(request)
+        for share in step.scheduled:
+            if share.plan.ops or share.start == 0:  # what was to be moved may not be there: nobody may fork it
+                self._forget(self.requests[share.request_id])
         return self.abort([share.request_id for share in step.scheduled])
 
     def has_unfinished_requests(self) -> bool:
@@ -169,7 +172,8 @@ class Scheduler:
         head = self.waiting.peek()
         in_pieces = head.status is RequestStatus.PREEMPTED
         num_new = 1 if in_pieces or self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
-        return num_new > self.max_num_batched_tokens - sum(r.num_tokens_to_compute for r in self.running)
+        # One token for each that runs: what those take beyond it who still catch up is no reason to skip a step.
+        return num_new > self.max_num_batched_tokens - len(self.running)
 
     def _schedule_running(self, step: SchedulerOutput) -> None:
         """Decodes, then those that still catch up after a preemption, each with what the budget leaves."""
@@ -187,7 +191,8 @@ class Scheduler:
                 continue
             victim = self.running[-1]
             if self.policy == "priority":
-                victim = max(self.running, key=lambda r: (r.priority, r.arrival_time))
+                # Samples of one prompt are equal: then it is the last of them, too.
+                victim = max(reversed(self.running), key=lambda r: (r.priority, r.arrival_time))
             self._preempt(victim, step)
             if victim is request:
                 return None
