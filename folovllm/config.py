@@ -18,7 +18,7 @@ DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 PREEMPTION_MODES = ("recompute", "swap")
-ATTENTION_BACKENDS = ("auto",)
+ATTENTION_BACKENDS = ("auto", "reference", "torch", "torch-compiled")
 BATCHINGS = ("padded", "loop")
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
 
@@ -31,8 +31,7 @@ class Milestone:
     adds: str
     max_num_seqs: int  # the default
     max_num_seqs_limit: int | None = None  # the largest allowed; None: no limit
-    kv: str = "contiguous"  # a reservation per request
-    runner: str = "hf"  # Hugging Face's own forward
+    paged: bool = False  # K/V in blocks and our own forward on flattened tokens; else Hugging Face's, per request
     batchings: tuple[str, ...] = ()  # ways to put requests into forwards; the first is the default
     policies: tuple[str, ...] = SCHEDULING_POLICIES
     chunked_prefill: bool = False
@@ -44,6 +43,7 @@ MILESTONES: dict[str, Milestone] = {
     for m in (
         Milestone("m1", "a request life cycle around the model", 1, max_num_seqs_limit=1, policies=("fcfs",)),
         Milestone("m2", "continuous batching, scheduled at every step", 16, batchings=BATCHINGS),
+        Milestone("m3", "K/V in blocks, shared and taken on demand, and batches without padding", 256, paged=True),
     )
 }
 NEWEST_MILESTONE = next(reversed(MILESTONES))
@@ -53,7 +53,7 @@ def _fail(name: str, value: object, allowed: str) -> ValueError:
     return ValueError(f"{name}={value!r} is not valid; allowed: {allowed}")
 
 
-def _quoted(choices: Sequence[str]) -> str:
+def _quoted(choices: Sequence[object]) -> str:
     return ", ".join(repr(c) for c in choices)
 
 
@@ -75,7 +75,7 @@ def check_float(name: str, value: object, low: float, high: float, *, open_low: 
         raise _fail(name, value, allowed)
 
 
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
     """Raise ValueError unless `value` is one of `choices`."""
     if value not in choices:
         raise _fail(name, value, _quoted(choices))
@@ -197,7 +197,9 @@ class EngineConfig:
     """One engine: a milestone, its three parts, and how many steps of trace it keeps.
 
     batching: how M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None
-    for every other milestone.
+    for every other milestone. attention_backend: "reference" is dense and obvious, "torch" the default on a CPU, and
+    "torch-compiled" the same with a fused decode, which needs a C++ compiler and seconds at the first step.
+    trace_blocks: keep the state of every block in each step's record.
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -207,6 +209,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     batching: str | None = None
     max_trace_steps: int = 10_000
+    trace_blocks: bool = False
 
     def __post_init__(self) -> None:
         for name, value, kind in (
@@ -223,6 +226,7 @@ class EngineConfig:
         if self.batching is not None:
             check_choice("batching", self.batching, BATCHINGS)
         check_int("max_trace_steps", self.max_trace_steps, 0)
+        check_choice("trace_blocks", self.trace_blocks, (False, True))
         self._check_milestone()
 
     def _check_milestone(self) -> None:
@@ -238,8 +242,12 @@ class EngineConfig:
             raise _fail("enable_chunked_prefill", True, f"False or None {where}")
         if self.cache.enable_prefix_caching and not preset.prefix_caching:
             raise _fail("enable_prefix_caching", True, f"False or None {where}")
-        if self.scheduler.preemption_mode == "swap" and preset.kv == "contiguous":
+        if self.scheduler.preemption_mode == "swap" and not preset.paged:
             raise _fail("preemption_mode", "swap", f"'recompute' {where}, which reserves and never preempts")
+        if self.attention_backend != "auto" and not preset.paged:
+            raise _fail("attention_backend", self.attention_backend, f"'auto' {where}, which has Hugging Face's own")
+        if self.trace_blocks and not preset.paged:
+            raise _fail("trace_blocks", True, f"False {where}, which has no blocks")
 
     @property
     def preset(self) -> Milestone:
@@ -259,7 +267,7 @@ class EngineConfig:
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Sort flat keywords (those of `LLM`) into the four configurations; refuse any that none of them has."""
         parts: dict[str, type] = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-        own = ("milestone", "attention_backend", "batching", "max_trace_steps")
+        own = ("milestone", "attention_backend", "batching", "max_trace_steps", "trace_blocks")
         owner = {f.name: part for part, kind in parts.items() for f in fields(cast(Any, kind))}
         sorted_kwargs: dict[str, dict[str, Any]] = {part: {} for part in parts}
         engine_kwargs: dict[str, Any] = {}

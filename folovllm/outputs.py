@@ -76,6 +76,32 @@ class CompletionOutput:
 
 
 @dataclass
+class BeamSequence:
+    """One result of a beam search: prompt and output in `tokens`, the EOS that ended it included.
+
+    cum_logprob: the sum over the output's tokens. score: what beams are ranked by, the sum over length ** penalty.
+    finish_reason: "stop" for an EOS, "length" else.
+    """
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    score: float
+    finish_reason: str
+
+
+@dataclass
+class BeamSearchOutput:
+    """The beams of one prompt, best first (vLLM: `vllm/beam_search.py`).
+
+    kv_saved: the largest share of K/V, over the rounds, that beams shared instead of each holding a copy.
+    """
+
+    sequences: list[BeamSequence]
+    kv_saved: float
+
+
+@dataclass
 class RequestOutput:
     """A request as the user sees it, whole or still growing."""
 

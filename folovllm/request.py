@@ -62,7 +62,8 @@ class Request:
 
     prompt_token_ids: the prompt, at least one token. eos_token_ids: ids that end the output unless `ignore_eos`.
     max_model_len: the most tokens (prompt and output) the model can hold. arrival_time: seconds on the engine's clock.
-    parent_id: the request whose prompt this one shares (see `Scheduler`: parallel sampling); None for all others.
+    parent_id: the request whose K/V this one starts with, all but its own last prompt token (see `Scheduler`: parallel
+    sampling and beams); None for all others. hold: keep the K/V after the end, for forks, until it is let go.
     """
 
     request_id: str
@@ -73,6 +74,7 @@ class Request:
     arrival_time: float = 0.0
     priority: int = 0
     parent_id: str | None = None
+    hold: bool = False
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

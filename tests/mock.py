@@ -14,7 +14,9 @@ from folovllm.config import EngineConfig, SchedulerConfig
 from folovllm.engine.core import EngineCore
 from folovllm.engine.factory import EngineParts
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
+from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.output import NewRequest, SchedulerOutput
@@ -77,6 +79,87 @@ class MockRunner(ModelRunner):
             result.logprobs.append(None)
         result.phases = {"prepare": (0.0, 0.0), "forward": (0.0, 0.0), "sample": (0.0, 0.0)}
         return result
+
+
+class PagedMockRunner(MockRunner):
+    """Slots of token ids in blocks, on a device and on a host. What a request reads back goes through its block table.
+
+    Raises if an operation reads a block that holds nothing, if a slot is written by two requests of a step or lies in
+    the null block, and if a request reads a slot that nobody wrote.
+    """
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        super().__init__()
+        self.block_size = block_size
+        self.device: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + 1)]
+        self.host: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks + 1)]
+
+    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+        """Copy and swap in order, forget, learn, write every token, and then read back."""
+        self.steps.append(step)
+        for op in step.kv_ops:
+            self.apply(op)
+        for request_id in step.finished_ids:
+            self.known.pop(request_id, None)
+        for new in step.new_requests:
+            self.known[new.request_id] = new
+        written: set[tuple[int, int]] = set()
+        for share in step.scheduled:
+            for position, token in enumerate(share.token_ids, share.start):
+                slot = (share.plan.block_table[position // self.block_size], position % self.block_size)
+                if slot in written or slot[0] == 0:
+                    raise RuntimeError(f"slot {slot} is written twice, or null, by {share.request_id}")
+                written.add(slot)
+                self.device[slot[0]][slot[1]] = token
+        result = RunnerOutput(forwards=1)
+        for share in step.scheduled:
+            end = share.start + share.num_tokens
+            slots = [self.device[share.plan.block_table[i // self.block_size]][i % self.block_size] for i in range(end)]
+            if None in slots:
+                raise RuntimeError(f"{share.request_id} reads a slot that nobody wrote")
+            fails = share.request_id in self.failing
+            if fails:
+                result.failed[share.request_id] = "no token to choose"
+            seed = self.known[share.request_id].sampling_params.seed
+            sampled = [next_token(slots, seed)] if share.samples and not fails else []  # type: ignore[arg-type]
+            result.sampled_token_ids.append(sampled)
+            result.logprobs.append(None)
+        result.phases = {"prepare": (0.0, 0.0), "forward": (0.0, 0.0), "sample": (0.0, 0.0)}
+        return result
+
+    def apply(self, op: KVOp) -> None:
+        """Do one block operation. What is moved leaves nothing behind on the host, since nobody may read it again."""
+        if isinstance(op, BlockCopy):
+            source, target, place = self.device[op.src], self.device, op.dst
+        elif isinstance(op, SwapOut):
+            source, target, place = self.device[op.block], self.host, op.host_block
+        elif isinstance(op, SwapIn):
+            source, target, place = self.host[op.host_block], self.device, op.block
+            self.host[op.host_block] = [None] * self.block_size
+        else:
+            raise RuntimeError(f"{op} is not for blocks")
+        if source[0] is None or place == 0:
+            raise RuntimeError(f"{op} reads a block that holds nothing, or writes the null block")
+        target[place] = list(source)
+
+
+def paged_mock_engine(
+    max_num_seqs: int = 8,
+    budget: int = 64,
+    max_model_len: int = 64,
+    num_blocks: int = 64,
+    block_size: int = 4,
+    num_host_blocks: int = 0,
+    policy: str = "fcfs",
+    preemption_mode: str = "recompute",
+) -> LLMEngine:
+    """An engine over blocks and the mock model; `engine.core.scheduler.kv` is the BlockManager."""
+    kv = BlockManager(num_blocks, block_size, num_host_blocks)
+    scheduler = Scheduler(kv, max_num_seqs, budget, policy, preemption_mode)
+    core = EngineCore(scheduler, PagedMockRunner(num_blocks, block_size, num_host_blocks))
+    parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
+    config = EngineConfig(milestone="m2", scheduler=SchedulerConfig(scheduling_policy=policy))
+    return LLMEngine(engine_config=config, parts=parts)
 
 
 def mock_engine(

@@ -4,6 +4,7 @@
     python tools/measure_course.py cache        # chapter 1: with and without a KV cache, and what breaks one
     python tools/measure_course.py engine       # chapter 2: a trace of M1, and the engine beside the bare loop
     python tools/measure_course.py batching     # chapter 3: M2's two ways beside M1 and static batches, and who waits
+    python tools/measure_course.py blocks       # chapter 4: where KV memory goes, preemption, sharing (bundled model)
 
 Each part runs the models it is about, in rounds: what is compared stands side by side within a round, in an order that
 turns from round to round, ratios are taken inside a round, and the file keeps the median with the least and the
@@ -23,6 +24,7 @@ from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy machine, spinning threads cost 2x
 
+import measure_blocks
 import torch
 from measure_batching import batching
 from measuring import CPU, DECODE_CONTEXT, feed, load, load_format, plain, random_tokens, seconds, summarize, turned
@@ -299,11 +301,31 @@ def traced_questions(llm: LLM) -> dict[str, Any]:
     return {"questions": questions, **plain(llm.engine.trace, outputs)}
 
 
+# ------------------------------------------------------------------ chapter 4
+
+
+def blocks(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Where KV memory goes, what it costs to give way, and what sharing saves. The keys: see `measure_blocks`."""
+    _, header = load("folo-tiny", "float32")
+    facts, measured = measure_blocks.preemption_rounds(console, rounds)
+    data = {
+        **header,
+        "command": "python tools/measure_course.py blocks",
+        **measure_blocks.counted(),
+        "preemption": facts,
+        "summary": summarize(measured),
+        "rounds": measured,
+        "trace": {mode: plain(trace, outputs) for mode, (trace, outputs) in measure_blocks.traced().items()},
+    }
+    return [("m3-blocks-folo-tiny", data)]
+
+
 PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[str, Any]]]]] = {
     "workloads": workloads,
     "cache": cache,
     "engine": engine,
     "batching": batching,
+    "blocks": blocks,
 }
 
 if __name__ == "__main__":

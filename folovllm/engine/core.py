@@ -24,12 +24,14 @@ class EngineCore:
         scheduler: Scheduler,
         runner: ModelRunner,
         max_trace_steps: int = 10_000,
+        trace_blocks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.clock = clock
         self.trace = Trace(max_trace_steps)
+        self.trace_blocks = trace_blocks
         self.stats = EngineStats()
         self._aborted: list[str] = []  # since the last record
 
@@ -56,6 +58,11 @@ class EngineCore:
                 num_waiting=self.scheduler.num_waiting,
                 kv=self.scheduler.kv.usage(),
             )
+        self._settle()
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """Free what finished requests with `hold` kept for forks."""
+        self.scheduler.let_go(request_ids)
         self._settle()
 
     def has_unfinished_requests(self) -> bool:
@@ -134,6 +141,7 @@ class EngineCore:
             finished=[r.request_id for r in requests if r.is_finished],
             preempted=step.preempted_ids,
             aborted=self._aborted,
+            blocks=self.scheduler.kv.snapshot() if self.trace_blocks else None,
         )
         self._aborted = []
         self.stats.add(trace)

@@ -9,7 +9,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from folovllm.config import EngineConfig
 from folovllm.engine.core import EngineCore
+from folovllm.engine.paged import build_paged
 from folovllm.kv_cache.contiguous import ContiguousKVManager
+from folovllm.kv_cache.interface import KVCacheManager
 from folovllm.models.loader import (
     eos_token_ids,
     load_config,
@@ -21,6 +23,7 @@ from folovllm.models.loader import (
     resolve_model,
 )
 from folovllm.runner.hf_runner import HFRunner
+from folovllm.runner.interface import ModelRunner
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
 
@@ -68,14 +71,21 @@ def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> 
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source)
-    if model is None:
-        model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
-    kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
-    budget, policy = config.max_num_batched_tokens(max_model_len), config.scheduler.scheduling_policy
-    scheduler = Scheduler(kv, config.max_num_seqs, budget, policy)
-    batching = config.batching or next(iter(config.preset.batchings), "loop")
-    runner = HFRunner(model, Sampler(config.model.seed, device), batching)
-    core = EngineCore(scheduler, runner, config.max_trace_steps)
+    sampler = Sampler(config.model.seed, device)
+    budget = config.max_num_batched_tokens(max_model_len)
+    kv: KVCacheManager
+    runner: ModelRunner
+    if config.preset.paged:
+        parts = build_paged(config, source, hf_config, dtype, device, max_model_len, budget, sampler)
+        kv, runner = parts.manager, parts.runner
+    else:
+        if model is None:
+            model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
+        kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
+        runner = HFRunner(model, sampler, config.batching or next(iter(config.preset.batchings), "loop"))
+    policy, preemption = config.scheduler.scheduling_policy, config.scheduler.preemption_mode
+    scheduler = Scheduler(kv, config.max_num_seqs, budget, policy, preemption)
+    core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks)
     vocab_size = int(hf_config.get_text_config().vocab_size)
     # An id without a logit can never be sampled, so it can never end a sequence either.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)

@@ -110,8 +110,14 @@ class LLMEngine:
         prompt: Prompt,
         sampling_params: SamplingParams | None = None,
         priority: int = 0,
+        parent_id: str | None = None,
+        hold: bool = False,
     ) -> Submission:
-        """Check a prompt and its parameters and make its requests, without queueing them."""
+        """Check a prompt and its parameters and make its requests, without queueing them.
+
+        parent_id: a held request whose tokens are the prompt without its last one. hold: keep this one's K/V, until
+        `core.let_go`. Both are for one sequence (n = 1).
+        """
         arrival = self.core.clock()
         params = SamplingParams() if sampling_params is None else sampling_params
         self._check(request_id, params, priority)
@@ -126,7 +132,8 @@ class LLMEngine:
                 max_model_len=self.max_model_len,
                 arrival_time=arrival,
                 priority=priority,
-                parent_id=None if i == 0 else sequence_ids[0],
+                parent_id=parent_id if i == 0 else sequence_ids[0],
+                hold=hold,
             )
             for i, sequence_id in enumerate(sequence_ids)
         ]

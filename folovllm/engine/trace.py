@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from folovllm.kv_cache.interface import KVCopy, KVOp, KVUsage
+from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, KVCopy, KVOp, KVUsage, SwapIn, SwapOut
 
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 
@@ -42,7 +42,8 @@ class StepTrace:
     phases: (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a
     GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
     padding_tokens, padding_kv_tokens: as in `RunnerOutput`. num_waiting, num_running, kv: after the step. finished and
-    preempted: ids, in this step. aborted: ids that were ended from outside since the step before.
+    preempted: ids, in this step. aborted: ids that were ended from outside since the step before. blocks: the state of
+    the pool after the step, if snapshots were asked for.
     """
 
     step: int
@@ -59,6 +60,7 @@ class StepTrace:
     preempted: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     padding_kv_tokens: int = 0
+    blocks: BlockSnapshot | None = None
 
     @property
     def num_scheduled_tokens(self) -> int:
@@ -103,6 +105,9 @@ class EngineStats:
         self.padding_kv_tokens += step.padding_kv_tokens
         self.preemptions += len(step.preempted)
         self.copied_tokens += sum(op.num_tokens for op in step.kv_ops if isinstance(op, KVCopy))
+        self.copied_blocks += sum(isinstance(op, BlockCopy) for op in step.kv_ops)
+        self.swapped_out_blocks += sum(isinstance(op, SwapOut) for op in step.kv_ops)
+        self.swapped_in_blocks += sum(isinstance(op, SwapIn) for op in step.kv_ops)
         self.max_running = max(self.max_running, len(step.requests))
         for request in step.requests:
             self.prompt_tokens_computed += request.num_prompt

@@ -10,9 +10,10 @@ from jinja2 import TemplateError
 from tqdm import tqdm
 
 from folovllm.config import EngineConfig
+from folovllm.engine.beam_search import beam_search
 from folovllm.engine.llm_engine import LLMEngine, Prompt, as_prompt_list, broadcast_params, encode
-from folovllm.outputs import RequestOutput
-from folovllm.sampling_params import SamplingParams
+from folovllm.outputs import BeamSearchOutput, RequestOutput
+from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 Message = dict[str, str]
 Params = SamplingParams | Sequence[SamplingParams] | None
@@ -102,6 +103,24 @@ class LLM:
 
             done = self.engine.run_to_completion(request_ids, on_done)
         return list(done.values())
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """The `beam_width` likeliest continuations that a beam search finds of every prompt, best first.
+
+        Results are those of Hugging Face's `generate` with `num_beams` and `early_stopping=False`. Raises ValueError if
+        any prompt is bad, and then none is started. When interrupted, nothing of it stays in the engine.
+        """
+        if not isinstance(params, BeamSearchParams):
+            raise ValueError(f"params={params!r} is not valid; allowed: a BeamSearchParams")
+        prompt_list = as_prompt_list(prompts)
+        with tqdm(total=len(prompt_list), desc="Beam search", unit="prompt", disable=not use_tqdm) as bar:
+
+            def on_done(index: int) -> None:
+                bar.update()
+
+            return beam_search(self.engine, prompt_list, params, on_done)
 
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0

@@ -40,7 +40,7 @@ class ContiguousKVManager(KVCacheManager):
         """Always 0: K/V dies with its request here."""
         return 0
 
-    def reserve(self, request: Request, num_new_tokens: int) -> KVPlan | None:
+    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
         """A plan inside the request's region; the region itself is taken at the first call."""
         if request.request_id not in self._used:
             if not self._has_free_region():

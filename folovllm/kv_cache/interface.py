@@ -30,6 +30,30 @@ class KVCopy(KVOp):
 
 
 @dataclass(frozen=True)
+class BlockCopy(KVOp):
+    """Copy the whole block `src` to `dst`, in every layer."""
+
+    src: int
+    dst: int
+
+
+@dataclass(frozen=True)
+class SwapOut(KVOp):
+    """Copy a block of the device to a block of the host."""
+
+    block: int
+    host_block: int
+
+
+@dataclass(frozen=True)
+class SwapIn(KVOp):
+    """Copy a block of the host to a block of the device."""
+
+    host_block: int
+    block: int
+
+
+@dataclass(frozen=True)
 class KVPlan:
     """Room for the next `num_tokens` tokens of a request, which has K/V for its first `start` tokens already.
 
@@ -43,6 +67,13 @@ class KVPlan:
 
 
 @dataclass(frozen=True)
+class BlockPlan(KVPlan):
+    """A plan in blocks. block_table: all blocks of the request, in order, those for the new tokens included."""
+
+    block_table: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
 class KVFork:
     """A request starts with another's K/V of its first `num_tokens` tokens: copied by `ops`, or shared without any."""
 
@@ -52,16 +83,41 @@ class KVFork:
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed."""
+    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed.
+
+    unshared: what `reserved` would be if nobody shared a block with anybody else.
+    """
 
     capacity: int
     reserved: int
     used: int
+    unshared: int | None = None
 
     @property
     def free(self) -> int:
         """Tokens that nobody has set aside."""
         return self.capacity - self.reserved
+
+    @property
+    def sharing_saves(self) -> float:
+        """The share of room that sharing saves against a copy for each request; 0 where nothing is shared."""
+        return 1 - self.reserved / self.unshared if self.unshared else 0.0
+
+
+@dataclass(frozen=True)
+class BlockSnapshot:
+    """The state of a pool of blocks. Block 0 is the null block.
+
+    tables, host_tables: request id -> its blocks on the device, or on the host. ref_counts, filled: per block, how many
+    tables name it and how many of its slots are written.
+    """
+
+    block_size: int
+    tables: dict[str, tuple[int, ...]]
+    host_tables: dict[str, tuple[int, ...]]
+    ref_counts: tuple[int, ...]
+    filled: tuple[int, ...]
+    num_free: int
 
 
 class KVCacheManager(ABC):
@@ -76,8 +132,11 @@ class KVCacheManager(ABC):
         """How many of the request's first tokens already have K/V that it may use. Less than `num_tokens`."""
 
     @abstractmethod
-    def reserve(self, request: Request, num_new_tokens: int) -> KVPlan | None:
-        """Room for `num_new_tokens` more tokens, all or nothing: a plan, or None with the books unchanged."""
+    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
+        """Room for `num_new_tokens` more tokens, all or nothing: a plan, or None with the books unchanged.
+
+        spare: leave some room free for those that run already, so that they need not give way at once.
+        """
 
     @abstractmethod
     def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
@@ -93,6 +152,18 @@ class KVCacheManager(ABC):
     @abstractmethod
     def release(self, request: Request) -> None:
         """Everything the request holds is free again. A request that holds nothing may be released too."""
+
+    def swap_out(self, request: Request) -> tuple[KVOp, ...] | None:
+        """Move the request's K/V to the host by these operations; None, with the books unchanged, if that cannot be."""
+        return None
+
+    def can_fork(self, request: Request, num_tokens: int) -> bool:
+        """Whether K/V of the request's first `num_tokens` tokens is where `fork` can take it from."""
+        return request.num_computed_tokens >= num_tokens
+
+    def snapshot(self) -> BlockSnapshot | None:
+        """The state of every block, where there are blocks."""
+        return None
 
     @abstractmethod
     def usage(self) -> KVUsage:

@@ -44,15 +44,25 @@ class SchedulerOutput:
     """One step's work. `kv_ops` are done in order before the forward; `finished_ids` may be forgotten altogether."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
+    total_num_scheduled_tokens: int = 0
     new_requests: list[NewRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
     finished_ids: list[str] = field(default_factory=list)
     preempted_ids: list[str] = field(default_factory=list)
 
-    @property
-    def total_num_scheduled_tokens(self) -> int:
-        """Tokens this step computes, over all requests."""
-        return sum(s.num_tokens for s in self.scheduled)
+    def add(self, share: ScheduledRequest) -> None:
+        """Give a request a share of the step. Its plan's operations join the others."""
+        self.scheduled.append(share)
+        self.total_num_scheduled_tokens += share.num_tokens
+        self.kv_ops.extend(share.plan.ops)
+
+    def remove(self, request_id: str) -> None:
+        """Take back a request's share, if it has one. The operations stay: they come before all that follow."""
+        for index, share in enumerate(self.scheduled):
+            if share.request_id == request_id:
+                self.total_num_scheduled_tokens -= share.num_tokens
+                del self.scheduled[index]
+                return
 
 
 @dataclass(frozen=True)

@@ -9,11 +9,17 @@ There is one scheduler for every milestone. `schedule()` decides a step, `update
 Parallel sampling (n > 1) arrives as one leader and n - 1 children that name it as `parent_id`. The children are parked
 until the leader has computed the prompt; then they join the front of the line, and each starts as a fork of the
 leader's first prompt_len - 1 tokens, computes the last prompt token itself and samples with its own generator. A leader
-that finishes first is *held*: its K/V stays in the books until its last child has forked or gone.
+that finishes first is *held*: its K/V stays in the books until its last child has forked or gone. A request may also
+ask to be held (`Request.hold`): a beam search forks its next beams from it, and then lets it go. When room is short,
+held K/V is given up before anybody has to give way, and whoever wanted to fork it computes its prompt alone.
 
 A step takes every running request first, since somebody reads along; waiting ones join in the order of the queue with
 what is left of the token budget. A prompt is computed in one piece here, so the head of the line may not fit beside the
 decodes: then it gets a step without them. No two such steps follow each other, so a decode skips one step at most.
+
+Where K/V comes in blocks, a running request may find none free. Then whoever came last (or has the lowest priority)
+gives way: it loses its K/V, to be computed again, or has it swapped to the host, and goes back to the front of the
+line. Its tokens are kept, so what it comes to say does not change. In such a step nobody is admitted.
 
 Invariants (between two calls):
   1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
@@ -38,9 +44,16 @@ class Scheduler:
     """Iteration-level scheduling under a limit of requests and a budget of tokens (Orca, Yu et al., OSDI 2022)."""
 
     def __init__(
-        self, kv: KVCacheManager, max_num_seqs: int, max_num_batched_tokens: int, policy: str = "fcfs"
+        self,
+        kv: KVCacheManager,
+        max_num_seqs: int,
+        max_num_batched_tokens: int,
+        policy: str = "fcfs",
+        preemption_mode: str = "recompute",
     ) -> None:
         self.kv = kv
+        self.policy = policy
+        self.swaps = preemption_mode == "swap"
         self.max_num_batched_tokens = max_num_batched_tokens
         # Every running request needs a token of the budget in every step, so more of them would have to take turns.
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
@@ -50,7 +63,7 @@ class Scheduler:
         self._decodes_skipped = False  # by the last step
         self._parked: dict[str, list[Request]] = {}  # leader id -> children that wait for its prompt
         self._forks_due: dict[str, set[str]] = {}  # leader id -> children that will need its K/V
-        self._held: set[str] = set()  # finished leaders whose K/V children still need
+        self._held: set[str] = set()  # finished requests whose K/V others still need
         self._finished_ids: list[str] = []  # for the next SchedulerOutput
 
     # ------------------------------------------------------------------ requests in
@@ -73,13 +86,15 @@ class Scheduler:
             raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
         self.check_can_run(request)
         leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
-        if request.parent_id is not None and (leader is None or leader.num_computed_tokens > 0):
-            raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that has not run yet")
+        held = request.parent_id in self._held
+        if request.parent_id is not None and not held and (leader is None or leader.num_computed_tokens > 0):
+            raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that is held or has not run yet")
         self.requests[request.request_id] = request
-        if leader is None:
+        if leader is None or held:
             self.waiting.add(request)
         else:
             self._parked.setdefault(leader.request_id, []).append(request)
+        if leader is not None:
             self._forks_due.setdefault(leader.request_id, set()).add(request.request_id)
 
     def abort(self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> list[str]:
@@ -94,12 +109,31 @@ class Scheduler:
             self._remove(request)
         return ended
 
+    def is_held(self, request_id: str) -> bool:
+        """Whether the request has finished and its K/V can be forked."""
+        return request_id in self._held
+
+    def let_go(self, request_ids: Iterable[str]) -> None:
+        """Requests that asked to be held need not be, once those that fork them have done so. Others are ignored."""
+        for request_id in request_ids:
+            if request_id in self._held:
+                self.requests[request_id].hold = False
+                self._release_if_unneeded(request_id)
+
     def undo_step(self, step: SchedulerOutput) -> list[str]:
         """The runner failed in `step`: abort its requests, and tell their end and all other news of it again.
 
         Their K/V may be half written, and to repeat the step on it could give wrong tokens. Returns the aborted ids.
+        Nor is it known what reached the host of those that were swapped out: they will compute theirs again.
         """
         self._finished_ids[:0] = step.finished_ids
+        for request in (self.requests[i] for i in step.preempted_ids if i in self.requests):
+            self.waiting.remove(request)
+            self._forget(request)
+            self.waiting.prepend(request)
+        for share in step.scheduled:
+            if share.plan.ops or share.start == 0:  # what was to be moved may not be there: nobody may fork it
+                self._forget(self.requests[share.request_id])
         # The last one first: a leader leaves its place at the front of the line to a child, so the first is then ahead.
         return self.abort([share.request_id for share in reversed(step.scheduled)])
 
@@ -122,15 +156,12 @@ class Scheduler:
         """Decide the next step: running requests first, then as many waiting ones as room and budget allow."""
         step = SchedulerOutput()
         if self._head_needs_a_step_of_its_own():
-            self._admit_waiting(step, self.max_num_batched_tokens)
+            self._admit_waiting(step)
         self._decodes_skipped = bool(step.scheduled)
         if not step.scheduled:
-            for request in self.running:
-                plan = self.kv.reserve(request, request.num_tokens_to_compute)
-                if plan is None:
-                    raise RuntimeError(f"request {request.request_id!r} holds a reservation and was refused room in it")
-                self._schedule(request, plan, step)
-            self._admit_waiting(step, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+            self._schedule_running(step)
+            if not step.preempted_ids:
+                self._admit_waiting(step)
         # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
         step.finished_ids, self._finished_ids = self._finished_ids, []
         return step
@@ -140,39 +171,86 @@ class Scheduler:
         if not self.waiting or not self.running or len(self.running) >= self.max_running or self._decodes_skipped:
             return False
         head = self.waiting.peek()
-        num_new = 1 if self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
-        return num_new > self.max_num_batched_tokens - sum(r.num_tokens_to_compute for r in self.running)
+        in_pieces = head.status is RequestStatus.PREEMPTED
+        num_new = 1 if in_pieces or self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
+        # One token for each that runs: what those take beyond it who still catch up is no reason to skip a step.
+        return num_new > self.max_num_batched_tokens - len(self.running)
 
-    def _admit_waiting(self, step: SchedulerOutput, budget: int) -> None:
+    def _schedule_running(self, step: SchedulerOutput) -> None:
+        """Decodes, then those that still catch up after a preemption, each with what the budget leaves."""
+        for request in sorted(self.running, key=lambda r: r.num_tokens_to_compute > 1):
+            num_new = min(request.num_tokens_to_compute, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+            if request.status is RequestStatus.RUNNING and num_new > 0:  # it may have given way to one before it
+                plan = self._reserve(request, num_new, step)
+                if plan is not None:
+                    self._schedule(request, plan, step)
+
+    def _reserve(self, request: Request, num_new: int, step: SchedulerOutput) -> KVPlan | None:
+        """Room for a running request, at the cost of others if need be; None if it was itself the one to give way."""
+        while (plan := self.kv.reserve(request, num_new)) is None:
+            if self._release_held():
+                continue
+            victim = self.running[-1]
+            if self.policy == "priority":
+                # Samples of one prompt are equal: then it is the last of them, too.
+                victim = max(reversed(self.running), key=lambda r: (r.priority, r.arrival_time))
+            self._preempt(victim, step)
+            if victim is request:
+                return None
+        return plan
+
+    def _preempt(self, victim: Request, step: SchedulerOutput) -> None:
+        """Take a running request's K/V away, and its share of the step, and put it in front of those that wait."""
+        ops = self.kv.swap_out(victim) if self.swaps else None
+        if ops is None:
+            self._forget(victim)
+        else:
+            step.kv_ops.extend(ops)
+        step.remove(victim.request_id)
+        step.preempted_ids.append(victim.request_id)
+        self.running.remove(victim)
+        victim.set_status(RequestStatus.PREEMPTED)
+        self.waiting.prepend(victim)
+
+    def _forget(self, request: Request) -> None:
+        self.kv.release(request)
+        request.num_computed_tokens = 0
+
+    def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
         while self.waiting and len(self.running) < self.max_running:
-            admitted = self._admit(self.waiting.peek(), step, budget)
+            admitted = self._admit(self.waiting.peek(), step)
             if not admitted and not self.running and self._release_held():
                 # Nothing runs, so no room would ever come free: only finished leaders were in the way.
-                admitted = self._admit(self.waiting.peek(), step, budget)
+                admitted = self._admit(self.waiting.peek(), step)
             if not admitted:
                 break
-            budget -= step.scheduled[-1].num_tokens
 
-    def _admit(self, request: Request, step: SchedulerOutput, budget: int) -> bool:
-        """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing."""
+    def _admit(self, request: Request, step: SchedulerOutput) -> bool:
+        """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing.
+
+        A preempted one may catch up in pieces, since with its output it may be longer than any step.
+        """
+        budget = self.max_num_batched_tokens - step.total_num_scheduled_tokens
+        first_time = request.status is RequestStatus.WAITING
         leader = self._leader_to_fork(request)
         fork = self.kv.fork(leader, request, request.num_prompt_tokens - 1) if leader is not None else KVFork(0)
         if fork is None:
             return False
         start = fork.num_tokens if leader is not None else self.kv.match(request)
-        num_new = request.num_tokens - start
-        plan = self.kv.reserve(request, num_new) if num_new <= budget else None
+        num_new = request.num_tokens - start if first_time else min(request.num_tokens - start, budget)
+        plan = self.kv.reserve(request, num_new, spare=bool(self.running)) if 0 < num_new <= budget else None
         if plan is None:
-            self.kv.release(request)
+            if leader is not None:
+                self.kv.release(request)
             return False
         self.waiting.pop()
-        if request.status is RequestStatus.WAITING:  # a preempted one is known to the runner: its state lives on
+        if first_time:  # a preempted one is known to the runner: its state lives on
+            request.num_cached_tokens = 0 if leader is not None else start
             params, stop_ids = request.sampling_params, request.stop_token_ids
             step.new_requests.append(NewRequest(request.request_id, request.prompt_token_ids, params, stop_ids))
         request.set_status(RequestStatus.RUNNING)
         request.num_computed_tokens = start
-        request.num_cached_tokens = 0 if leader is not None else start
         self.running.append(request)
         step.kv_ops.extend(fork.ops)
         self._schedule(request, plan, step)
@@ -183,8 +261,7 @@ class Scheduler:
         """Add a request's share, as planned, to the step."""
         end = plan.start + plan.num_tokens
         tokens = request.tokens(plan.start, end)
-        step.kv_ops.extend(plan.ops)
-        step.scheduled.append(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
+        step.add(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
 
     def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
         """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
@@ -239,6 +316,9 @@ class Scheduler:
             else:
                 self._held.add(request.request_id)  # `_fork_done` of the last child releases it
                 return
+        elif request.hold and request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
+            self._held.add(request.request_id)
+            return
         self._release(request)
 
     def _release(self, request: Request) -> None:
@@ -255,15 +335,23 @@ class Scheduler:
         """
         leader = self.requests.get(request.parent_id) if request.parent_id is not None else None
         num_shared = request.num_prompt_tokens - 1
-        return leader if leader is not None and leader.num_computed_tokens >= num_shared > 0 else None
+        return leader if leader is not None and num_shared > 0 and self.kv.can_fork(leader, num_shared) else None
 
     def _release_held(self) -> bool:
-        """Give up the K/V of finished leaders; their children start alone. Whether there was any."""
+        """Give up the K/V of all who are held; whoever would have forked it starts alone. Whether there was any."""
         held = list(self._held)
         for leader_id in held:
-            for child_id in list(self._forks_due[leader_id]):
+            self.requests[leader_id].hold = False
+            for child_id in list(self._forks_due.get(leader_id, ())):
                 self._fork_done(self.requests[child_id])
+            self._release_if_unneeded(leader_id)
         return bool(held)
+
+    def _release_if_unneeded(self, leader_id: str) -> None:
+        """Release a held request that nobody has reason to hold any longer."""
+        if leader_id in self._held and leader_id not in self._forks_due and not self.requests[leader_id].hold:
+            self._held.remove(leader_id)
+            self._release(self.requests[leader_id])
 
     def _unpark(self, leader: Request) -> list[Request]:
         """The children that are next in line, in order, once their leader's prompt is computed."""
@@ -296,6 +384,4 @@ class Scheduler:
         if not due:
             del self._forks_due[leader_id]
             self._parked.pop(leader_id, None)
-            if leader_id in self._held:
-                self._held.remove(leader_id)
-                self._release(self.requests[leader_id])
+            self._release_if_unneeded(leader_id)

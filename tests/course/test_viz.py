@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.text import Annotation
 from transformers import LlamaConfig
 
 from folovllm.engine.trace import PHASES, RequestStep, StepTrace
@@ -23,9 +24,9 @@ from folovllm.kv_cache.formulas import (
     linear_tokens_cached,
     linear_tokens_recompute,
 )
-from folovllm.kv_cache.interface import KVUsage
+from folovllm.kv_cache.interface import BlockSnapshot, KVUsage
 from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from folovllm.viz import batching, flow, kv, masks, padding, roofline, sampling, style, timeline
+from folovllm.viz import batching, blocks, flow, kv, masks, padding, roofline, sampling, style, timeline
 from folovllm.viz.notebook import MarkdownTable, progress
 
 L = 6
@@ -140,6 +141,54 @@ SIZES = {
 }
 
 
+# Blocks of 2 slots. "a" and "b" share block 1; "c" gives way in step 2 and comes back in step 4; "a" ends after step 4.
+def block_step(
+    number: int,
+    shares: dict[str, tuple[int, int, int]],
+    tables: dict[str, tuple[int, ...]],
+    host: dict[str, tuple[int, ...]] | None = None,
+    preempted: tuple[str, ...] = (),
+) -> StepTrace:
+    """A step of `shares`: request -> (tokens computed, prompt tokens among them, tokens sampled); the pool after it."""
+    counts = [sum(table.count(block) for table in tables.values()) for block in range(6)]
+    snapshot = BlockSnapshot(2, tables, host or {}, tuple(counts), tuple(2 * (n > 0) for n in counts), counts.count(0))
+    phases = {"schedule": (float(number), float(number)), "update": (number + 1.0, number + 1.0)}
+    requests = [RequestStep(i, n, p, 0, 9, 1, k, "RUNNING") for i, (n, p, k) in shares.items()]
+    return StepTrace(number, phases, requests, 0, len(shares), 64, 1, 0, KVUsage(10, 8, 8), preempted=list(preempted),
+                     blocks=snapshot)  # fmt: skip
+
+
+ONE = (1, 0, 1)
+RECOMPUTED = [
+    block_step(3, {"a": (4, 4, 1)}, {"a": (1, 2)}),
+    block_step(4, {"a": ONE, "b": (1, 1, 1), "c": (2, 2, 1)}, {"a": (1, 2), "b": (1, 3), "c": (4,)}),
+    block_step(5, {"a": ONE, "b": ONE}, {"a": (1, 2), "b": (1, 3, 5)}, preempted=("c",)),
+    block_step(6, {"a": ONE}, {"a": (1, 2), "b": (1, 3, 5)}),  # b runs, but skips this step
+    block_step(7, {"a": ONE, "b": ONE, "c": (2, 2, 0)}, {"b": (1, 3, 5), "c": (4,)}),
+    block_step(8, {"c": (1, 0, 1)}, {"c": (4, 2)}),
+    block_step(9, {"c": ONE}, {}),
+]
+SWAPPED = [
+    *RECOMPUTED[:2],
+    block_step(5, {"a": ONE, "b": ONE}, {"a": (1, 2), "b": (1, 3, 5)}, {"c": (2,)}, preempted=("c",)),
+    block_step(6, {"a": ONE}, {"a": (1, 2), "b": (1, 3, 5)}, {"c": (2,)}),
+    block_step(7, {"a": ONE, "b": ONE, "c": ONE}, {"b": (1, 3, 5), "c": (4,)}),
+    block_step(8, {"c": ONE}, {}),
+]
+SHARES = {
+    "max": {"used": 0.2, "reserved": 0.1, "internal": 0.7, "external": 0.0, "free": 0.0},
+    "paged": {"used": 0.9, "reserved": 0.02, "internal": 0.01, "external": 0.0, "free": 0.07},
+}
+TABLES = {
+    "one": blocks.TableState(BlockSnapshot(4, {"a": (2, 1)}, {}, (0, 1, 1, 0), (0, 2, 4, 0), 1), {"a": list("abcdef")}),
+    "after a copy": blocks.TableState(
+        BlockSnapshot(4, {"a": (2, 1), "b": (2, 3)}, {}, (0, 1, 2, 1), (0, 2, 4, 2), 0),
+        {"a": list("abcdef"), "b": list("abcdeF")},
+        copies=[(1, 3)],
+    ),
+}
+
+
 # --- every figure once, for what holds for all of them ------------------------------------------------------------
 
 
@@ -212,6 +261,13 @@ FIGURES: dict[str, Callable[[], Figure]] = {
         {"prefill": [("token ids", (1, 12)), ("cached keys, layer 0", (1, 2, 12, 32))],
          "decode": [("token ids", (1, 1)), ("cached keys, layer 0", (1, 2, 13, 32))]}, title="Shapes",
     ),
+    "block_map": lambda: blocks.block_map(SWAPPED, title="Map"),
+    "memory_shares": lambda: blocks.memory_shares(SHARES, title="Shares"),
+    "waste_by_block_size": lambda: blocks.waste_by_block_size([1, 16, 256], [0, 8, 120], [0, 0.02, 0.2], title="Waste"),
+    "block_tables": lambda: blocks.block_tables(TABLES, title="Tables"),
+    "preemption_timeline": lambda: blocks.preemption_timeline(
+        {"recompute": RECOMPUTED, "swap": SWAPPED}, ["a", "b", "c"], title="Who gives way"
+    ),
 }  # fmt: skip
 every_figure = pytest.mark.parametrize("name", FIGURES)
 
@@ -267,6 +323,7 @@ def test_the_colours_are_those_of_okabe_and_ito() -> None:
     [
         (masks.SEEN, masks.HIDDEN),
         (masks.TOKEN, masks.PAD),
+        (timeline.WAITING, timeline.PREFILL, timeline.DECODE, blocks.DROPPED, blocks.ON_HOST, blocks.AGAIN),
         (kv.ABSENT, kv.REUSED, kv.COMPUTED),
         (timeline.WAITING, timeline.PREFILL, timeline.DECODE),
         (sampling.EQUAL, sampling.DIFFERENT, sampling.NOTHING),
@@ -755,6 +812,172 @@ def test_a_long_stream_shows_its_end() -> None:
     (ax,) = sampling.text_release([sampling.Release("x", "0123456789", "HELD")], width=6).axes
     assert "".join(text.get_text() for text in ax.texts[1:]) == "89HELD"
     assert len(ax.patches) == 4
+
+
+# --- blocks -----------------------------------------------------------------------------------------------------
+
+
+def test_a_block_map_shows_who_holds_each_block_after_each_step() -> None:
+    figure = blocks.block_map(RECOMPUTED, title="The pool")
+    (ax,) = figure.axes
+    # 0 is free, 1 to 3 are a, b and c alone, 4 to 6 the same in company: block 1 is a's and b's.
+    assert cells(ax).tolist() == [
+        [1, 4, 4, 4, 2, 0, 0],
+        [1, 1, 1, 1, 0, 3, 0],
+        [0, 2, 2, 2, 2, 0, 0],
+        [0, 3, 0, 0, 3, 3, 0],
+        [0, 0, 2, 2, 2, 0, 0],
+    ]
+    assert marks(ax, blocks.SHARED) == {(0, 1), (0, 2), (0, 3)}
+    (given_up,) = [c for c in ax.collections if c.get_label() == "gave way"]
+    assert [column for column, _ in np.asarray(given_up.get_offsets()).tolist()] == [2]
+    names = [(t.get_text(), round(t.get_position()[0], 1), t.get_position()[1]) for t in ax.texts]
+    assert ("a", 1.5, 1) in names and ("b", 2.5, 2) in names and ("c", 4.5, 3) in names
+    assert [name for name, _, row in names if row == 0] == ["a", "b"]  # not where it is shared
+    assert legend_labels(figure) == ["a", "b", "c", "shared", "free"]
+    assert x_labels(ax) == ["0", "1", "2", "3", "4", "5", "6"]
+    assert y_labels(ax) == ["1", "2", "3", "4", "5"]
+
+
+def test_a_block_map_has_a_panel_for_the_host_and_other_names_for_requests() -> None:
+    figure = blocks.block_map(SWAPPED, labels={"a": "first", "c": "third"})
+    device, host = figure.axes
+    assert cells(device).shape == (5, 6)
+    assert cells(host).tolist() == [[0, 0, 0, 0, 0, 0], [0, 0, 3, 3, 0, 0]]
+    assert legend_labels(figure) == ["first", "b", "third", "shared", "free"]
+    assert "third" in texts(device)  # above the step in which it gave way
+    assert (device.get_ylabel(), host.get_ylabel()) == ("device block", "host block")
+
+
+def test_a_block_map_agrees_with_the_books_of_a_real_pool() -> None:
+    # The oracle is the pool's own reference counts, which the map never reads.
+    from folovllm.kv_cache.block_manager import BlockManager
+    from folovllm.request import Request
+    from folovllm.sampling_params import SamplingParams
+
+    books, steps, rng = BlockManager(12, 2), [], np.random.default_rng(1)
+    requests = [Request(name, [0] * 4, SamplingParams(), (), 64) for name in "abcd"]
+    for number in range(30):
+        request = requests[rng.integers(4)]
+        other = requests[(requests.index(request) + 1) % 4]
+        if rng.random() < 0.3:
+            books.release(request)
+        elif rng.random() < 0.3 and books.can_fork(request, 3):
+            books.release(other)
+            books.fork(request, other, 3)
+        elif (plan := books.reserve(request, int(rng.integers(1, 4)))) is not None:
+            books.commit(plan)
+        steps.append(StepTrace(number, {}, [], 0, 0, 1, 1, 0, books.usage(), blocks=books.snapshot()))
+    ids = [i for i in "abcd" if any(i in step.blocks.tables for step in steps)]  # type: ignore[union-attr]
+    codes = blocks.holders([step.blocks.tables for step in steps], ids, 12)  # type: ignore[union-attr]
+    counts = np.array([step.blocks.ref_counts[1:] for step in steps]).T  # type: ignore[union-attr]
+    assert counts.max() > 1
+    assert ((codes == 0) == (counts == 0)).all()
+    assert ((codes > len(ids)) == (counts > 1)).all()
+
+
+def test_blocks_cannot_be_drawn_without_snapshots() -> None:
+    for draw in (blocks.block_map, lambda trace: blocks.preemption_timeline({"x": trace}, ["a"])):
+        with pytest.raises(ValueError, match="trace_blocks=True"):
+            draw(TRACE)
+        with pytest.raises(ValueError, match="0 snapshots of blocks in 0 steps"):
+            draw([])
+
+
+def test_shares_are_stacked_and_the_papers_stand_in_a_panel_of_their_own() -> None:
+    figure = blocks.memory_shares(SHARES, title="Memory")
+    ours, paper = figure.axes
+    stacks: dict[int, list[tuple[str, float, float]]] = {0: [], 1: []}
+    for container in ours.containers:
+        for bar in container:
+            stacks[round(bar.get_y() + bar.get_height() / 2)].append(
+                (container.get_label(), round(bar.get_x(), 6), round(bar.get_width(), 6))
+            )
+    assert stacks[0] == [("used", 0, 20), ("reserved", 20, 10), ("internal", 30, 70), *(
+        (name, 100, 0) for name in ("external", "free"))]  # fmt: skip
+    assert stacks[1] == [
+        *(("used", 0, 90), ("reserved", 90, 2), ("internal", 92, 1), ("external", 93, 0), ("free", 93, 7))
+    ]
+    assert texts(ours) == ["20.0 %", "10.0 %", "70.0 %", "90.0 %", "7.0 %"]
+    assert (y_labels(ours), ours.get_xlim()) == (["max", "paged"], (0, 100))
+    assert len({bar.get_hatch() for container in ours.containers[:4] for bar in container}) == 4
+    # Fig. 2 of the vLLM paper, typed off the page.
+    assert [round(bar.get_width(), 1) for c in paper.containers for bar in c] == [20.4, 26.8, 38.2, 96.3]
+    assert y_labels(paper) == ["Orca (Max)", "Orca (Pow2)", "Orca (Oracle)", "vLLM"]
+    assert "another workload" in paper.get_xlabel() and "Kwon" in paper.get_xlabel()
+    assert paper.get_title(loc="left") == "cited"
+    assert len(legend_labels(figure)) == 5
+
+
+def test_waste_is_drawn_over_the_line_that_theory_gives() -> None:
+    left, right = blocks.waste_by_block_size([1, 16, 24, 256], [0, 8, 11, 120], [0, 0.017, 0.03, 0.2]).axes
+    x, y = line(left, "(B - 1) / 2")
+    assert np.interp([16, 101, 256], x, y) == pytest.approx([8, 50.5, 128], abs=0.5)
+    assert np.diff(y) / np.diff(x) == pytest.approx(0.5, rel=0.01)
+    assert line(left, "replay")[1].tolist() == [0, 8, 11, 120]
+    assert line(right, "empty")[1].tolist() == pytest.approx([0, 1.7, 3, 20])
+    assert texts(right) == ["1.7 %", "20 %"]
+    assert x_labels(right) == ["1", "16", "256"]
+    assert left.get_ylim()[0] == right.get_ylim()[0] == 0
+
+
+def test_a_table_points_to_its_blocks_and_a_copy_from_its_source() -> None:
+    figure = blocks.block_tables(TABLES, title="Sharing")
+    one, two = figure.axes
+
+    # A unit is a slot, a block has four and a gap of one: logical block i and physical block i + 1 begin at 5 i.
+    def arrows(ax: Axes) -> list[tuple[float, float]]:
+        return [(t.xyann[0], t.xy[0]) for t in ax.texts if isinstance(t, Annotation)]
+
+    assert arrows(one) == [(2, 7), (7, 2)]  # a: [2, 1]
+    assert arrows(two)[:4] == [(2, 7), (7, 2), (2, 7), (7, 12)]  # b: [2, 3]
+    ((source, target),) = arrows(two)[4:]
+    assert 0 < source < 4 and 10 < target < 14
+    assert [t for t in texts(one) if len(t) > 1] == ["pool", "ref 1", "ref 1", "free"]
+    assert [t for t in texts(two) if len(t) > 1] == ["pool", "ref 1", "ref 2", "ref 1", "copy"]
+    # Each written slot carries its text, in the row of the request and in the pool: "e" stands in two copies.
+    letters = [t for t in texts(two) if t in "abcdefF"]
+    assert {letter: letters.count(letter) for letter in "cefF"} == {"c": 3, "e": 4, "f": 2, "F": 2}
+    bold = [t.get_text() for t in two.texts if t.get_weight() == "bold"]
+    assert bold == ["a", "b", "pool", "ref 2"]
+
+
+def test_the_pool_shows_the_longest_text_of_a_shared_block() -> None:
+    snapshot = BlockSnapshot(4, {"a": (1,), "b": (1,)}, {}, (0, 2), (0, 3), 0)
+    (ax,) = blocks.block_tables({"": blocks.TableState(snapshot, {"a": ["x", "y"], "b": ["x", "y", "z"]})}).axes
+    rows: dict[float, str] = {}
+    for t in ax.texts:
+        if t.get_text() in ("x", "y", "z"):
+            rows[t.get_position()[1]] = rows.get(t.get_position()[1], "") + t.get_text()
+    assert [rows[y] for y in sorted(rows)] == ["xy", "xyz", "xyz"]  # a above, the pool, b below
+
+
+def test_who_gave_way_is_away_until_it_comes_back() -> None:
+    figure = blocks.preemption_timeline({"recompute": RECOMPUTED, "swap": SWAPPED}, ["a", "b", "c"])
+    recompute, swap = figure.axes
+    kinds = ("away", "waiting", "prefill", "decode", "dropped", "host", "again")
+
+    def lives(ax: Axes) -> list[list[str]]:
+        return [[kinds[code] for code in row] for row in cells(ax)]
+
+    first, rest = ["waiting"], ["away"]
+    assert lives(recompute) == [
+        ["prefill", *["decode"] * 4, *rest * 2],
+        [*first, "prefill", "decode", "waiting", "decode", *rest * 2],
+        [*first, "prefill", "dropped", "dropped", "again", "again", "decode"],  # its return takes two pieces
+    ]
+    assert lives(swap)[2] == [*first, "prefill", "host", "host", "decode", "decode", "away"]
+    assert recompute.get_title(loc="left") == "recompute: 7 steps, somebody gave way 1 time"
+    assert marks(swap, blocks.ON_HOST.label) == {(2, 2), (2, 3)}
+    assert legend_labels(figure) == [
+        kind.label
+        for kind in (timeline.WAITING, timeline.PREFILL, timeline.DECODE, blocks.DROPPED, blocks.ON_HOST, blocks.AGAIN)
+    ]
+    assert blocks.AGAIN.label not in legend_labels(blocks.preemption_timeline({"swap": SWAPPED}, ["c"]))
+
+
+def test_a_request_that_never_ran_is_away() -> None:
+    assert blocks.lives_with_preemption(RECOMPUTED, "nobody") == [timeline.AWAY] * 7
 
 
 # --- shapes -----------------------------------------------------------------------------------------------------

@@ -1,0 +1,54 @@
+"""What an attention backend is: a function of one layer's queries, its K/V pool and the metadata."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from folovllm.attention.metadata import AttentionMetadata
+
+
+@dataclass(frozen=True)
+class AttentionParams:
+    """What is fixed per layer.
+
+    scale: multiplies the scores. sliding_window: how many tokens a token sees, itself included; None for all. softcap:
+    scores become softcap * tanh(scores / softcap); None for not.
+    """
+
+    scale: float
+    sliding_window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass
+class LayerKV:
+    """One layer's pool: keys and values, each [blocks, block_size, Hkv, D]; block 0 is the null block."""
+
+    keys: Tensor
+    values: Tensor
+
+    def flat(self) -> tuple[Tensor, Tensor]:
+        """Keys and values by slot, each [slots, Hkv, D]: views."""
+        return self.keys.flatten(0, 1), self.values.flatten(0, 1)
+
+
+class AttentionBackend(ABC):
+    """Computes attention of ragged queries over paged K/V."""
+
+    name: str
+
+    def write(self, kv: LayerKV, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
+        """Store the new tokens' K and V, each [T, Hkv, D], at their slots. It happens before anybody attends."""
+        keys, values = kv.flat()
+        keys.index_copy_(0, meta.slot_mapping, key)
+        values.index_copy_(0, meta.slot_mapping, value)
+
+    @abstractmethod
+    def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
+        """Each token attends to its own request's K/V up to itself: queries [T, Hq, D] in, [T, Hq, D] out.
+
+        Hq is a multiple of Hkv; query head h reads KV head h // (Hq // Hkv). Rows of padding may hold anything finite.
+        """

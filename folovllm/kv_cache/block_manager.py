@@ -1,0 +1,209 @@
+"""Paged KV: every request has a table of blocks, wherever these are (PagedAttention, Kwon et al., SOSP 2023).
+
+    table of a request     [ 7 | 2 | 9 ]        token i stands in block table[i // block_size], at i % block_size
+    pool                   1 2 3 4 5 6 7 8 9    blocks of one size, in any order, shared where tables name the same one
+
+A request takes a block when it has a token to put there, so only its last block has empty room. A fork names the same
+blocks. Whoever writes into a block that others hold too gets a copy of it first (copy-on-write).
+
+Invariants (between two calls; `check` tests them):
+  1. The pool counts for each block exactly the tables that name it; the host pool likewise.
+  2. A request holds device blocks or host blocks, never both. Its K/V is its first `computed` tokens.
+  3. blocks_for(computed) <= len(blocks); a swapped-out request has exactly blocks_for(computed) host blocks.
+  4. No slot is promised to two requests: a plan's slots lie in blocks that its request alone holds.
+  5. used == the sum over held blocks of the slots that were written in them.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from folovllm.kv_cache.block_pool import NULL_BLOCK, BlockPool
+from folovllm.kv_cache.interface import (
+    BlockCopy,
+    BlockPlan,
+    BlockSnapshot,
+    KVCacheManager,
+    KVFork,
+    KVOp,
+    KVPlan,
+    KVUsage,
+    SwapIn,
+    SwapOut,
+)
+from folovllm.request import Request
+
+WATERMARK = 0.01  # share of the pool that an admission leaves free, as in vLLM
+
+
+@dataclass
+class BlockTable:
+    """One request's K/V: `computed` tokens in `blocks`, in order, or in `host_blocks` while it is swapped out."""
+
+    blocks: list[int] = field(default_factory=list)
+    host_blocks: list[int] = field(default_factory=list)
+    computed: int = 0
+
+
+class BlockManager(KVCacheManager):
+    """Books of a pool of `num_blocks` blocks of `block_size` tokens, and of `num_host_blocks` to swap to."""
+
+    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+        if num_blocks < 1 or block_size < 1:
+            raise ValueError(f"num_blocks={num_blocks}, block_size={block_size}; allowed: integers >= 1")
+        self.block_size = block_size
+        self.pool = BlockPool(num_blocks)
+        self.host_pool = BlockPool(num_host_blocks)
+        self.watermark = int(WATERMARK * num_blocks)
+        self._tables: dict[str, BlockTable] = {}
+        self._filled = [0] * (num_blocks + 1)  # slots written, per block that is held
+        self._used = 0
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that `num_tokens` tokens take."""
+        return -(-num_tokens // self.block_size)
+
+    def why_never_fits(self, request: Request) -> str | None:
+        """None, or why the request at its longest needs more blocks than there are."""
+        needed = self.blocks_for(request.max_total_tokens)
+        if needed <= self.pool.num_blocks:
+            return None
+        return (
+            f"it may grow to {request.max_total_tokens} tokens ({request.num_prompt_tokens} of prompt and "
+            f"{request.max_output_tokens} of output), which take {needed} blocks of {self.block_size}, and the whole "
+            f"KV cache has {self.pool.num_blocks}"
+        )
+
+    def match(self, request: Request) -> int:
+        """The tokens that wait on the host, if the request was swapped out; else 0."""
+        table = self._tables.get(request.request_id)
+        return table.computed if table is not None else 0
+
+    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> BlockPlan | None:
+        """Blocks for `num_new_tokens` more tokens, and back from the host what was swapped out."""
+        table = self._tables.get(request.request_id) or BlockTable()
+        missing = max(0, self.blocks_for(table.computed + num_new_tokens) - len(table.blocks))
+        shared = self._shared_block(table)
+        wanted = missing + (shared is not None)
+        if wanted > 0 and wanted > self.pool.num_free - (self.watermark if spare else 0):
+            return None
+        ops: list[KVOp] = []
+        if shared is not None:
+            source = table.blocks[shared]
+            (copy,) = self.pool.allocate(1)
+            self._fill(copy, table.computed % self.block_size)
+            self._release(self.pool.release([source]))
+            table.blocks[shared] = copy
+            ops.append(BlockCopy(source, copy))
+        table.blocks += self.pool.allocate(missing)
+        if table.host_blocks:
+            for index, (host, block) in enumerate(zip(table.host_blocks, table.blocks, strict=False)):
+                self._fill(block, min(self.block_size, table.computed - index * self.block_size))
+                ops.append(SwapIn(host, block))
+            self.host_pool.release(table.host_blocks)
+            table.host_blocks = []
+        self._tables[request.request_id] = table
+        return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks))
+
+    def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
+        """`dst` names the same blocks, a partly filled last one included. It costs nothing."""
+        source = self._tables.get(src.request_id)
+        if source is None or num_tokens > source.computed or source.host_blocks:
+            raise RuntimeError(f"request {src.request_id!r} has no K/V for {num_tokens} tokens to fork")
+        blocks = source.blocks[: self.blocks_for(num_tokens)]
+        self.pool.share(blocks)
+        self._tables[dst.request_id] = BlockTable(blocks, computed=num_tokens)
+        return KVFork(num_tokens)
+
+    def commit(self, plan: KVPlan) -> None:
+        """Count the plan's tokens as computed."""
+        table = self._tables[plan.request_id]
+        end = plan.start + plan.num_tokens
+        if plan.start != table.computed or self.blocks_for(end) > len(table.blocks):
+            raise RuntimeError(f"{plan} does not continue {table.computed} tokens in {len(table.blocks)} blocks")
+        for index in range(plan.start // self.block_size, self.blocks_for(end)):
+            self._fill(table.blocks[index], min(self.block_size, end - index * self.block_size))
+        table.computed = end
+
+    def release(self, request: Request) -> None:
+        """Let go of all blocks, the last first: so a request's tail is taken by others before its head."""
+        table = self._tables.pop(request.request_id, None)
+        if table is not None:
+            self._release(self.pool.release(reversed(table.blocks)))
+            self.host_pool.release(reversed(table.host_blocks))
+
+    def swap_out(self, request: Request) -> tuple[KVOp, ...] | None:
+        """Move the request's K/V to the host; None, with the books unchanged, if there is none or no room for it."""
+        table = self._tables[request.request_id]
+        needed = self.blocks_for(table.computed)
+        if not 0 < needed <= self.host_pool.num_free:
+            return None
+        host_blocks = self.host_pool.allocate(needed)
+        ops = tuple(SwapOut(b, h) for b, h in zip(table.blocks, host_blocks, strict=False))
+        self._release(self.pool.release(reversed(table.blocks)))
+        table.blocks, table.host_blocks = [], host_blocks
+        return ops
+
+    def can_fork(self, request: Request, num_tokens: int) -> bool:
+        """Whether the request's K/V is on the device and has that many tokens."""
+        table = self._tables.get(request.request_id)
+        return table is not None and bool(table.blocks) and table.computed >= num_tokens
+
+    def usage(self) -> KVUsage:
+        """Held blocks, each counted once however many tables name it, and the slots written in them."""
+        size = self.block_size
+        named = sum(len(table.blocks) for table in self._tables.values())
+        return KVUsage(self.pool.num_blocks * size, self.pool.num_held * size, self._used, named * size)
+
+    def snapshot(self) -> BlockSnapshot:
+        """Everything a block map shows."""
+        return BlockSnapshot(
+            self.block_size,
+            {i: tuple(table.blocks) for i, table in self._tables.items() if table.blocks},
+            {i: tuple(table.host_blocks) for i, table in self._tables.items() if table.host_blocks},
+            tuple(self.pool.ref_counts),
+            tuple(self._filled),
+            self.pool.num_free,
+        )
+
+    def check(self) -> None:
+        """Raise RuntimeError unless the invariants hold. For tests: it looks at every block."""
+        for pool, tables in (
+            (self.pool, [t.blocks for t in self._tables.values()]),
+            (self.host_pool, [t.host_blocks for t in self._tables.values()]),
+        ):
+            named = Counter(block for table in tables for block in table)
+            counted = {block: count for block, count in enumerate(pool.ref_counts) if count}
+            free = pool.free_blocks()
+            if counted != named or NULL_BLOCK in named:
+                raise RuntimeError(f"reference counts {counted} and tables {dict(named)} differ")
+            if len(free) + len(counted) != pool.num_blocks or set(free) & set(counted):
+                raise RuntimeError(f"{len(free)} free and {len(counted)} held blocks of {pool.num_blocks}")
+        for request_id, table in self._tables.items():
+            needed = self.blocks_for(table.computed)
+            if table.host_blocks and (table.blocks or len(table.host_blocks) != needed):
+                raise RuntimeError(f"{request_id!r} is swapped out with {table}")
+            if not table.host_blocks and len(table.blocks) < needed:
+                raise RuntimeError(f"{request_id!r} has {len(table.blocks)} blocks for {table.computed} tokens")
+        if self._used != sum(self._filled) or any(
+            self._filled[block] for block in range(len(self._filled)) if not self.pool.ref_counts[block]
+        ):
+            raise RuntimeError(f"{self._used} slots used, and filled {self._filled}")
+
+    def _shared_block(self, table: BlockTable) -> int | None:
+        """The index of the block that the next token goes into, if others hold it too."""
+        index = table.computed // self.block_size
+        if index < len(table.blocks) and self.pool.ref_counts[table.blocks[index]] > 1:
+            return index
+        return None
+
+    def _fill(self, block: int, filled: int) -> None:
+        """Slots of a block are written, up to `filled`."""
+        self._used += max(0, filled - self._filled[block])
+        self._filled[block] = max(filled, self._filled[block])
+
+    def _release(self, freed: list[int]) -> None:
+        for block in freed:
+            self._used -= self._filled[block]
+            self._filled[block] = 0

@@ -1,0 +1,182 @@
+"""One decoder for Llama, Mistral, Qwen2 and Qwen3, on flattened tokens (vLLM: `vllm/model_executor/models/llama.py`).
+
+What differs between the four is written down in `DecoderConfig`: biases (Qwen2), a norm on queries and keys (Qwen3), a
+window (Mistral), a scaled RoPE (Llama 3). All tokens of a step, of whichever requests, stand in one axis:
+
+    token ids [T] -> embedding [T, E] -> layers -> norm [T, E] -> the rows that sample [N, E] -> logits [N, V]
+
+Only attention knows that there are several requests. It is told by the metadata, which is an argument.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+from transformers import PretrainedConfig
+
+from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
+from folovllm.attention.metadata import AttentionMetadata
+from folovllm.models.layers import Linear, RMSNorm, RotaryEmbedding, empty_parameter, rope_frequencies, rotate
+
+MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """What the decoder needs of a Hugging Face config."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    norm_eps: float
+    rope: dict[str, Any]
+    tied_embeddings: bool
+    qkv_bias: bool
+    out_bias: bool
+    mlp_bias: bool
+    qk_norm: bool
+    windows: tuple[int | None, ...]  # per layer: how many tokens a token sees, itself included
+
+    @classmethod
+    def from_hf(cls, hf: PretrainedConfig) -> DecoderConfig:
+        """Raises ValueError, naming it, for a model type or a feature that this decoder does not have."""
+        if hf.model_type not in MODEL_TYPES:
+            raise ValueError(f"model_type={hf.model_type!r} is not valid; allowed: {', '.join(MODEL_TYPES)}")
+        if hf.hidden_act != "silu":
+            raise ValueError(f"hidden_act={hf.hidden_act!r} is not valid; allowed: 'silu'")
+        bias = bool(getattr(hf, "attention_bias", False))
+        window = getattr(hf, "sliding_window", None)
+        kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+        return cls(
+            vocab_size=hf.vocab_size,
+            hidden_size=hf.hidden_size,
+            intermediate_size=hf.intermediate_size,
+            num_layers=hf.num_hidden_layers,
+            num_heads=hf.num_attention_heads,
+            num_kv_heads=hf.num_key_value_heads,
+            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            norm_eps=hf.rms_norm_eps,
+            rope=dict(hf.rope_parameters),
+            tied_embeddings=hf.tie_word_embeddings,
+            qkv_bias=hf.model_type == "qwen2" or bias,
+            out_bias=hf.model_type != "qwen2" and bias,
+            mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+            qk_norm=hf.model_type == "qwen3",
+            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+        )
+
+
+class Attention(nn.Module):
+    """Queries, keys and values of each token; K and V go into the pool, then each token looks back."""
+
+    def __init__(self, config: DecoderConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.num_heads, self.num_kv_heads, self.head_dim = config.num_heads, config.num_kv_heads, config.head_dim
+        self.sizes = [config.num_heads * config.head_dim, *2 * [config.num_kv_heads * config.head_dim]]
+        self.qkv = Linear(config.hidden_size, sum(self.sizes), config.qkv_bias, dtype, device)
+        self.out = Linear(self.sizes[0], config.hidden_size, config.out_bias, dtype, device)
+        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device) if config.qk_norm else None
+        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device) if config.qk_norm else None
+        self.params = AttentionParams(config.head_dim**-0.5, config.windows[layer])
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: LayerKV, meta: AttentionMetadata, backend: AttentionBackend
+    ) -> Tensor:
+        """[T, E] in, [T, E] out."""
+        query, key, value = self.qkv(x).split(self.sizes, dim=-1)
+        query = query.reshape(-1, self.num_heads, self.head_dim)  # [T, Hq, D]
+        key = key.reshape(-1, self.num_kv_heads, self.head_dim)  # [T, Hkv, D]
+        value = value.reshape(-1, self.num_kv_heads, self.head_dim)  # [T, Hkv, D]
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
+        query, key = rotate(query, *rope), rotate(key, *rope)
+        # All K/V of the step is stored before anybody attends: a request may read what another one writes right now.
+        backend.write(kv, key, value, meta)
+        mixed: Tensor = backend.attend(query, kv, meta, self.params)  # [T, Hq, D]
+        out: Tensor = self.out(mixed.flatten(1))
+        return out
+
+
+class MLP(nn.Module):
+    """silu(gate(x)) * up(x), then down (SwiGLU, Shazeer, 2020)."""
+
+    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.gate_up = Linear(config.hidden_size, 2 * config.intermediate_size, config.mlp_bias, dtype, device)
+        self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype, device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, E] in, [T, E] out."""
+        gate, up = self.gate_up(x).chunk(2, dim=-1)  # each [T, I]
+        out: Tensor = self.down(silu(gate) * up)
+        return out
+
+
+class DecoderLayer(nn.Module):
+    """Attention and an MLP, each behind a norm and added to the stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.attention = Attention(config, layer, dtype, device)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.mlp = MLP(config, dtype, device)
+
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], kv: LayerKV, meta: AttentionMetadata, backend: AttentionBackend
+    ) -> Tensor:
+        """[T, E] in, [T, E] out."""
+        x = x + self.attention(self.attention_norm(x), rope, kv, meta, backend)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Decoder(nn.Module):
+    """The whole model. Its weights are allocated and not filled: see `folovllm.models.weights`."""
+
+    def __init__(self, config: DecoderConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.config, self.dtype, self.device = config, dtype, device
+        self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
+        self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
+        self.registered_layers = nn.ModuleList(self.layers)
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
+        self.head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding
+        self.rotary = RotaryEmbedding(rope_frequencies(config.rope, config.head_dim), max_positions, dtype, device)
+
+    def forward(
+        self,
+        token_ids: Tensor,
+        positions: Tensor,
+        kv: list[LayerKV],
+        meta: AttentionMetadata,
+        backend: AttentionBackend,
+    ) -> Tensor:
+        """Token ids and positions, [T] each, in; hidden states [T, E] out. K/V of all tokens is written to `kv`."""
+        x = self.embedding[token_ids]  # [T, E]
+        rope = self.rotary(positions)
+        for layer, layer_kv in zip(self.layers, kv, strict=True):
+            x = layer(x, rope, layer_kv, meta, backend)
+        out: Tensor = self.norm(x)
+        return out
+
+    def pack(self) -> None:
+        """Rearrange the weights for a CPU in bfloat16; elsewhere nothing happens. The embedding stays as it is."""
+        for module in self.modules():
+            if isinstance(module, Linear):
+                module.pack(keep=module is self.head and self.config.tied_embeddings)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Hidden states of the rows that sample, [N, E], as logits, [N, V]. The head is the widest layer of all."""
+        out: Tensor = self.head(hidden)
+        return out

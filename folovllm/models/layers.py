@@ -1,0 +1,149 @@
+"""The parts of a decoder layer, on flattened tokens: no batch axis, no padding, shapes [T, ...]."""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+
+def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    """A weight that a loader will fill. Gradients are never needed."""
+    return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + eps) * weight, computed in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = empty_parameter(size, dtype=dtype, device=device)
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any [..., size] in, the same out."""
+        wide = x.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * wide.to(x.dtype)
+
+
+class Linear(nn.Module):
+    """y = x W^T + b, with W of [out, in].
+
+    On a CPU in bfloat16 the weight may be kept in an order of the CPU library's choosing (`pack`): plain torch
+    rearranges it at every call.
+    """
+
+    def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight: Tensor | None = empty_parameter(outputs, inputs, dtype=dtype, device=device)
+        self.bias = empty_parameter(outputs, dtype=dtype, device=device) if bias else None
+        self.packed: Tensor | None = None
+
+    def pack(self, keep: bool = False) -> None:
+        """Rearrange the weight where that works; the original is dropped unless `keep` (somebody else reads it)."""
+        if self.weight is not None and can_pack(self.weight):
+            self.packed = packed_weight(self.weight.data)
+            if not keep:
+                self.weight = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[T, in] in, [T, out] out."""
+        if self.packed is not None:
+            return packed_linear(x, self.packed, self.bias)
+        if self.weight is None:
+            raise RuntimeError("a linear layer without a weight")
+        return linear(x, self.weight, self.bias)
+
+
+PACK_ROWS = 16  # the number of rows that the packed order is made for: a decode step of a small batch
+
+
+def can_pack(weight: Tensor) -> bool:
+    """Whether packing is there for such a weight and gives the right product, tried out on a small one.
+
+    The functions are those that torch's compiler uses. They are not part of its API, so they are not relied upon.
+    """
+    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
+
+
+@cache
+def packing_works() -> bool:
+    """Whether this torch, on this CPU, multiplies with packed weights as it does with plain ones."""
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, 96, generator=generator).bfloat16()  # [out, in]
+    rows = torch.randn(5, 96, generator=generator).bfloat16()  # [T, in]
+    try:
+        product = packed_linear(rows, packed_weight(weight), None)
+    except (RuntimeError, AttributeError, NotImplementedError):
+        return False
+    return torch.allclose(product.float(), linear(rows.float(), weight.float()), rtol=2e-2, atol=2e-1)
+
+
+def packed_weight(weight: Tensor) -> Tensor:
+    """A weight in the order that the CPU library likes best for `PACK_ROWS` rows; it cannot be read any more."""
+    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
+    return packed
+
+
+def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
+    """`linear` with a packed weight."""
+    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+    return out
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates queries and keys by an angle that grows with the position (RoPE, Su et al., 2021).
+
+    Pairs are (i, i + D/2), as in Hugging Face's code. The tables hold the cosine and sine of every position that a
+    request can have: [positions, D] each.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, inv_freq: Tensor, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        positions = torch.arange(max_positions, dtype=torch.float32)
+        angles = torch.outer(positions, inv_freq)  # [positions, D/2]
+        angles = torch.cat([angles, angles], dim=-1)  # [positions, D]
+        self.register_buffer("cos", angles.cos().to(device, dtype), persistent=False)
+        self.register_buffer("sin", angles.sin().to(device, dtype), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Cosines and sines for positions [T], each [T, 1, D]: the same for all heads and layers of a step."""
+        return self.cos[positions, None], self.sin[positions, None]
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Apply RoPE to [T, H, D]."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+def rope_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
+    """Inverse frequencies, [D/2], for the rope types "default" and "llama3".
+
+    Raises ValueError for another type, because a wrong rotation gives fluent nonsense instead of an error.
+    """
+    kind = rope.get("rope_type", "default")
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"rope_type={kind!r} is not valid; allowed: 'default', 'llama3'")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not valid; allowed: 1.0")
+    exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
+    inv_freq = 1.0 / (float(rope["rope_theta"]) ** exponents)
+    return llama3_scaling(inv_freq, rope) if kind == "llama3" else inv_freq
+
+
+def llama3_scaling(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
+    """Llama 3.1's longer context: slow rotations are slowed by `factor`, fast ones kept, those between blended."""
+    factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
+    low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
+    wavelengths = 2 * math.pi / inv_freq  # in positions
+    smooth = ((original / wavelengths - low) / (high - low)).clamp(0, 1)  # 0: slow, 1: fast
+    return inv_freq * (smooth + (1 - smooth) / factor)

@@ -1,0 +1,169 @@
+"""From a checkpoint to the decoder's parameters: tensor by tensor, straight to where they are used.
+
+Hugging Face's names are kept apart from ours in one table (`targets`). Fused weights are filled in slices, so nothing
+is ever held twice but the one tensor on its way.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from pickle import UnpicklingError
+
+import torch
+from huggingface_hub import snapshot_download
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers import PretrainedConfig
+
+from folovllm.models.decoder import Decoder, DecoderConfig
+from folovllm.models.dummy import fill_dummy_
+from folovllm.models.layers import Linear, RMSNorm
+from folovllm.models.loader import LOAD_FORMATS, ModelSource
+
+INDEX = "model.safetensors.index.json"
+IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints hold it; it follows from the config
+
+
+def load_decoder(
+    source: ModelSource,
+    hf_config: PretrainedConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+    load_format: str = "auto",
+    seed: int = 0,
+    max_positions: int | None = None,
+) -> Decoder:
+    """The model of a checkpoint, ready for inference. load_format as in `load_hf_model`; with "dummy", its weights.
+
+    Raises ValueError for a model that the decoder does not support, and for weights that are absent, damaged, of
+    another shape, missing or too many.
+    """
+    if load_format not in LOAD_FORMATS:
+        raise ValueError(f"load_format={load_format!r} is not valid; allowed: {', '.join(LOAD_FORMATS)}")
+    config = DecoderConfig.from_hf(hf_config)
+    decoder = Decoder(config, max_positions or hf_config.max_position_embeddings, dtype, device)
+    if load_format == "dummy":
+        fill_dummy(decoder, seed)
+    else:
+        fill_from(source, decoder, load_format)
+    decoder.pack()
+    return decoder.eval()
+
+
+def targets(decoder: Decoder) -> dict[str, Tensor]:
+    """Hugging Face's name of every weight -> where it goes: a parameter of ours, or a slice of a fused one."""
+    config = decoder.config
+    found: dict[str, Tensor] = {"model.embed_tokens.weight": decoder.embedding.data}
+    if not config.tied_embeddings:
+        found |= _linear(decoder.head, {"lm_head": config.vocab_size})
+    found |= _norm(decoder.norm, "model.norm")
+    query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
+    for index, layer in enumerate(decoder.layers):
+        name = f"model.layers.{index}"
+        attention = f"{name}.self_attn"
+        found |= _norm(layer.attention_norm, f"{name}.input_layernorm")
+        found |= _norm(layer.mlp_norm, f"{name}.post_attention_layernorm")
+        found |= _linear(
+            layer.attention.qkv, {f"{attention}.q_proj": query, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
+        )
+        found |= _linear(layer.attention.out, {f"{attention}.o_proj": config.hidden_size})
+        for kind, norm in (("q_norm", layer.attention.q_norm), ("k_norm", layer.attention.k_norm)):
+            if norm is not None:
+                found |= _norm(norm, f"{attention}.{kind}")
+        width = config.intermediate_size
+        found |= _linear(layer.mlp.gate_up, {f"{name}.mlp.gate_proj": width, f"{name}.mlp.up_proj": width})
+        found |= _linear(layer.mlp.down, {f"{name}.mlp.down_proj": config.hidden_size})
+    return found
+
+
+def _norm(norm: RMSNorm, name: str) -> dict[str, Tensor]:
+    return {f"{name}.weight": norm.weight.data}
+
+
+def _linear(layer: Linear, rows: dict[str, int]) -> dict[str, Tensor]:
+    """The rows of a (fused) layer by the names of the layers in it, in order."""
+    found: dict[str, Tensor] = {}
+    for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
+        if tensor is not None:
+            parts = tensor.data.split(list(rows.values()))
+            found |= {f"{name}.{kind}": part for name, part in zip(rows, parts, strict=True)}
+    return found
+
+
+def fill_dummy(decoder: Decoder, seed: int) -> None:
+    """Random weights, the same that `load_format="dummy"` gives to Hugging Face's model of the same config."""
+    for name, target in targets(decoder).items():
+        if name.endswith("norm.weight"):
+            target.fill_(1.0)
+        fill_dummy_(name, target, seed)
+
+
+def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
+    """Copy a checkpoint in. Raises ValueError as `load_decoder` does."""
+    if not source.has_weights:
+        raise ValueError(f"{source} has no weights; load_format='dummy' gives random ones")
+    folder = Path(source.path_or_id) if source.kind != "hub" else _download(source)
+    wanted = targets(decoder)
+    tied = decoder.config.tied_embeddings
+    for name, tensor in read_tensors(source, folder, load_format):
+        if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
+            continue
+        target = wanted.pop(name, None)
+        if target is None:
+            raise ValueError(f"{source}: the checkpoint has {name}, which a {decoder.config} has no place for")
+        if target.shape != tensor.shape:
+            raise ValueError(
+                f"{source}: {name} has the shape {list(tensor.shape)} in the checkpoint and {list(target.shape)} by "
+                "config.json"
+            )
+        target.copy_(tensor)
+    if wanted:
+        names = ", ".join(list(wanted)[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
+        raise ValueError(f"{source}: the checkpoint lacks {names}")
+
+
+def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors of a checkpoint, one after the other, as they lie in the files.
+
+    Safetensors are mapped, not read. Without any, "auto" takes PyTorch's own files. Raises ValueError for damage.
+    """
+    try:
+        files = weight_files(folder)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{source}: cannot load {INDEX}: {error}") from error
+    if files:
+        for file in files:
+            try:
+                with safe_open(file, framework="pt") as weights:
+                    for name in weights.keys():  # noqa: SIM118 (it is no dict)
+                        yield name, weights.get_tensor(name)
+            except (OSError, SafetensorError) as error:
+                raise ValueError(f"{source}: cannot load {file.name}: {error}") from error
+        return
+    pickled = sorted(folder.glob("pytorch_model*.bin"))
+    if load_format == "safetensors" or not pickled:
+        raise ValueError(f"{source}: the folder has no *.safetensors; load_format='dummy' gives random weights")
+    for file in pickled:
+        try:
+            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
+            raise ValueError(f"{source}: cannot load {file.name}: {error}") from error
+        yield from tensors.items()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors of a model: those its index names, or model.safetensors, or all there are."""
+    if (folder / INDEX).is_file():
+        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    single = folder / "model.safetensors"
+    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
+
+
+def _download(source: ModelSource) -> Path:
+    try:
+        return Path(snapshot_download(source.path_or_id, allow_patterns=["*.safetensors", "*.json"]))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot get the weights of {source.name!r} from the hub or its cache: {error}") from error

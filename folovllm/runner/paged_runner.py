@@ -1,0 +1,71 @@
+"""Our own forward on flattened tokens and paged K/V: prefills and decodes of all requests in one (M3, M4).
+
+Nothing is padded and nothing is copied when requests come and go: a request is rows of the step's token axis, and K/V
+stays in its blocks. Read beside vLLM's `vllm/v1/worker/gpu_model_runner.py`.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from folovllm.attention.backend import AttentionBackend
+from folovllm.kv_cache.storage import KVStorage
+from folovllm.models.decoder import Decoder
+from folovllm.runner.input_batch import InputBatch, InputBuffers
+from folovllm.runner.interface import ModelRunner, RunnerOutput
+from folovllm.runner.sampling_states import SamplingStates
+from folovllm.sampling.sampler import Sampler
+from folovllm.scheduler.output import SchedulerOutput
+
+
+class PagedRunner(ModelRunner):
+    """Runs a step as one forward of the decoder."""
+
+    def __init__(
+        self,
+        model: Decoder,
+        storage: KVStorage,
+        backend: AttentionBackend,
+        sampler: Sampler,
+        buffers: InputBuffers,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.model = model
+        self.storage = storage
+        self.backend = backend
+        self.buffers = buffers
+        self.clock = clock
+        self.states = SamplingStates(sampler)
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+        """See `ModelRunner.execute`."""
+        start = self.clock()
+        self.storage.apply(step.kv_ops)
+        self.states.update(step)
+        batch = self.buffers.fill(step.scheduled) if step.scheduled else None
+        prepared = self.clock()
+        logits = None if batch is None else self._forward(batch)
+        forwarded = self.clock()
+        result = self.states.sample(step.scheduled, logits)
+        result.forwards = int(batch is not None)
+        result.padding_tokens = 0 if batch is None else batch.padding_tokens
+        result.phases = {
+            "prepare": (start, prepared),
+            "forward": (prepared, forwarded),
+            "sample": (forwarded, self.clock()),
+        }
+        return result
+
+    def _forward(self, batch: InputBatch) -> Tensor | None:
+        """Logits of the rows that sample, [N, V]; None if none do."""
+        hidden = self.model(
+            batch.token_ids, batch.positions, self.storage.layers, batch.metadata, self.backend
+        )  # [T, E]
+        if len(batch.sample_rows) == 0:
+            return None
+        return self.model.logits(hidden[batch.sample_rows])

@@ -1,0 +1,49 @@
+"""What every runner does around its forward: remember how each request samples, and sample."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from folovllm.runner.interface import RunnerOutput
+from folovllm.sampling.sampler import Sampler, SamplingState
+from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
+
+NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
+
+
+class SamplingStates:
+    """The sampling state of every live request, by id. A preempted request keeps its own."""
+
+    def __init__(self, sampler: Sampler) -> None:
+        self.sampler = sampler
+        self._states: dict[str, SamplingState] = {}
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def update(self, step: SchedulerOutput) -> None:
+        """Forget those that are gone and learn those that are new."""
+        for request_id in step.finished_ids:
+            self._states.pop(request_id, None)
+        for new in step.new_requests:
+            generator = self.sampler.make_generator(new.sampling_params)
+            self._states[new.request_id] = SamplingState(
+                new.sampling_params, new.prompt_token_ids, [], new.stop_token_ids, generator
+            )
+
+    def sample(self, scheduled: list[ScheduledRequest], logits: Tensor | None) -> RunnerOutput:
+        """One token for each share that samples, from logits [N, V], a row per such share in order."""
+        result = RunnerOutput(sampled_token_ids=[[] for _ in scheduled], logprobs=[None] * len(scheduled))
+        sampling = [i for i, share in enumerate(scheduled) if share.samples]
+        if logits is None or not sampling:
+            return result
+        states = [self._states[scheduled[i].request_id] for i in sampling]
+        out = self.sampler(logits, states)
+        result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
+        for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
+            if scheduled[i].request_id in result.failed:
+                continue
+            state.output_token_ids.append(token_id)
+            result.sampled_token_ids[i] = [token_id]
+            result.logprobs[i] = None if logprobs is None else [logprobs]
+        return result

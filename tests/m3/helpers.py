@@ -1,0 +1,45 @@
+"""What the tests of paged engines share: running one to its end, and looking at what is left of it."""
+
+from __future__ import annotations
+
+from folovllm import LLMEngine
+from folovllm.kv_cache.block_manager import BlockManager
+from folovllm.runner.paged_runner import PagedRunner
+from tests.mock import PagedMockRunner
+
+Finished = dict[str, tuple[list[list[int]], list[str | None]]]
+
+
+def manager_of(engine: LLMEngine) -> BlockManager:
+    """The engine's block manager."""
+    manager = engine.core.scheduler.kv
+    assert isinstance(manager, BlockManager)
+    return manager
+
+
+def run_to_the_end(engine: LLMEngine) -> Finished:
+    """Step until nothing is left, checking the books after each: id -> (token ids, finish reasons) of its sequences."""
+    done: Finished = {}
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.finished:
+                tokens = [c.token_ids for c in output.outputs]
+                done[output.request_id] = (tokens, [c.finish_reason for c in output.outputs])
+        manager_of(engine).check()
+    return done
+
+
+def check_all_free(engine: LLMEngine) -> None:
+    """Every block is free, on the device and on the host, and nobody remembers any request."""
+    manager, scheduler, runner = manager_of(engine), engine.core.scheduler, engine.core.runner
+    manager.check()
+    assert manager.pool.num_free == manager.pool.num_blocks and manager.host_pool.num_held == 0
+    assert manager.usage().used == 0 and manager.usage().unshared == 0
+    assert scheduler.requests == {} and scheduler.running == [] and len(scheduler.waiting) == 0
+    assert scheduler.num_waiting == 0 and not scheduler.has_news_for_runner()
+    assert (scheduler._parked, scheduler._forks_due, scheduler._held) == ({}, {}, set())
+    assert not engine._sequences and not engine._user_requests and not engine._undelivered
+    if isinstance(runner, PagedRunner):
+        assert len(runner.states) == 0
+    else:
+        assert isinstance(runner, PagedMockRunner) and runner.known == {}
