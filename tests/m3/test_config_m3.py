@@ -291,7 +291,7 @@ def test_without_asking_there_are_none(folder: str) -> None:
 
 def test_a_snapshot_knows_of_a_stop_string_that_ended_a_request() -> None:
     """The text side ends it after the step was recorded. The record's blocks and its usage must say the same."""
-    llm = LLM("folo-tiny", milestone="m3", dtype="float32", device="cpu", trace_blocks=True)
+    llm = LLM("folo-tiny", milestone="m3", dtype="float32", device="cpu", num_kv_blocks=9, trace_blocks=True)
     params = SamplingParams(temperature=0, max_tokens=20, stop=["e"])
     (output,) = llm.generate(["A block is"], params, use_tqdm=False)
     assert output.outputs[0].stop_reason == "e"
