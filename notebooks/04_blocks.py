@@ -111,8 +111,8 @@ MarkdownTable(
 )
 
 # %% [markdown]
-# What does that mean for the number of users? Llama-2-13B in 16 bits weighs 26 GB. On a card of 40 GB about 12 GiB
-# are left for K/V.
+# What does that mean for the number of users? Llama-2-13B in 16 bits weighs 26 GB. Of a card of 40 GB, let 12 GiB be
+# left for K/V.
 #
 # **Predict.** One token's K/V takes 800 KiB. How many requests can run at once if each reserves 2048 tokens? How
 # many, if they are 500 tokens long and take blocks?
@@ -159,13 +159,14 @@ print("33 MB at:", memory.allocate(33))
 # ## 2. Two hundred requests, four ways to hand out memory
 #
 # Now the same on a stream of requests, without a model: only lengths, arrivals and memory. There are 16,384 slots, a
-# slot is room for one token. Lengths are drawn from lognormal distributions (most are short, a few very long). The
+# slot is room for one token. Lengths are drawn from lognormal distributions (most are short, a few very long), and a
+# request's `max_tokens` is its true output rounded up to a power of two: nobody over-estimates by more than 2 x. The
 # four policies:
 #
 # | policy | a request gets | what it has to know |
 # |---|---|---|
 # | `max` | a region of 2048 | nothing |
-# | `pow2` | a region of its own limit, rounded up to a power of two, from a buddy allocator | `max_tokens` |
+# | `pow2` | a region for prompt and `max_tokens`, rounded up to a power of two, from a buddy allocator | its limit |
 # | `oracle` | a region of exactly its final length | the future |
 # | `paged` | blocks of 16 from the engine's own `BlockManager`, one at a time | nothing |
 #

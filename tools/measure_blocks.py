@@ -33,6 +33,7 @@ from rich.console import Console
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.bench.workloads import BenchRequest, draw, get_workload
 from folovllm.config import PREEMPTION_MODES
+from folovllm.engine.llm_engine import Prompt
 from folovllm.engine.trace import Trace
 from folovllm.glossary import default_prompts
 from folovllm.kv_cache.fragmentation import POLICIES, Replay, draw_requests, mean_empty_slots, replay
@@ -45,6 +46,7 @@ BLOCK_SIZES = (1, 2, 4, 8, 12, 16, 20, 24, 32, 40, 48, 64, 96, 128, 192, 256)
 
 KV_BLOCKS, W2_MODEL_LEN = 256, 1024  # of M2 and M3 side by side
 TIGHT_BLOCKS, SWAP_GIB = 64, 0.05
+COUNTS = ("preemptions", "steps", "forwards", "prompt_tokens_computed", "swapped_out_blocks", "swapped_in_blocks")
 BEAM_WIDTHS, SHARED_BLOCK_SIZES, SHARED_TOKENS = (2, 4, 8), (4, 16), 32
 TRACE_BLOCKS, TRACE_BLOCK_SIZE, TRACE_TOKENS = 14, 8, 32
 
@@ -147,9 +149,7 @@ def preemption_rounds(console: Console, rounds: int) -> tuple[dict[str, Any], li
             stats = arms[arm].engine.stats
             stats.reset()
             took = serve(arms[arm], requests)[1]
-            counts = ("preemptions", "steps", "forwards", "prompt_tokens_computed")
-            counts += ("swapped_out_blocks", "swapped_in_blocks")
-            numbers[arm] = {"seconds": took, **{name: getattr(stats, name) for name in counts}}
+            numbers[arm] = {"seconds": took, **{name: getattr(stats, name) for name in COUNTS}}
         for arm in names:
             numbers[arm]["over_roomy"] = numbers[arm]["seconds"] / numbers["roomy"]["seconds"]
         measured.append({arm: numbers[arm] for arm in names})
@@ -172,7 +172,7 @@ def sharing() -> dict[str, Any]:
     for size in SHARED_BLOCK_SIZES:
         llm = engine("m3", 1024, block_size=size)
         prompts = questions(llm)
-        lengths = [len(prompt["prompt_token_ids"]) for prompt in prompts]
+        lengths = [len(output.prompt_token_ids) for output in llm.generate(prompts, exactly(1), False)]
         found["beam_search"][str(size)] = {
             str(width): [
                 llm.beam_search([prompt], BeamSearchParams(width, SHARED_TOKENS, ignore_eos=True))[0].kv_saved
@@ -227,8 +227,8 @@ def w2() -> list[BenchRequest]:
     return draw(get_workload("w2"), vocab_size=2048)
 
 
-def questions(llm: LLM) -> list[dict[str, list[int]]]:
-    """Four of the bundled model's questions."""
+def questions(llm: LLM) -> list[Prompt]:
+    """Four of the bundled model's questions, in its chat format."""
     return llm.chat_prompts([[{"role": "user", "content": text}] for text in default_prompts(5)[1:]])
 
 

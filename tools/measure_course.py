@@ -306,7 +306,7 @@ def traced_questions(llm: LLM) -> dict[str, Any]:
 
 def blocks(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """Where KV memory goes, what it costs to give way, and what sharing saves. The keys: see `measure_blocks`."""
-    _, header = load("folo-tiny", "float32")
+    header = load("folo-tiny", "float32")[1]
     facts, measured = measure_blocks.preemption_rounds(console, rounds)
     data = {
         **header,

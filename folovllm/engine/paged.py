@@ -145,7 +145,7 @@ def free_cpu_bytes() -> int:
 def run_longest_step(model: Decoder, buffers: InputBuffers, sampler: Sampler, backend: AttentionBackend) -> None:
     """One prefill of as many tokens as a step may have, sampled, to see how much memory that takes."""
     size = buffers.block_size
-    num_tokens = min(len(buffers.token_ids.host), buffers.block_table.host.shape[1] * size)
+    num_tokens = min(len(buffers.token_ids.host), len(model.rotary.cos))  # no request has more positions
     shares: list[ScheduledRequest] = []
     left, block = len(buffers.token_ids.host), 1
     while left > 0 and len(shares) < len(buffers.seq_lens.host):

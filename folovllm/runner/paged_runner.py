@@ -67,5 +67,8 @@ class PagedRunner(ModelRunner):
             batch.token_ids, batch.positions, self.storage.layers, batch.metadata, self.backend
         )  # [T, E]
         if len(batch.sample_rows) == 0:
+            # Sampling waits for the device. Without it the next step could overwrite inputs that are still being sent.
+            if hidden.is_cuda:
+                torch.cuda.current_stream(hidden.device).synchronize()
             return None
         return self.model.logits(hidden[batch.sample_rows])

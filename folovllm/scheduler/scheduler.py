@@ -24,7 +24,7 @@ line. Its tokens are kept, so what it comes to say does not change. In such a st
 Invariants (between two calls):
   1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
   2. len(running) <= max_running, and a step never holds more than max_num_batched_tokens tokens.
-  3. Only running and held requests hold anything in the KV books.
+  3. Only running, held and swapped-out requests hold anything in the KV books, the last on the host.
   4. Nothing done in a step looks at all waiting requests.
 """
 

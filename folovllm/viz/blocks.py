@@ -92,9 +92,10 @@ def block_map(
         ax.set_ylabel(f"{name} block")
         ax.tick_params(labelbottom=ax is axes[-1])
     for column, step in enumerate(steps):
-        for i in step.preempted:
+        if step.preempted:
             axes[0].scatter([column], [-1.1], s=26, marker="v", color=BLACK, clip_on=False, label="gave way")
-            axes[0].annotate(names.get(i, i), (column, -1.1), (0, 5), textcoords="offset points", ha="center", size=8,
+            who = ", ".join(names.get(i, i) for i in step.preempted)
+            axes[0].annotate(who, (column, -1.1), (0, 5), textcoords="offset points", ha="center", size=8,
                              annotation_clip=False)  # fmt: skip
     _label_steps(axes[-1], steps)
     shared = [Kind("shared", WHITE, "x", BLACK)] if (device > len(ids)).any() else []

@@ -39,6 +39,8 @@ class Case:
 
     def llm(self, milestone: str = "m3", **kwargs: Any) -> LLM:
         """An engine with this model in float32."""
+        if milestone == "m3":
+            kwargs = {"num_kv_blocks": 600 // kwargs.get("block_size", 16), **kwargs}
         return LLM(self.path, milestone=milestone, dtype="float32", device="cpu", max_model_len=128, **kwargs)
 
     def compare(self, outputs: Sequence[Sequence[int]], stats: OracleStats) -> None:
