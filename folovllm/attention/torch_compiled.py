@@ -33,7 +33,8 @@ class TorchCompiledBackend(AttentionBackend):
         if max(meta.query_lens) > 1 or params.softcap is not None or len(meta.query_lens) < len(query):
             return self.eager.attend(query, kv, meta, params)
         window = params.sliding_window or 0
-        return compiled()(query, kv.keys, kv.values, meta.block_table, meta.seq_lens, params.scale, window)
+        table = meta.block_table[:, : -(-max(meta.kv_lens) // meta.block_size)]  # [R, B] as wide as this step needs
+        return compiled()(query, kv.keys, kv.values, table, meta.seq_lens, params.scale, window)
 
 
 @cache

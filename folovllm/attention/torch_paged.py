@@ -24,18 +24,17 @@ class TorchBackend(AttentionBackend):
 
     name = "torch"
 
+    def __init__(self) -> None:
+        # All layers of all steps copy to the same place: a CPU takes as long to get fresh memory as to fill it.
+        self._room: LayerKV | None = None
+
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
         """See `AttentionBackend.attend`."""
         if params.softcap is not None:
             raise ValueError(f"softcap={params.softcap} is not valid with attention_backend='torch'; allowed: None")
         places = meta.places
         pool = kv.flat()  # each [slots, Hkv, D]
-        copied = pool
-        if places.scattered_blocks is not None:
-            copied = (
-                kv.keys.index_select(0, places.scattered_blocks).flatten(0, 1),
-                kv.values.index_select(0, places.scattered_blocks).flatten(0, 1),
-            )
+        copied = pool if places.scattered_blocks is None else self.copy(kv, places.scattered_blocks).flat()
         out = torch.zeros_like(query)  # [T, Hq, D]
         start = 0
         for query_len, in_pool, slots in zip(meta.query_lens, places.in_pool, places.slots, strict=True):
@@ -49,6 +48,18 @@ class TorchBackend(AttentionBackend):
                 out[start:end] = prefill(query[start:end], keys[slots], values[slots], params)
             start = end
         return out
+
+
+    def copy(self, kv: LayerKV, blocks: Tensor) -> LayerKV:
+        """The named blocks, [blocks], side by side."""
+        room = self._room
+        if room is None or len(room.keys) < len(blocks) or room.keys.shape[1:] != kv.keys.shape[1:]:
+            shape = (len(blocks) * 5 // 4, *kv.keys.shape[1:])
+            room = self._room = LayerKV(kv.keys.new_empty(shape), kv.values.new_empty(shape))
+        copied = LayerKV(room.keys[: len(blocks)], room.values[: len(blocks)])
+        torch.index_select(kv.keys, 0, blocks, out=copied.keys)
+        torch.index_select(kv.values, 0, blocks, out=copied.values)
+        return copied
 
 
 def decode(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:

@@ -57,6 +57,7 @@ class EngineCore:
                 num_running=len(self.scheduler.running),
                 num_waiting=self.scheduler.num_waiting,
                 kv=self.scheduler.kv.usage(),
+                blocks=self.scheduler.kv.snapshot() if self.trace_blocks else None,
             )
         self._settle()
 

@@ -27,8 +27,8 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any [..., size] in, the same out."""
         wide = x.float()
-        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        return self.weight * wide.to(x.dtype)
+        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # faster than a mean
+        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
 
 
 class Linear(nn.Module):
@@ -100,7 +100,9 @@ class RotaryEmbedding(nn.Module):
     """Rotates queries and keys by an angle that grows with the position (RoPE, Su et al., 2021).
 
     Pairs are (i, i + D/2), as in Hugging Face's code. The tables hold the cosine and sine of every position that a
-    request can have: [positions, D] each.
+    request can have, [positions, D] each, the sine with the sign that its half needs:
+
+        (a, b) -> (a cos - b sin, b cos + a sin)   =   (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
 
     cos: Tensor
@@ -110,9 +112,9 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         positions = torch.arange(max_positions, dtype=torch.float32)
         angles = torch.outer(positions, inv_freq)  # [positions, D/2]
-        angles = torch.cat([angles, angles], dim=-1)  # [positions, D]
-        self.register_buffer("cos", angles.cos().to(device, dtype), persistent=False)
-        self.register_buffer("sin", angles.sin().to(device, dtype), persistent=False)
+        cos, sin = angles.cos(), angles.sin()
+        self.register_buffer("cos", torch.cat([cos, cos], dim=-1).to(device, dtype), persistent=False)
+        self.register_buffer("sin", torch.cat([-sin, sin], dim=-1).to(device, dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines for positions [T], each [T, 1, D]: the same for all heads and layers of a step."""
@@ -120,9 +122,8 @@ class RotaryEmbedding(nn.Module):
 
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Apply RoPE to [T, H, D]."""
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat([-second, first], dim=-1) * sin
+    """Apply RoPE to [T, H, D], with the cosines and signed sines of `RotaryEmbedding`."""
+    return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
 
 
 def rope_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:

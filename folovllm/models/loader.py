@@ -259,16 +259,7 @@ def _load_checkpoint(
     load_format: str,
     attn_implementation: str,
 ) -> PreTrainedModel:
-    if source.kind == "config":
-        raise ValueError(
-            f"model={source.name!r} is bundled as a shape without weights: pass load_format='dummy' for random ones, "
-            f"or the hub id {BUNDLED_CONFIGS[source.name]!r} for the real ones"
-        )
-    if not source.has_weights:
-        raise ValueError(
-            f"{source}: the folder has no weight files ({', '.join(_WEIGHT_FILES)}); "
-            "load_format='dummy' gives random weights"
-        )
+    check_has_weights(source)
     try:
         with _quiet():
             # The annotation: transformers declares the plain model as the only return type.
@@ -291,16 +282,31 @@ def _load_checkpoint(
         f"{name} (file {list(found)}, config {list(expected)})" for name, found, expected in info["mismatched_keys"]
     )
     if missing:
-        raise ValueError(f"{source}: the checkpoint lacks {_some(missing)}")
+        raise ValueError(f"{source}: the checkpoint lacks {some(missing)}")
     if mismatched:
-        raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {_some(mismatched)}")
+        raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {some(mismatched)}")
     if info["error_msgs"]:
-        raise ValueError(f"{source}: the checkpoint cannot be loaded: {_some(list(info['error_msgs']))}")
+        raise ValueError(f"{source}: the checkpoint cannot be loaded: {some(list(info['error_msgs']))}")
     on_device: PreTrainedModel = model.to(device)
     return on_device
 
 
-def _some(items: list[str]) -> str:
+def check_has_weights(source: ModelSource) -> None:
+    """Raise ValueError for a source that has none."""
+    if source.kind == "config":
+        raise ValueError(
+            f"model={source.name!r} is bundled as a shape without weights: pass load_format='dummy' for random ones, "
+            f"or the hub id {BUNDLED_CONFIGS[source.name]!r} for the real ones"
+        )
+    if not source.has_weights:
+        raise ValueError(
+            f"{source}: the folder has no weight files ({', '.join(_WEIGHT_FILES)}); "
+            "load_format='dummy' gives random weights"
+        )
+
+
+def some(items: list[str]) -> str:
+    """The first few of them, and how many more there are."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 

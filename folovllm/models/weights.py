@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.dummy import fill_dummy_
 from folovllm.models.layers import Linear, RMSNorm
-from folovllm.models.loader import LOAD_FORMATS, ModelSource
+from folovllm.models.loader import LOAD_FORMATS, ModelSource, check_has_weights, some
 
 INDEX = "model.safetensors.index.json"
 IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints hold it; it follows from the config
@@ -102,8 +102,7 @@ def fill_dummy(decoder: Decoder, seed: int) -> None:
 
 def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
     """Copy a checkpoint in. Raises ValueError as `load_decoder` does."""
-    if not source.has_weights:
-        raise ValueError(f"{source} has no weights; load_format='dummy' gives random ones")
+    check_has_weights(source)
     folder = Path(source.path_or_id) if source.kind != "hub" else _download(source)
     wanted = targets(decoder)
     tied = decoder.config.tied_embeddings
@@ -115,13 +114,12 @@ def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
             raise ValueError(f"{source}: the checkpoint has {name}, which a {decoder.config} has no place for")
         if target.shape != tensor.shape:
             raise ValueError(
-                f"{source}: {name} has the shape {list(tensor.shape)} in the checkpoint and {list(target.shape)} by "
-                "config.json"
+                f"{source}: the checkpoint has another shape than config.json says for {name} "
+                f"(file {list(tensor.shape)}, config {list(target.shape)})"
             )
         target.copy_(tensor)
     if wanted:
-        names = ", ".join(list(wanted)[:4]) + (f" and {len(wanted) - 4} more" if len(wanted) > 4 else "")
-        raise ValueError(f"{source}: the checkpoint lacks {names}")
+        raise ValueError(f"{source}: the checkpoint lacks {some(list(wanted))}")
 
 
 def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:

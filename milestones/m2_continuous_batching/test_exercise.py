@@ -637,7 +637,7 @@ class YourScheduler(Scheduler):
                 self._schedule(request, plan, step)
             elif len(self.running) == self.max_running:
                 call.fail(answer, why=f"No seat is left for {request_id!r}.")
-            elif self.waiting.peek() is not request or not self._admit(request, step, num_tokens):
+            elif self.waiting.peek() is not request or not self._admit(request, step):
                 call.fail(answer, why=f"{request_id!r} is not first in line.")
         self.skipped = bool(running) and not any(request_id in running for request_id, _ in answer)
         step.finished_ids, self._finished_ids = self._finished_ids, []
