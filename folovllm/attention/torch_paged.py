@@ -49,7 +49,6 @@ class TorchBackend(AttentionBackend):
             start = end
         return out
 
-
     def copy(self, kv: LayerKV, blocks: Tensor) -> LayerKV:
         """The named blocks, [blocks], side by side."""
         room = self._room
