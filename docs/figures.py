@@ -11,27 +11,21 @@ from typing import Any
 
 import matplotlib as mpl
 import torch
-from claims import chapter_0, chapter_1, chapter_2, chapter_3
+from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4
 from claims.ledger import RESULTS, ROOT, result
 from claims.models import BYTES_16_BIT, bundled
 from matplotlib.figure import Figure
+from traces import steps_of, traced_requests
 
 from folovllm.engine.detokenizer import Detokenizer
-from folovllm.engine.trace import RequestStep, StepTrace
+from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
-from folovllm.kv_cache.interface import KVUsage
+from folovllm.kv_cache.interface import BlockCopy, BlockPlan
 from folovllm.models.loader import load_hf_model, resolve_model
-from folovllm.outputs import RequestMetrics, RequestOutput
+from folovllm.request import Request
 from folovllm.sampling.filters import apply_min_p, apply_temperature, apply_top_k, apply_top_p
-from folovllm.viz.batching import (
-    Life,
-    batch_gantt,
-    queue_depth,
-    ratio_bars,
-    starvation,
-    throughput_by_batch,
-    waiting_times,
-)
+from folovllm.sampling_params import SamplingParams
+from folovllm.viz import batching, blocks
 from folovllm.viz.flow import shape_flow
 from folovllm.viz.kv import cache_timing, kv_bytes_bars, kv_cells
 from folovllm.viz.masks import attention_masks
@@ -215,47 +209,13 @@ def token_text(tokenizer: Any, token_id: int) -> str:
     return f"token {token_id}"
 
 
-def steps_of(data: dict[str, Any]) -> list[StepTrace]:
-    """The steps of a trace in a results file, as the engine's own objects."""
-    return [
-        StepTrace(
-            **step
-            | {
-                "phases": {name: tuple(span) for name, span in step["phases"].items()},
-                "requests": [RequestStep(**share) for share in step["requests"]],
-                "kv": KVUsage(**step["kv"]),
-            }
-        )
-        for step in data["steps"]
-    ]
-
-
-def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
-    """The trace of three questions that `tools/measure_course.py engine` recorded."""
-    data = result(chapter_2.TINY)["trace"]
-    outputs = [
-        RequestOutput(
-            output["request_id"],
-            None,
-            [],
-            [],
-            True,
-            RequestMetrics(
-                output["arrival_time"], output["first_scheduled_time"], output["finished_time"], output["token_times"]
-            ),
-        )
-        for output in data["outputs"]
-    ]
-    return steps_of(data), outputs
-
-
 # --- chapter 3 --------------------------------------------------------------------------------------------
 
 
 def draw_batch_gantt() -> Figure:
     """The same requests arriving over time, in static, dynamic and continuous batches."""
     ways = result(chapter_3.TINY)["trace"]["poisson"]["lives"]
-    return batch_gantt({name: [Life(**life) for life in lives] for name, lives in ways.items()})
+    return batching.batch_gantt({name: [batching.Life(**life) for life in lives] for name, lives in ways.items()})
 
 
 def served() -> tuple[list[int], list[int]]:
@@ -290,7 +250,7 @@ def draw_padding_over_steps() -> Figure:
 def draw_ratios() -> Figure:
     """Every system of w2 over M1."""
     systems = result(chapter_3.W2)["summary"]["w2"]
-    return ratio_bars({name: numbers["ratio_to_base"] for name, numbers in systems.items() if name != "m1"})
+    return batching.ratio_bars({name: numbers["ratio_to_base"] for name, numbers in systems.items() if name != "m1"})
 
 
 def draw_throughput() -> Figure:
@@ -302,7 +262,7 @@ def draw_throughput() -> Figure:
         name: {int(arm.removeprefix(start)): speeds[arm] for arm in speeds if arm.startswith(start)}
         for name, start in names.items()
     }
-    return throughput_by_batch(series, base=("M1", speeds["m1"]))
+    return batching.throughput_by_batch(series, base=("M1", speeds["m1"]))
 
 
 def draw_waits() -> Figure:
@@ -311,20 +271,92 @@ def draw_waits() -> Figure:
     urgent = policies["priorities"]
     labels = [f"{i}{', urgent' * (priority == 0)}" for i, priority in enumerate(urgent)]
     waits = {name: policies[name]["waited_steps"] for name in policies if name != "priorities"}
-    return waiting_times(waits, labels, "steps")
+    return batching.waiting_times(waits, labels, "steps")
 
 
 def draw_queue_depth() -> Figure:
     """Who waits and who runs in each step, under each policy."""
     policies = result(chapter_3.TINY)["policies"]
-    return queue_depth({name: policies[name]["waiting_running"] for name in policies if name != "priorities"})
+    return batching.queue_depth({name: policies[name]["waiting_running"] for name in policies if name != "priorities"})
 
 
 def draw_starvation() -> Figure:
     """A long request while short ones keep coming."""
     data = dict(result(chapter_3.TINY)["starvation"])
     stream = data.pop("short_requests")
-    return starvation(stream, data)
+    return batching.starvation(stream, data)
+
+
+# --- chapter 4 --------------------------------------------------------------------------------------------
+
+
+def draw_memory_shares() -> Figure:
+    """What slots are under each policy, beside the paper's figure 2."""
+    policies = chapter_4.simulated()["policies"]
+    return blocks.memory_shares({policy: run["shares"] for policy, run in policies.items()})
+
+
+def draw_block_sizes() -> Figure:
+    """Empty slots over the block size."""
+    runs = chapter_4.simulated()["block_sizes"]
+    columns = ([run[key] for run in runs] for key in ("block_size", "empty_slots", "empty_share"))
+    return blocks.waste_by_block_size(*columns)
+
+
+def draw_block_tables() -> Figure:
+    """A fork and its first write, in the engine's own books."""
+    books = BlockManager(num_blocks=6, block_size=4)
+    a, b = (Request(name, [0] * 6, SamplingParams(), (), max_model_len=64) for name in "ab")
+    text = ["the", "cat", "sat", "on", "the", "mat"]
+    write(books, a, 6)
+    states = {"a has six tokens": blocks.TableState(books.snapshot(), {"a": text})}
+    books.fork(a, b, num_tokens=5)
+    states["b is forked from five of them"] = blocks.TableState(books.snapshot(), {"a": text, "b": text[:5]})
+    copies = [(op.src, op.dst) for op in write(books, b, 1).ops if isinstance(op, BlockCopy)]
+    texts = {"a": text, "b": [*text[:5], "hat"]}
+    states["b writes a sixth token of its own"] = blocks.TableState(books.snapshot(), texts, copies)
+    return blocks.block_tables(states)
+
+
+def write(books: BlockManager, request: Request, num_tokens: int) -> BlockPlan:
+    """Take room for more tokens of a request, and count them as computed."""
+    plan = books.reserve(request, num_tokens)
+    if plan is None:
+        raise RuntimeError(f"no room for {num_tokens} tokens")
+    books.commit(plan)
+    return plan
+
+
+LETTERS = {str(i): letter for i, letter in enumerate("abcd")}  # what figures call the requests of a trace
+
+
+def draw_block_map() -> Figure:
+    """Who holds which block, with a host to swap to."""
+    return blocks.block_map(steps_of(result(chapter_4.BLOCKS)["trace"]["swap"]), labels=LETTERS)
+
+
+def draw_preemptions() -> Figure:
+    """Who gives way in both modes, and how it comes back."""
+    traces = {mode: steps_of(trace) for mode, trace in result(chapter_4.BLOCKS)["trace"].items()}
+    return blocks.preemption_timeline(traces, list(LETTERS), labels=LETTERS)
+
+
+def draw_slots() -> Figure:
+    """w2 in the same memory, cut into regions and into blocks."""
+    data = result(chapter_4.BLOCKS)["capacity"]
+    ways = {"m2": f"M2, regions of {data['max_model_len']:,}", "m3": f"M3, blocks of {data['block_size']}"}
+    arms = {}
+    for milestone, name in ways.items():
+        run = data[milestone]
+        arms[f"{name}, {run['max_running']} requests at once"] = list(zip(run["reserved"], run["used"], strict=True))
+    return blocks.slots_over_steps(arms, data["kv_tokens"])
+
+
+def draw_m3_ratios() -> Figure:
+    """Every system of w2 over a static batch of Hugging Face's `generate`."""
+    peer = chapter_4.PEER
+    systems = [name for name in result(chapter_4.W2)["summary"]["w2"] if name != peer]
+    return batching.ratio_bars({name: chapter_4.over(chapter_4.W2, "w2", name) for name in systems}, peer)
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {
@@ -348,6 +380,13 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "waiting-times": draw_waits,
     "queue-depth": draw_queue_depth,
     "starvation": draw_starvation,
+    "memory-shares": draw_memory_shares,
+    "waste-by-block-size": draw_block_sizes,
+    "block-tables": draw_block_tables,
+    "block-map": draw_block_map,
+    "preemption-timeline": draw_preemptions,
+    "slots-over-steps": draw_slots,
+    "m3-ratio-bars": draw_m3_ratios,
 }
 
 

@@ -18,8 +18,9 @@ DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
 SCHEDULING_POLICIES = ("fcfs", "priority", "sjf")
 PREEMPTION_MODES = ("recompute", "swap")
-ATTENTION_BACKENDS = ("auto", "reference", "torch", "torch-compiled")
+ATTENTION_BACKENDS = ("auto", "reference", "torch", "torch-compiled", "triton")
 BATCHINGS = ("padded", "loop")
+MODEL_IMPLS = ("auto", "folovllm", "transformers")
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
 
 
@@ -121,6 +122,8 @@ class ModelConfig:
     load_format: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone.
     max_model_len: tokens of prompt and output together; None is the model's max_position_embeddings.
     seed: of dummy weights and of requests that bring no seed of their own.
+    model_impl: whose code the paged milestones run: "folovllm" has Llama, Mistral, Qwen2 and Qwen3, "transformers" any
+    decoder that leaves attention to us; "auto" is ours where it fits. Before paging it is always Hugging Face's.
     """
 
     model: str = "folo-tiny"
@@ -129,6 +132,7 @@ class ModelConfig:
     load_format: str = "auto"
     max_model_len: int | None = None
     seed: int = 0
+    model_impl: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -140,6 +144,7 @@ class ModelConfig:
         if self.max_model_len is not None:
             check_int("max_model_len", self.max_model_len, 1)
         check_int("seed", self.seed, 0, 2**63 - 1)
+        check_choice("model_impl", self.model_impl, MODEL_IMPLS)
 
 
 @config
@@ -197,8 +202,9 @@ class EngineConfig:
     """One engine: a milestone, its three parts, and how many steps of trace it keeps.
 
     batching: how M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None
-    for every other milestone. attention_backend: "reference" is dense and obvious, "torch" the default on a CPU, and
-    "torch-compiled" the same with a fused decode, which needs a C++ compiler and seconds at the first step.
+    for every other milestone. attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU. "torch-compiled"
+    is "torch" with a fused decode, which needs a C++ compiler and seconds at the first step; "reference" is dense and
+    obvious; "triton" on a CPU wants TRITON_INTERPRET=1 in the environment, and patience.
     trace_blocks: keep the state of every block in each step's record.
     """
 
@@ -246,6 +252,8 @@ class EngineConfig:
             raise _fail("preemption_mode", "swap", f"'recompute' {where}, which reserves and never preempts")
         if self.attention_backend != "auto" and not preset.paged:
             raise _fail("attention_backend", self.attention_backend, f"'auto' {where}, which has Hugging Face's own")
+        if self.model.model_impl == "folovllm" and not preset.paged:
+            raise _fail("model_impl", "folovllm", f"'auto' or 'transformers' {where}, which has Hugging Face's model")
         if self.trace_blocks and not preset.paged:
             raise _fail("trace_blocks", True, f"False {where}, which has no blocks")
 

@@ -140,10 +140,10 @@ print(f"{room.requests} requests of 500 tokens in {room.blocks} blocks")
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# 32 + 8 + 64 = 104 MB are free. The 64 that were never touched are in one piece, so 64 does fit. (The text that this
-# course began with says 112 are free, and at first that 64 does not fit. Drawing the memory is a good habit.) Then 40
-# are left, in pieces of 32 and 8, and 33 does not fit although 40 are free: that is **external fragmentation**.
-# Blocks know nothing of it. Each is as good as any other.
+# 32 + 8 + 64 = 104 MB are free. The 64 that were never touched are in one piece, so 64 does fit. (If you found 112, or
+# that 64 does not fit: so did others, in print. Draw the memory.) Then 40 are left, in pieces of 32 and 8, and 33
+# does not fit although 40 are free: that is **external fragmentation**. Blocks know nothing of it. Each is as good as
+# any other.
 # </details>
 
 # %%

@@ -9,7 +9,7 @@ simulator          replays of `folovllm.kv_cache.fragmentation`: no model, and t
                    (of the slots that requests hold), used_share, steps, preemptions
 capacity           the 16 requests of w2 in kv_tokens slots with max_model_len: requests ([prompt, output] tokens),
                    same_tokens, and m2, m3 -> max_running, steps, forwards, most_reserved, most_used (slots),
-                   preemptions
+                   preemptions, and by step: running, reserved, used (slots)
 preemption         the same 16 in num_kv_blocks blocks of block_size, which do not hold them, and in roomy_blocks,
                    which do: same_tokens (of all arms). In summary and rounds: roomy, recompute, swap -> seconds,
                    over_roomy (times the seconds of `roomy` in that round), preemptions, steps, forwards,
@@ -48,7 +48,7 @@ KV_BLOCKS, W2_MODEL_LEN = 256, 1024  # of M2 and M3 side by side
 TIGHT_BLOCKS, SWAP_GIB = 64, 0.05
 COUNTS = ("preemptions", "steps", "forwards", "prompt_tokens_computed", "swapped_out_blocks", "swapped_in_blocks")
 BEAM_WIDTHS, SHARED_BLOCK_SIZES, SHARED_TOKENS = (2, 4, 8), (4, 16), 32
-TRACE_BLOCKS, TRACE_BLOCK_SIZE, TRACE_TOKENS = 14, 8, 32
+TRACE_BLOCKS, TRACE_BLOCK_SIZE, TRACE_TOKENS = 12, 8, 20
 
 
 def counted() -> dict[str, Any]:
@@ -119,6 +119,9 @@ def capacity() -> dict[str, Any]:
             "most_reserved": max(kv.reserved for kv in usage),
             "most_used": max(kv.used for kv in usage),
             "preemptions": stats.preemptions,
+            "running": [len(step.requests) for step in llm.engine.trace],
+            "reserved": [kv.reserved for kv in usage],
+            "used": [kv.used for kv in usage],
         }
     return {
         "requests": [[r.num_prompt_tokens, r.max_tokens] for r in requests],

@@ -1,4 +1,4 @@
-"""Measure what chapters 0 to 3 say about time, and write it to `results/`.
+"""Measure what chapters 0 to 4 say about time and memory, and write it to `results/`.
 
     python tools/measure_course.py workloads    # chapter 0: what the machine can do, and prefill and decode on it
     python tools/measure_course.py cache        # chapter 1: with and without a KV cache, and what breaks one
@@ -14,7 +14,6 @@ greatest. Run it while nothing else does. The chapters show these files; `docs/c
 from __future__ import annotations
 
 import argparse
-import json
 import os
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -27,7 +26,19 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy m
 import measure_blocks
 import torch
 from measure_batching import batching
-from measuring import CPU, DECODE_CONTEXT, feed, load, load_format, plain, random_tokens, seconds, summarize, turned
+from measuring import (
+    CPU,
+    DECODE_CONTEXT,
+    as_text,
+    feed,
+    load,
+    load_format,
+    plain,
+    random_tokens,
+    seconds,
+    summarize,
+    turned,
+)
 from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
@@ -63,7 +74,7 @@ def main() -> None:
     for part in args.parts:
         for name, data in PARTS[part](console, args.rounds, args.models):
             path = RESULTS / f"{name}.json"
-            path.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+            path.write_text(as_text(data) + "\n", encoding="utf-8")
             console.print(f"wrote {path.relative_to(RESULTS.parent)}", highlight=False)
 
 

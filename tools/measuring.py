@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import time
 from collections.abc import Callable, Sequence
@@ -19,6 +20,8 @@ from folovllm.outputs import RequestOutput
 
 CPU = torch.device("cpu")
 DECODE_CONTEXT = 128  # tokens that a timed decode step attends over
+LINE = 200  # characters that a line of a results file may have; a list of plain values always takes one line
+MICROSECONDS = 6  # decimals of the times in a trace
 
 
 def load_format(name: str) -> str:
@@ -70,6 +73,21 @@ def summarize(rounds: Sequence[Any]) -> Any:
     return spread(rounds)
 
 
+def as_text(data: Any, indent: int = 0) -> str:
+    """JSON that people can read: what is short, and any list of plain values, on one line; the rest line by line."""
+    line = json.dumps(data)
+    nested = any(isinstance(value, (dict, list)) for value in data) if isinstance(data, list) else True
+    if not isinstance(data, (dict, list)) or not nested or len(line) + indent <= LINE:
+        return line
+    pad = "\n" + " " * (indent + 1)
+    if isinstance(data, dict):
+        inner = [f"{json.dumps(key)}: {as_text(value, indent + 1)}" for key, value in data.items()]
+    else:
+        inner = [as_text(value, indent + 1) for value in data]
+    start, end = "{}" if isinstance(data, dict) else "[]"
+    return start + pad + f",{pad}".join(inner) + "\n" + " " * indent + end
+
+
 def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
     """One forward of one text that goes on from `cache`: the last position's logits, [1, 1, V]."""
     last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds` in measure_course.py
@@ -82,6 +100,10 @@ def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> 
 def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     """A trace and outputs as plain data; times from the first arrival, steps and requests counted from 0."""
     zero = min(output.metrics.arrival_time for output in outputs)
+
+    def since(moment: float | None) -> float:
+        return round((zero if moment is None else moment) - zero, MICROSECONDS)
+
     number = {output.request_id: str(i) for i, output in enumerate(outputs)}
     steps = trace.to_json()["steps"]
     for index, step in enumerate(steps):
@@ -89,7 +111,7 @@ def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
         step["finished"] = [number[i] for i in step["finished"]]
         for request in step["requests"]:
             request["request_id"] = number[request["request_id"]]
-        step["phases"] = {name: [start - zero, end - zero] for name, (start, end) in step["phases"].items()}
+        step["phases"] = {name: [since(start), since(end)] for name, (start, end) in step["phases"].items()}
     return {
         "steps": steps,
         "outputs": [
@@ -98,10 +120,10 @@ def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
                 "prompt_len": len(output.prompt_token_ids),
                 "text": output.outputs[0].text,
                 "finish_reason": output.outputs[0].finish_reason,
-                "arrival_time": output.metrics.arrival_time - zero,
-                "first_scheduled_time": (output.metrics.first_scheduled_time or zero) - zero,
-                "finished_time": (output.metrics.finished_time or zero) - zero,
-                "token_times": [t - zero for t in output.metrics.token_times],
+                "arrival_time": since(output.metrics.arrival_time),
+                "first_scheduled_time": since(output.metrics.first_scheduled_time),
+                "finished_time": since(output.metrics.finished_time),
+                "token_times": [since(moment) for moment in output.metrics.token_times],
             }
             for output in outputs
         ],

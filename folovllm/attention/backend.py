@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -45,6 +46,11 @@ class AttentionBackend(ABC):
         keys, values = kv.flat()
         keys.index_copy_(0, meta.slot_mapping, key)
         values.index_copy_(0, meta.slot_mapping, value)
+
+    def copy_blocks(self, pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copy whole blocks (from, to), in order, in all layers of a pool [layers, 2, blocks, block_size, Hkv, D]."""
+        for source, target in pairs:
+            pool[:, :, target] = pool[:, :, source]
 
     @abstractmethod
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:

@@ -37,6 +37,16 @@ class AttentionMetadata:
     tables: list[tuple[int, ...]]
 
     @cached_property
+    def num_tokens(self) -> int:
+        """Tokens of requests: T without padding."""
+        return sum(self.query_lens)
+
+    @cached_property
+    def only_decodes(self) -> bool:
+        """Whether no request has more than one new token."""
+        return max(self.query_lens) == 1
+
+    @cached_property
     def places(self) -> KVPlaces:
         """Where every request's K/V can be read in one piece. Worked out once per step, for all layers."""
         size = self.block_size

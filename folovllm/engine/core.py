@@ -8,12 +8,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from typing import Any
 
 from folovllm.engine.trace import EngineStats, RequestStep, StepTrace, Trace
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.scheduler.output import CoreOutput, SchedulerOutput
 from folovllm.scheduler.scheduler import Scheduler
+
+NEXT_IN_LINE = 6  # ids of the queue that a record keeps
 
 
 class EngineCore:
@@ -54,10 +57,7 @@ class EngineCore:
             self.trace.amend_last(
                 requests=[replace(r, status=status) if r.request_id in stopped else r for r in last.requests],
                 finished=[r.request_id for r in last.requests if r.request_id in finished],
-                num_running=len(self.scheduler.running),
-                num_waiting=self.scheduler.num_waiting,
-                kv=self.scheduler.kv.usage(),
-                blocks=self.scheduler.kv.snapshot() if self.trace_blocks else None,
+                **self._after_step(),
             )
         self._settle()
 
@@ -125,25 +125,35 @@ class EngineCore:
                     request.num_output_tokens,
                     len(sampled),
                     request.status.name,
+                    request.num_prompt_tokens,
+                    request.max_output_tokens,
                 )
             )
         trace = StepTrace(
             step=self.stats.steps,
             phases=phases,
             requests=shares,
-            num_waiting=self.scheduler.num_waiting,
-            num_running=len(self.scheduler.running),
             token_budget=self.scheduler.max_num_batched_tokens,
             forwards=result.forwards,
             padding_tokens=result.padding_tokens,
             padding_kv_tokens=result.padding_kv_tokens,
-            kv=self.scheduler.kv.usage(),
             kv_ops=step.kv_ops,
             finished=[r.request_id for r in requests if r.is_finished],
             preempted=step.preempted_ids,
             aborted=self._aborted,
-            blocks=self.scheduler.kv.snapshot() if self.trace_blocks else None,
+            **self._after_step(),
         )
         self._aborted = []
         self.stats.add(trace)
         self.trace.append(trace)
+
+    def _after_step(self) -> dict[str, Any]:
+        """The fields of a record that say how things stand."""
+        scheduler = self.scheduler
+        return {
+            "num_waiting": scheduler.num_waiting,
+            "num_running": len(scheduler.running),
+            "next_in_line": [request.request_id for request in scheduler.waiting.first(NEXT_IN_LINE)],
+            "kv": scheduler.kv.usage(),
+            "blocks": scheduler.kv.snapshot() if self.trace_blocks else None,
+        }

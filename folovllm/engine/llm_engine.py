@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine import output_processor as text
 from folovllm.engine.factory import EngineParts, build_engine
-from folovllm.engine.trace import EngineStats, Trace
+from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -81,6 +81,7 @@ class LLMEngine:
         self._undelivered: dict[str, RequestOutput] = {}  # completed while somebody else was driving
         self._stems: Counter[str] = Counter()  # of the ids in `_user_requests`
         self._next_id = 0
+        self.on_step: Callable[[StepTrace], None] | None = None  # last of all in a step: it may be interrupted
 
     @property
     def trace(self) -> Trace:
@@ -193,8 +194,11 @@ class LLMEngine:
 
     def step(self) -> list[RequestOutput]:
         """Run one step; every request that it moved on, as it is now."""
+        has_work = self.core.has_unfinished_requests()
         outputs = self._step(final_only=False)
         ready, self._undelivered = self._undelivered, {}
+        if has_work and self.on_step is not None and self.trace:
+            self.on_step(self.trace[-1])
         return [*ready.values(), *outputs]
 
     def step_for(self, request_ids: Collection[str], final_only: bool) -> list[RequestOutput]:
@@ -205,8 +209,11 @@ class LLMEngine:
         """
         if not self._undelivered.keys().isdisjoint(request_ids):
             return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
+        has_work = self.core.has_unfinished_requests()
         outputs = self._step(final_only)
         self._undelivered |= {o.request_id: o for o in outputs if o.finished and o.request_id not in request_ids}
+        if has_work and self.on_step is not None and self.trace:
+            self.on_step(self.trace[-1])
         return [o for o in outputs if o.request_id in request_ids]
 
     def _step(self, final_only: bool) -> list[RequestOutput]:

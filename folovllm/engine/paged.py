@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -13,12 +13,12 @@ from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_compiled import TorchCompiledBackend
 from folovllm.attention.torch_paged import TorchBackend
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
+from folovllm.engine.host_memory import GIB, free_cpu_bytes, keep_freed_memory
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockPlan
 from folovllm.kv_cache.storage import KVStorage
-from folovllm.models.decoder import Decoder
 from folovllm.models.loader import ModelSource
-from folovllm.models.weights import load_decoder
+from folovllm.models.paged_model import PagedModel, load_paged_model
 from folovllm.runner.input_batch import InputBuffers
 from folovllm.runner.paged_runner import PagedRunner
 from folovllm.sampling.sampler import Sampler
@@ -27,7 +27,6 @@ from folovllm.scheduler.output import NewRequest, ScheduledRequest, SchedulerOut
 
 CPU_MEMORY_SHARE = 0.25  # of the memory that is free once the model is loaded; the rest is for everybody else
 GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # what steps on a GPU are padded to, as CUDA graphs want it
-GIB = 2**30
 
 
 @dataclass
@@ -48,9 +47,12 @@ def build_paged(
     max_tokens: int,
     sampler: Sampler,
 ) -> PagedParts:
-    """Load the decoder and make a pool for it. Raises ValueError if the memory does not hold a single request."""
-    backend = make_backend(config.attention_backend)
-    model = load_decoder(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
+    """Load the model and make a pool for it. Raises ValueError if the memory does not hold a single request."""
+    backend = make_backend(config.attention_backend, device)
+    chosen = config.model
+    model = load_paged_model(
+        source, hf_config, dtype, device, backend, chosen.model_impl, chosen.load_format, chosen.seed, max_model_len
+    )
     size = config.cache.block_size
     max_blocks = -(-max_model_len // size)  # of one request
     max_requests = min(config.max_num_seqs, max_tokens)
@@ -76,9 +78,25 @@ def build_paged(
     )
 
 
-def make_backend(name: str) -> AttentionBackend:
-    """The backend of that name; "auto" is torch's. Raises ValueError for another name."""
-    if name in ("auto", "torch"):
+def make_backend(name: str, device: torch.device) -> AttentionBackend:
+    """The backend of that name; "auto" is Triton's on a GPU, where Triton is installed, and else torch's.
+
+    Raises ValueError for another name, and for "triton" where its kernels cannot run.
+    """
+    has_triton = importlib.util.find_spec("triton") is not None
+    if name == "auto":
+        name = "triton" if device.type == "cuda" and has_triton else "torch"
+    if name == "triton":
+        if not has_triton:
+            raise ValueError(
+                "attention_backend='triton' is not valid here, where Triton is not installed (it is made for Linux); "
+                f"allowed: {', '.join(repr(b) for b in ATTENTION_BACKENDS if b != 'triton')}"
+            )
+        # Only now: whoever imports folovllm for something else should not wait for Triton, or need it.
+        from folovllm.attention.triton_paged import TritonBackend
+
+        return TritonBackend(device)
+    if name == "torch":
         return TorchBackend()
     if name == "reference":
         return ReferenceBackend()
@@ -87,7 +105,7 @@ def make_backend(name: str) -> AttentionBackend:
     raise ValueError(f"attention_backend={name!r} is not valid; allowed: {', '.join(ATTENTION_BACKENDS)}")
 
 
-def make_storage(model: Decoder, num_blocks: int, num_host_blocks: int, block_size: int) -> KVStorage:
+def make_storage(model: PagedModel, num_blocks: int, num_host_blocks: int, block_size: int) -> KVStorage:
     """A pool for the model's layers."""
     shape = model.config
     return KVStorage(
@@ -102,7 +120,7 @@ def make_storage(model: Decoder, num_blocks: int, num_host_blocks: int, block_si
     )
 
 
-def kv_block_bytes(model: Decoder, block_size: int) -> int:
+def kv_block_bytes(model: PagedModel, block_size: int) -> int:
     """Bytes of a block: keys and values of `block_size` tokens in all layers."""
     shape = model.config
     return 2 * shape.num_layers * block_size * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
@@ -110,7 +128,7 @@ def kv_block_bytes(model: Decoder, block_size: int) -> int:
 
 def free_bytes(
     config: EngineConfig,
-    model: Decoder,
+    model: PagedModel,
     buffers: InputBuffers,
     sampler: Sampler,
     backend: AttentionBackend,
@@ -130,22 +148,10 @@ def free_bytes(
     return max(0, int(total * config.cache.gpu_memory_utilization) - in_use)
 
 
-def free_cpu_bytes() -> int:
-    """Memory that is free without taking it from others, as the system sees it; of all memory where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 8 * GIB  # Windows does not tell without a package
-
-
-def run_longest_step(model: Decoder, buffers: InputBuffers, sampler: Sampler, backend: AttentionBackend) -> None:
+def run_longest_step(model: PagedModel, buffers: InputBuffers, sampler: Sampler, backend: AttentionBackend) -> None:
     """One prefill of as many tokens as a step may have, sampled, to see how much memory that takes."""
     size = buffers.block_size
-    num_tokens = min(len(buffers.token_ids.host), len(model.rotary.cos))  # no request has more positions
+    num_tokens = min(len(buffers.token_ids.host), model.max_positions)  # of one request
     shares: list[ScheduledRequest] = []
     left, block = len(buffers.token_ids.host), 1
     while left > 0 and len(shares) < len(buffers.seq_lens.host):

@@ -23,6 +23,7 @@ class RequestStep:
 
     num_scheduled: tokens computed, of which num_prompt are of the prompt. num_cached: prompt tokens that were found
     computed when the request was admitted in this step. num_computed and num_output: totals after the step.
+    prompt_len, max_output: tokens of the whole prompt, and the most that the output may have.
     """
 
     request_id: str
@@ -33,6 +34,8 @@ class RequestStep:
     num_output: int
     num_sampled: int
     status: str
+    prompt_len: int = 0
+    max_output: int = 0
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,9 @@ class StepTrace:
     phases: (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a
     GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
     padding_tokens, padding_kv_tokens: as in `RunnerOutput`. num_waiting, num_running, kv: after the step. finished and
-    preempted: ids, in this step. aborted: ids that were ended from outside since the step before. blocks: the state of
-    the pool after the step, if snapshots were asked for.
+    preempted: ids, in this step. aborted: ids that were ended from outside since the step before. next_in_line: the
+    first ids of the queue after the step; samples that wait for the prompt they share are in no line yet. blocks: the
+    state of the pool after the step, if snapshots were asked for.
     """
 
     step: int
@@ -60,6 +64,7 @@ class StepTrace:
     preempted: list[str] = field(default_factory=list)
     aborted: list[str] = field(default_factory=list)
     padding_kv_tokens: int = 0
+    next_in_line: list[str] = field(default_factory=list)
     blocks: BlockSnapshot | None = None
 
     @property

@@ -19,6 +19,7 @@ from folovllm.config import (
     BATCHINGS,
     MILESTONES,
     NEWEST_MILESTONE,
+    PREEMPTION_MODES,
     SCHEDULING_POLICIES,
     check_float,
     check_int,
@@ -85,6 +86,16 @@ Policy = Annotated[
     str,
     typer.Option(help=f"Who comes first: {', '.join(SCHEDULING_POLICIES)} (shortest job first). m1 knows fcfs only."),
 ]
+BlockSize = Annotated[int, typer.Option(help="Tokens in a block of K/V.")]
+NumKVBlocks = Annotated[
+    int | None, typer.Option(help="Blocks of K/V that all requests share; as memory allows if not given.")
+]
+Preemption = Annotated[
+    str,
+    typer.Option(
+        help=f"What m3 does with the K/V of who gives way when blocks run out: {', '.join(PREEMPTION_MODES)}."
+    ),
+]
 TracePath = Annotated[
     Path | None,
     typer.Option(help="Write what each step did as Chrome trace events, for ui.perfetto.dev or chrome://tracing."),
@@ -126,6 +137,9 @@ def generate(
     max_num_batched_tokens: MaxNumBatchedTokens = None,
     batching: Batching = None,
     scheduling_policy: Policy = "fcfs",
+    block_size: BlockSize = 16,
+    num_kv_blocks: NumKVBlocks = None,
+    preemption_mode: Preemption = "recompute",
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -140,7 +154,7 @@ def generate(
     watch_steps: Annotated[
         bool,
         typer.Option(
-            "--watch", help="See every step as it happens: who waits, who runs, what it computes. Answers follow."
+            "--watch", help="See every step as it happens: who waits, who runs, who holds which block. Answers follow."
         ),
     ] = False,
     pace: Annotated[float, typer.Option(help="Seconds that --watch shows a step at least; 0 is full speed.")] = 0.1,
@@ -150,6 +164,7 @@ def generate(
 
     Try: `folovllm generate "What is a KV cache?"`, then the same with `--temperature 0.8 --seed 1 -n 3 --no-stream`.
     To see requests queue, join and leave: `folovllm generate --num-prompts 12 --max-num-seqs 4 --watch`.
+    To see blocks run out: `folovllm generate --num-prompts 12 --num-kv-blocks 32 --watch`.
     """
     console = Console()
     with clean_exit(console):
@@ -179,6 +194,9 @@ def generate(
             max_num_batched_tokens=max_num_batched_tokens,
             batching=batching,
             scheduling_policy=scheduling_policy,
+            block_size=block_size,
+            num_kv_blocks=num_kv_blocks,
+            preemption_mode=preemption_mode,
         )
         titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
         stream = stream and n == 1 and not watch_steps

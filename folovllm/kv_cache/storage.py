@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
 
 import torch
 
-from folovllm.attention.backend import LayerKV
+from folovllm.attention.backend import AttentionBackend, LayerKV
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 
 
@@ -33,14 +34,20 @@ class KVStorage:
         self.host_pool = torch.zeros(num_layers, 2, num_host_blocks + 1, *block, dtype=dtype, pin_memory=pin)
         self.layers = [LayerKV(layer[0], layer[1]) for layer in self.device_pool]
 
-    def apply(self, ops: Sequence[KVOp]) -> None:
-        """Do block operations in order. Raises RuntimeError for one that is not about blocks."""
-        for op in ops:
-            if isinstance(op, BlockCopy):
-                self.device_pool[:, :, op.dst] = self.device_pool[:, :, op.src]
-            elif isinstance(op, SwapOut):
-                self.host_pool[:, :, op.host_block] = self.device_pool[:, :, op.block].to("cpu")
-            elif isinstance(op, SwapIn):
-                self.device_pool[:, :, op.block] = self.host_pool[:, :, op.host_block].to(self.device_pool.device)
+    def apply(self, ops: Sequence[KVOp], backend: AttentionBackend) -> None:
+        """Do block operations in order, copies by the backend. Raises RuntimeError for one that is not about blocks."""
+        for _, run in groupby(ops, key=type):
+            same = list(run)
+            if copies := [(op.src, op.dst) for op in same if isinstance(op, BlockCopy)]:
+                backend.copy_blocks(self.device_pool, copies)
             else:
-                raise RuntimeError(f"a pool of blocks cannot do {op}")
+                for op in same:
+                    self._swap(op)
+
+    def _swap(self, op: KVOp) -> None:
+        if isinstance(op, SwapOut):
+            self.host_pool[:, :, op.host_block] = self.device_pool[:, :, op.block].to("cpu")
+        elif isinstance(op, SwapIn):
+            self.device_pool[:, :, op.block] = self.host_pool[:, :, op.host_block].to(self.device_pool.device)
+        else:
+            raise RuntimeError(f"a pool of blocks cannot do {op}")

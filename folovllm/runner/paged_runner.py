@@ -1,4 +1,4 @@
-"""Our own forward on flattened tokens and paged K/V: prefills and decodes of all requests in one (M3, M4).
+"""One forward on flattened tokens and paged K/V: prefills and decodes of all requests in one (M3, M4).
 
 Nothing is padded and nothing is copied when requests come and go: a request is rows of the step's token axis, and K/V
 stays in its blocks. Read beside vLLM's `vllm/v1/worker/gpu_model_runner.py`.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from folovllm.attention.backend import AttentionBackend
 from folovllm.kv_cache.storage import KVStorage
-from folovllm.models.decoder import Decoder
+from folovllm.models.paged_model import PagedModel
 from folovllm.runner.input_batch import InputBatch, InputBuffers
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.runner.sampling_states import SamplingStates
@@ -23,11 +23,11 @@ from folovllm.scheduler.output import SchedulerOutput
 
 
 class PagedRunner(ModelRunner):
-    """Runs a step as one forward of the decoder."""
+    """Runs a step as one forward of the model."""
 
     def __init__(
         self,
-        model: Decoder,
+        model: PagedModel,
         storage: KVStorage,
         backend: AttentionBackend,
         sampler: Sampler,
@@ -45,7 +45,7 @@ class PagedRunner(ModelRunner):
     def execute(self, step: SchedulerOutput) -> RunnerOutput:
         """See `ModelRunner.execute`."""
         start = self.clock()
-        self.storage.apply(step.kv_ops)
+        self.storage.apply(step.kv_ops, self.backend)
         self.states.update(step)
         batch = self.buffers.fill(step.scheduled) if step.scheduled else None
         prepared = self.clock()

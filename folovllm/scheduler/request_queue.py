@@ -5,8 +5,8 @@
 - sjf: shortest job first, which is the fewest tokens left at most, prompt and output together; among equals, first
   come. It gives the lowest mean waiting time and can starve long requests. This one is ours: vLLM does not have it.
 
-No operation looks at everyone who waits: joining, leaving and the next in line cost O(1) under fcfs, and O(log n)
-spread over the operations under the other two.
+No operation looks at everyone who waits: joining, leaving and each of the next in line cost O(1) under fcfs, and
+O(log n) spread over the operations under the other two.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from itertools import islice
 
 from folovllm.request import Request
 
@@ -42,6 +43,10 @@ class RequestQueue(ABC):
     @abstractmethod
     def remove(self, request: Request) -> None:
         """Leave the line from wherever one stands. Raises KeyError for a request that is not in it."""
+
+    @abstractmethod
+    def first(self, count: int) -> list[Request]:
+        """The next `count` in line, in order, or as many as there are. They stay in it."""
 
     @abstractmethod
     def __contains__(self, request: Request) -> bool: ...
@@ -80,6 +85,10 @@ class FCFSQueue(RequestQueue):
     def remove(self, request: Request) -> None:
         """Leave the line from wherever one stands. Raises KeyError for a request that is not in it."""
         del self._requests[request.request_id]
+
+    def first(self, count: int) -> list[Request]:
+        """The next `count` in line, in order, or as many as there are. They stay in it."""
+        return list(islice(self._requests.values(), count))
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._requests
@@ -146,6 +155,17 @@ class SortedQueue(RequestQueue):
         if len(self._heap) > 2 * len(self._places):
             self._heap = list(self._places.values())
             heapq.heapify(self._heap)
+
+    def first(self, count: int) -> list[Request]:
+        """The next `count` in line, in order, or as many as there are. They stay in it. O(count log n) on average."""
+        places: list[_Place] = []
+        while self._heap and len(places) < count:
+            place = heapq.heappop(self._heap)
+            if place.request is not None:
+                places.append(place)
+        for place in places:
+            heapq.heappush(self._heap, place)
+        return [place.request for place in places if place.request is not None]
 
     def __contains__(self, request: Request) -> bool:
         return request.request_id in self._places

@@ -45,7 +45,7 @@ ON_HOST = Kind("gave way, K/V on the host", PURPLE, "|", BLACK)
 AGAIN = Kind("computes its K/V again", SKY, "P", BLACK)
 
 PAPER_FIG_2 = (("Orca (Max)", 20.4), ("Orca (Pow2)", 26.8), ("Orca (Oracle)", 38.2), ("vLLM", 96.3))
-PAPER = "Kwon et al. 2023, Fig. 2"
+BEHIND = {"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9}  # a number that stands on a hatch
 SLOT_LOOKS = {
     "used": ("K/V of a token", BLUE, ""),
     "reserved": ("reserved, written later", SKY, "///"),
@@ -170,24 +170,21 @@ def memory_shares(shares: Mapping[str, Mapping[str, float]], *, title: str | Non
             width = 100 * parts[name]
             ours.barh(row, width, 0.66, left=left, color=color, hatch=hatch, edgecolor=GREY, linewidth=0.5, label=name)
             if width >= 6:
-                ours.text(left + width / 2, row, f"{width:.1f} %", ha="center", va="center", size=8,
-                          bbox={"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9})  # fmt: skip
+                ours.text(left + width / 2, row, f"{width:.1f} %", ha="center", va="center", size=8, bbox=BEHIND)
             left += width
     ours.set_yticks(range(len(shares)), list(shares))
     ours.set_title("our replay")
     for row, (_, used) in enumerate(PAPER_FIG_2):
         paper.barh(row, used, 0.66, color=BLUE, alpha=0.45, edgecolor=GREY, linewidth=0.5, label="cited")
-        paper.annotate(f"{used} %", (min(used, 60), row), (4, 0), textcoords="offset points", va="center", size=8,
-                       bbox={"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9})  # fmt: skip
+        place = min(used, 60)
+        paper.annotate(f"{used} %", (place, row), (4, 0), textcoords="offset points", va="center", size=8, bbox=BEHIND)
     paper.set_yticks(range(len(PAPER_FIG_2)), [name for name, _ in PAPER_FIG_2])
     paper.set_title("cited")
-    for ax, label in (
-        (ours, "% of all slots, mean over busy steps"),
-        (paper, f"% used, on another workload:\n{PAPER}"),
-    ):
+    ours.set_xlabel("% of all slots, mean over busy steps", size=8.5)
+    paper.set_xlabel("% used, on another workload:\nKwon et al. 2023, Fig. 2", size=8.5)
+    for ax in (ours, paper):
         ax.set_xlim(0, 100)
         ax.set_ylim(len(ax.get_yticks()) - 0.5, -0.5)
-        ax.set_xlabel(label, size=8.5)
         ax.tick_params(axis="y", length=0)
     figure.legend(
         handles=[Patch(fc=color, hatch=hatch, ec=GREY, lw=0.5) for _, color, hatch in SLOT_LOOKS.values()],
@@ -227,6 +224,30 @@ def waste_by_block_size(
         ax.set_xlim(left=0.9 if ax is right else 0)
         ax.set_ylim(bottom=0)
         ax.grid(axis="y")
+    return figure
+
+
+@styled
+def slots_over_steps(
+    arms: Mapping[str, Sequence[tuple[int, int]]], capacity: int, *, title: str | None = None
+) -> Figure:
+    """Slots of memory step by step, one panel per arm on common axes: what requests hold, and what is written of it.
+
+    An arm is (held, written) per step. A dashed line marks the capacity. An arm's title says how many steps it took.
+    """
+    height = 0.85 + 0.3 * (title is not None) + 1.3 * len(arms)
+    figure, axes = new_figure(height, len(arms), 1, title, sharex=True, sharey=True)
+    for ax, (name, steps) in zip(axes, arms.items(), strict=True):
+        edges = np.arange(len(steps) + 1) - 0.5
+        held, written = np.asarray(steps, dtype=np.int64).T
+        _, pale, hatch = SLOT_LOOKS["reserved"]
+        ax.stairs(held, edges, fill=True, fc=pale, ec=GREY, hatch=hatch, lw=0.5, label="held and empty")
+        ax.stairs(written, edges, fill=True, fc=SLOT_LOOKS["used"][1], label=SLOT_LOOKS["used"][0])
+        ax.axhline(capacity, color=BLACK, ls="--", lw=1.2, label=f"{capacity:,} slots in all")
+        ax.set(title=f"{name}: {len(steps)} steps", ylabel="slots", ylim=(0, 1.08 * capacity))
+    axes[-1].set_xlim(-0.5, max(map(len, arms.values())) - 0.5)
+    axes[-1].set_xlabel("step")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=3)
     return figure
 
 

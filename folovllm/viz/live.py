@@ -1,6 +1,6 @@
 """A live view of the engine in the terminal: who waits, who runs, and what each step computes.
 
-Give each step of a trace to `LiveState.observe`, then print `live_view(state)`. `watch` does that while an engine runs.
+Give each step of a trace to `LiveState.observe`, then print `LiveView(state)`. `watch` does that while an engine runs.
 """
 
 from __future__ import annotations
@@ -21,14 +21,18 @@ from rich.text import Text
 
 from folovllm.config import check_int
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.trace import StepTrace
 from folovllm.outputs import RequestOutput
-from folovllm.scheduler.request_queue import priority_rank, sjf_rank
+from folovllm.viz.live_blocks import level, pool_lines, swatch
 from folovllm.viz.live_state import Lane, LiveState
 
 FRAME_SECONDS = 1 / 15  # at full speed, drawing every step would take longer than a small model's steps
 GAP = 2  # blanks between columns
+FRAME = 4  # columns around the view
 LABEL = 11  # the first column and its gap
-LINES_AROUND = 11  # lines of the view that are not rows of running requests, and one to spare
+LINES_AROUND = 11  # lines of the view that are neither of blocks nor of running requests, and one to spare
+
+RULES = {"sjf": "; fewest tokens left first", "priority": "; lowest priority first"}
 
 # A kind of cell: on a terminal, on one that knows ASCII only, and its colour. Shapes differ, for those without colour.
 CELLS: Mapping[str, tuple[str, str, str]] = {
@@ -38,7 +42,6 @@ CELLS: Mapping[str, tuple[str, str, str]] = {
     "reserved": ("▒", "-", "green"),
     "none": ("░", ".", "bright_black"),
 }
-LEVELS, LEVELS_ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 
 
 def cell(kind: str, ascii_only: bool) -> str:
@@ -95,12 +98,11 @@ class Sparkline:
         return max((sum(step) for step in self.steps), default=0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        levels = LEVELS_ASCII if options.ascii_only else LEVELS
         shown = self.steps[-options.max_width :]
         text = Text(" " * (options.max_width - len(shown)), no_wrap=True, end="")
         for prefill, decode in shown:
-            level = -(-(prefill + decode) * (len(levels) - 1) // max(1, self.top))  # rounded up: only nothing is blank
-            text.append(levels[level], style=CELLS["prefill" if prefill else "decode"][2])
+            column = level(prefill + decode, self.top, options.ascii_only)
+            text.append(column, style=CELLS["prefill" if prefill else "decode"][2])
         yield text
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
@@ -129,22 +131,38 @@ class Line:
         return Measurement(min(1, width), width).with_maximum(options.max_width)
 
 
-def live_view(state: LiveState, rows: int = 16) -> RenderableType:
-    """The engine after the newest step that `state` has observed; at most `rows` rows of running requests.
+@dataclass(frozen=True)
+class LiveView:
+    """The engine after the newest step that `state` has observed, in at most `rows` lines more than `LINES_AROUND`.
 
-    It takes the width that it is given, and needs no colour.
+    It takes the width that it is given, and needs no colour. Blocks are shown where the trace has them.
     """
-    heading = "before the first step" if state.step is None else f"step {state.step.step}"
-    view = Table.grid(expand=True)
-    for part in (
-        Line(summary(state)),
-        _bars(state),
-        Line(f"{'next':{LABEL}}{line_of(state)}"),
-        "",
-        _lanes(state, rows),
-    ):
-        view.add_row(part)
-    return Panel(view, title=heading, title_align="left", padding=(0, 1))
+
+    state: LiveState
+    rows: int = 16
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        state = self.state
+        width = max(1, options.max_width - FRAME - LABEL)
+        pool = pool_lines(state, width, max(1, self.rows // 3), options.ascii_only)
+        parts: list[RenderableType] = [
+            Line(summary(state)),
+            _bars(state),
+            Line(f"{'next':{LABEL}}{line_of(state)}"),
+            *(_labelled(label, line) for label, line in pool),
+            "",
+            _lanes(state, max(1, self.rows - len(pool))),
+        ]
+        view = Table.grid(expand=True)
+        for part in parts:
+            view.add_row(part)
+        heading = "before the first step" if state.step is None else f"step {state.step.step}"
+        yield Panel(view, title=heading, title_align="left", padding=(0, 1))
+
+
+def _labelled(label: str, line: Text) -> Text:
+    text = Text(f"{label:{LABEL}}", no_wrap=True, overflow="crop")
+    return text.append_text(line)
 
 
 def summary(state: LiveState) -> str:
@@ -155,22 +173,17 @@ def summary(state: LiveState) -> str:
     )
 
 
-def line_of(state: LiveState, count: int = 6) -> str:
-    """The next in line, with what their places depend on where that is not the order in which they came."""
+def line_of(state: LiveState) -> str:
+    """The next in line, and the rule of their order where that is not the order in which they came."""
     if not state.num_waiting:
         return "nobody waits"
-    shown = state.next_in_line(count)
-    if not shown:
+    if state.step is None:
+        return f"{state.num_waiting:,} wait"
+    names = state.next_in_line
+    if not names:
         return f"{state.num_waiting} samples, as soon as the prompt they share is computed"
-    names, rule = [request.request_id for request in shown], ""
-    if state.policy == "sjf":
-        names = [f"{r.request_id} ({sjf_rank(r)[0]:.0f})" for r in shown]
-        rule = "; fewest tokens left first"
-    elif state.policy == "priority":
-        names = [f"{r.request_id} ({priority_rank(r)[0]:.0f})" for r in shown]
-        rule = "; lowest priority first"
-    more = state.num_waiting - len(shown)
-    return ", ".join(names) + (f" and {more:,} more" if more else "") + rule
+    more = state.num_waiting - len(names)
+    return ", ".join(names) + (f" and {more:,} more" if more else "") + RULES.get(state.policy, "")
 
 
 def _bars(state: LiveState) -> Table:
@@ -224,20 +237,23 @@ def _grid(min_widths: Sequence[int | None], ratios: Mapping[int, int], right: Se
 
 def _lane(state: LiveState, lane: Lane) -> list[RenderableType]:
     """The cells of one row. The bar is the prompt's while that is computed in pieces, and else the output's."""
-    request, share = lane.request, lane.share
-    prompt, most = request.num_prompt_tokens, request.max_output_tokens
+    share = lane.share
+    prompt, most = share.prompt_len, share.max_output
     computed = f"{prompt}" if share.num_computed >= prompt else f"{share.num_computed} of {prompt}"
     cached = f", {share.num_cached} cached" if share.num_cached else ""
     output = Bar([(share.num_output, "decode")], most)
+    name = Text(no_wrap=True)
+    if share.request_id in state.owners:
+        name.append(*swatch(state.owners[share.request_id])).append(" ")
     cells: list[RenderableType] = [
-        Text(request.request_id),
+        name.append(share.request_id),
         lane.state,
         computed + cached,
         output if share.num_computed >= prompt else Bar([(share.num_computed, "prefill")], prompt),
         f"{share.num_output} of {most}",
     ]
     if state.titles:
-        cells.append(Line(state.title(request)))
+        cells.append(Line(state.title(share.request_id)))
     return cells
 
 
@@ -268,14 +284,14 @@ def display(console: Console, state: LiveState, pace: float = 0.0) -> Iterator[C
             if left > 0 and not pace:
                 return
             time.sleep(max(0.0, left))
-            live.update(live_view(state, console.size.height - LINES_AROUND), refresh=True)
+            live.update(LiveView(state, console.size.height - LINES_AROUND), refresh=True)
             shown = time.perf_counter()
 
         draw()
         try:
             yield draw
         finally:
-            live.update(live_view(state, console.size.height - LINES_AROUND))  # leaving shows it
+            live.update(LiveView(state, console.size.height - LINES_AROUND))  # leaving shows it
 
 
 def _reporter(console: Console, state: LiveState) -> Callable[[], None]:
@@ -303,27 +319,39 @@ def watch(
     titles, pace: as in `LiveState` and `display`. Whatever interrupts it, the terminal is left in order and none of
     the requests stays in the engine. Raises ValueError for an id that the engine does not have.
     """
-    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # the view is drawn from the trace
     engine.check_live(request_ids)
-    scheduler = engine.core.scheduler
+    with watching(console, engine, titles, pace):
+        return list(engine.run_to_completion(request_ids).values())
+
+
+@contextmanager
+def watching(
+    console: Console, engine: LLMEngine, titles: Mapping[str, str] | None = None, pace: float = 0.0
+) -> Iterator[None]:
+    """Whatever runs the engine meanwhile, every step of it is shown.
+
+    The state of every block is recorded for the view. The trace keeps that only where the engine does so anyway: for a
+    long run in a large pool it would take much memory.
+    """
+    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # the view is drawn from the trace
+    core, scheduler = engine.core, engine.core.scheduler
     policy = engine.config.scheduler.scheduling_policy
-    state = LiveState(scheduler.requests.values(), policy, scheduler.max_running, titles)
-    unfinished = set(request_ids)
-    done: dict[str, RequestOutput] = {}
-    try:
-        with display(console, state, pace) as show:
-            for request_id in request_ids:
-                while request_id in unfinished and engine.is_live(request_id):
-                    num_steps = engine.stats.steps
-                    for output in engine.step_for(unfinished, final_only=True):
-                        unfinished.discard(output.request_id)
-                        done[output.request_id] = output
-                    if engine.stats.steps > num_steps:  # else it handed over what an earlier step had completed
-                        state.observe(engine.trace[-1])
-                        show()
-    finally:
-        engine.abort_request(sorted(unfinished))
+    num_requests = scheduler.num_waiting + len(scheduler.running)
+    state = LiveState(num_requests, policy, scheduler.max_running, titles)
+    keeps_blocks, watcher = core.trace_blocks, engine.on_step
+    with display(console, state, pace) as show:
+
+        def on_step(step: StepTrace) -> None:
+            state.observe(step)
+            if not keeps_blocks:
+                core.trace.amend_last(blocks=None)
+            show()
+
+        core.trace_blocks, engine.on_step = True, on_step
+        try:
+            yield
+        finally:
+            core.trace_blocks, engine.on_step = keeps_blocks, watcher
     if pace and can_redraw(console):
         note = f"Each step stayed on the screen for {pace:g} s at least, which the latencies include.\n"
         console.print(note, highlight=False, soft_wrap=True)
-    return [done[i] for i in request_ids if i in done]

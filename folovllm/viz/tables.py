@@ -21,7 +21,10 @@ SHOWN_STATS = (
     ("padding_tokens", "padding tokens computed"),
     ("padding_kv_tokens", "masked K/V columns"),
     ("copied_tokens", "tokens of K/V copied for forks"),
+    ("copied_blocks", "blocks copied on write"),
     ("preemptions", "preemptions"),
+    ("swapped_out_blocks", "blocks swapped to the host"),
+    ("swapped_in_blocks", "blocks swapped back"),
     ("max_running", "most requests in a step"),
 )
 

@@ -14,11 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path.insert(0, str(ROOT / "docs"))
+sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tools")]
 
 import claims  # noqa: E402
 import sources  # noqa: E402
 from claims import ledger  # noqa: E402
+from measuring import LINE, as_text  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
 each_chapter = pytest.mark.parametrize("chapter", CHAPTERS, ids=lambda chapter: chapter.stem)
@@ -74,6 +75,37 @@ EXPECTED = {
     "reservation-admitted": "4",
     "reservation-used": "14.6 %",  # 149 of 1024: the last token of an answer is never fed
     "reservation-by-use": "27",
+    "blocks-100": "7",
+    "slots-100": "112",
+    "empty-100": "12",
+    "paged-waste-100": "10.7 %",  # 12 of 112
+    "region-waste-2048": "95.1 %",  # 1948 of 2048
+    "blocks-1000": "63",
+    "paged-waste-1000": "0.79 %",  # 8 of 1008
+    "layer-region": "128 MiB",  # 4096 x 2 x 32 x 128 x 4 = 4096 x 32 KiB, that is 0.125 GiB
+    "layer-used": "31.2 MiB",  # 1000 x 32 KiB
+    "layer-blocks": "31.5 MiB",  # 1008 x 32 KiB
+    "batch-layer-region": "4 GiB",  # 32 x 4096 x 32 KiB
+    "batch-layer-blocks": "512 MiB",  # 32 x 512 x 32 KiB
+    "batch-region": "64 GiB",  # 32 x 4096 x 512 KiB
+    "batch-blocks": "8 GiB",  # 32 x 512 x 512 KiB
+    "batch-saved": "87.5 %",  # 512 of 4096 are left
+    "card-tokens": "15,728",  # 12 GiB / 800 KiB
+    "card-regions": "7",
+    "card-blocks": "983",
+    "card-requests": "30",  # 32 blocks each
+    "buddy-free": "104 MB",  # 32 + 8 + 64
+    "buddy-largest": "64 MB",
+    "buddy-left": "40 MB",
+    "buddy-left-largest": "32 MB",
+    "page-number": "2",
+    "page-offset": "1,808",
+    "page-physical": "14,096",  # 3 x 4096 + 1808
+    "slot-of-37": "149",  # 9 x 16 + 5
+    "watermark": "1 %",
+    "recompute-flops": "13.0 GFLOPs",  # 2 x 6,476,005,376
+    "swap-bytes": "1 MiB",
+    "recompute-over-swap": "12,400",  # 12,952,010,752 / 1,048,576 = 12,352
 }
 EXPECTED_TABLES = {
     "recompute-ratios": [["10", "5.5", "7"], ["100", "50.5", "67"], ["1,000", "500.5", "667"]],
@@ -86,6 +118,12 @@ EXPECTED_TABLES = {
         ["Qwen2.5-0.5B", "GQA", "24", "14", "2", "64", "12,288"],
         ["Gemma-2B", "MQA", "18", "8", "1", "256", "18,432"],
         ["DeepSeek-V2", "MLA", "60", "128", "latent", "512 + 64", "69,120"],
+    ],
+    "paging-waste": [
+        ["100", "7", "12", "10.71 %", "97.6 %"],
+        ["500", "32", "12", "2.34 %", "87.8 %"],
+        ["1,000", "63", "8", "0.79 %", "75.6 %"],
+        ["2,000", "125", "0", "0.00 %", "51.2 %"],
     ],
     "intensity": [
         ["1", "33", "1.00", "0.500"],
@@ -104,6 +142,8 @@ EXPECTED_TABLES = {
 # Derived from what stands in a results file: the prompt's length, the ceilings, requests, counts of passes and steps.
 FROM_RESULTS = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3", "machine-ridge", "w2-prefill-padding", "w2-kv-padding"}
 FROM_RESULTS |= {"m1-w2-passes", "m2-loop-passes", "m2-padded-passes", "m2-fcfs-steps", "m2-sjf-steps"}
+FROM_RESULTS |= {"w2-longest", "m2-used-of-held", "m3-used-of-held", "empty-share-16", "empty-share-256"}
+FROM_RESULTS |= {"m3-over-static-w1", "m3-over-static-w2", "m3-over-continuous-w2", "m2-over-static-w2"}
 
 
 @pytest.mark.parametrize(("claim_id", "text"), EXPECTED.items())
@@ -237,12 +277,82 @@ def test_what_chapter_3_says_of_passes_and_arms_holds_in_its_results() -> None:
     assert len(set(tiny["starvation"]["fcfs"])) == 1
 
 
+def test_what_chapter_4_says_of_blocks_holds_in_its_results() -> None:
+    data = ledger.result("m3-blocks-folo-tiny")
+    policies = data["simulator"]["policies"]
+    for run in policies.values():
+        assert sum(run["shares"].values()) == pytest.approx(1)
+    used = [policies[policy]["shares"]["used"] for policy in ("max", "pow2", "oracle", "paged")]
+    assert used == sorted(used)
+    assert policies["oracle"]["shares"]["internal"] == 0  # "makes no mistake about any length"
+    assert policies["max"]["shares"]["external"] == policies["paged"]["shares"]["external"] == 0
+    sizes = {run["block_size"]: run for run in data["simulator"]["block_sizes"]}
+    assert all(run["formula"] == (size - 1) / 2 for size, run in sizes.items())
+    assert all(run["empty_slots"] == pytest.approx(run["formula"], rel=0.1, abs=0.1) for run in sizes.values())
+
+    room = data["capacity"]
+    assert room["same_tokens"] and room["kv_tokens"] == 4096 and room["max_model_len"] == 1024
+    assert int(claims.claim_text("w2-longest").replace(",", "")) <= room["kv_tokens"]  # "everybody would fit"
+    for run in (room["m2"], room["m3"]):
+        assert len(run["running"]) == len(run["reserved"]) == len(run["used"]) == run["steps"]
+        assert (max(run["running"]), max(run["reserved"])) == (run["max_running"], run["most_reserved"])
+        held_and_written = zip(run["reserved"], run["used"], strict=True)
+        assert all(written <= held <= room["kv_tokens"] for held, written in held_and_written)
+    assert (room["m2"]["max_running"], room["m3"]["max_running"]) == (4, 16)
+    assert room["m2"]["most_reserved"] == room["kv_tokens"]
+    assert 2 * room["m3"]["forwards"] < room["m2"]["forwards"]
+
+    arms = data["summary"]
+    assert data["preemption"]["same_tokens"]
+    assert 4 * data["preemption"]["num_kv_blocks"] == data["preemption"]["roomy_blocks"]  # "a quarter of the blocks"
+    assert arms["roomy"]["preemptions"]["max"] == 0 < arms["swap"]["preemptions"]["min"]
+    assert arms["recompute"]["steps"] == arms["swap"]["steps"]  # "the steps of both the same"
+    assert arms["roomy"]["prompt_tokens_computed"] == arms["swap"]["prompt_tokens_computed"]
+    assert arms["recompute"]["prompt_tokens_computed"]["min"] > arms["swap"]["prompt_tokens_computed"]["max"]
+    assert set(data["sharing"]["parallel_sampling"]["16"].values()) == {0.0}  # "save nothing at all"
+    assert data["sharing"]["prompt_lens"][0] == 16
+
+
+def test_the_forward_of_chapter_4_makes_as_many_passes_as_steps() -> None:
+    for run in ledger.result("m3-w2-qwen3-0.6b")["rounds"][0]["runs"].values():
+        stats = run["m3"]["engine"]["stats"]
+        assert stats["forwards"] == stats["steps"]
+        assert stats["padding_tokens"] == stats["padding_kv_tokens"] == stats["preemptions"] == 0
+
+
 def test_the_mistakes_of_chapter_1_show_and_the_right_ways_agree() -> None:
     found = ledger.result("m0-cache-folo-tiny")["logit_differences"]
     right = ("token_by_token_with_cache", "lower_triangular", "decode_sees_all")
     wrong = ("upper_triangular", "decode_sees_itself_only", "decode_one_position_late")
     assert max(found[name] for name in right) < 1e-3
     assert min(found[name] for name in wrong) > 0.1
+
+
+PLAIN = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
+JSON = st.recursive(PLAIN, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner))
+
+
+@given(JSON)
+def test_a_results_file_holds_what_was_measured(data: Any) -> None:
+    assert json.loads(as_text(data)) == data
+
+
+def test_a_results_file_has_a_line_for_what_belongs_together() -> None:
+    row = list(range(100))  # longer than a line, but of plain values
+    rounds = [{"seconds": 1.5, "steps": 7}] * 2
+    text = as_text({"row": row, "short": rounds, "long": [{"name": "n" * LINE}, rounds]})
+    assert text.splitlines() == [
+        "{",
+        f' "row": {row},',
+        f' "short": {json.dumps(rounds)},',
+        ' "long": [',
+        "  {",
+        f'   "name": "{"n" * LINE}"',
+        "  },",
+        f"  {json.dumps(rounds)}",
+        " ]",
+        "}",
+    ]
 
 
 # --- pages ------------------------------------------------------------------------------------------------
@@ -264,7 +374,8 @@ def test_pages_use_known_ids_and_every_id_is_used() -> None:
 
 def without_sources(text: str) -> str:
     """A page without what has a source of its own: roles, code, formulas, and links."""
-    text = re.sub(r"^```(?!\{drawn\}).*?^```$", " ", text, flags=re.MULTILINE | re.DOTALL)
+    fence = re.compile(r"^```(\{drawn\})?[^\n]*\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+    text = fence.sub(lambda found: found[2] if found[1] else " ", text)  # a caption is text
     text = re.sub(r"\{[a-z:-]+\}`[^`]*`|`[^`]*`", " ", text)
     text = re.sub(r"\$\$.*?\$\$|\$[^$\n]*\$", " ", text, flags=re.DOTALL)
     return re.sub(r"\]\([^)]*\)", "]", text)

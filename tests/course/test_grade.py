@@ -85,7 +85,7 @@ def run_rounds(folder: Path, name: str) -> Graded:
 @pytest.fixture(scope="module")
 def graded(tmp_path_factory: pytest.TempPathFactory) -> Graded:
     folder = tmp_path_factory.mktemp("answers")
-    return run_rounds(folder, "m0") | run_rounds(folder, "m1") | run_rounds(folder, "m2")
+    return {key: exercise for name in WRONG_ANSWERS for key, exercise in run_rounds(folder, name).items()}
 
 
 @pytest.mark.slow
@@ -252,14 +252,14 @@ def test_an_answer_in_another_file_may_be_the_only_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2"),
+        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3"),
         (["m1", "--impl", "nowhere.py"], "nowhere.py' is not a Python file that exists"),
         (["m1", "--impl", "milestones"], "is not a Python file that exists"),
         (["m1", "--only", "nothing"], "m1 has no exercise 'nothing'; allowed: apply_repetition_penalty"),
         (["m0", "--hint", "nothing"], "m0 has no exercise 'nothing'; allowed: linear_flops"),
         (["m1", "--time-limit", "0"], "time_limit=0.0 is not valid; allowed: seconds > 0"),
         (["m1", "--time-limit", "nan"], "time_limit=nan is not valid"),
-        (["--hint", "causal_mask"], "--impl, --only and --hint need a milestone; allowed: m0, m1, m2"),
+        (["--hint", "causal_mask"], "--impl, --only and --hint need a milestone; allowed: m0, m1, m2, m3"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(args: list[str], words: str) -> None:

@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
-from matplotlib.patches import FancyBboxPatch, Rectangle
+from matplotlib.patches import FancyBboxPatch, Rectangle, StepPatch
 from matplotlib.text import Annotation
 from transformers import LlamaConfig
 
@@ -179,6 +179,7 @@ SHARES = {
     "max": {"used": 0.2, "reserved": 0.1, "internal": 0.7, "external": 0.0, "free": 0.0},
     "paged": {"used": 0.9, "reserved": 0.02, "internal": 0.01, "external": 0.0, "free": 0.07},
 }
+SLOTS = {"regions": [(4096, 300), (4096, 400), (1024, 90)], "blocks": [(320, 305), (96, 90)]}
 TABLES = {
     "one": blocks.TableState(BlockSnapshot(4, {"a": (2, 1)}, {}, (0, 1, 1, 0), (0, 2, 4, 0), 1), {"a": list("abcdef")}),
     "after a copy": blocks.TableState(
@@ -264,6 +265,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "block_map": lambda: blocks.block_map(SWAPPED, title="Map"),
     "memory_shares": lambda: blocks.memory_shares(SHARES, title="Shares"),
     "waste_by_block_size": lambda: blocks.waste_by_block_size([1, 16, 256], [0, 8, 120], [0, 0.02, 0.2], title="Waste"),
+    "slots_over_steps": lambda: blocks.slots_over_steps(SLOTS, 4096, title="Slots"),
     "block_tables": lambda: blocks.block_tables(TABLES, title="Tables"),
     "preemption_timeline": lambda: blocks.preemption_timeline(
         {"recompute": RECOMPUTED, "swap": SWAPPED}, ["a", "b", "c"], title="Who gives way"
@@ -919,6 +921,19 @@ def test_waste_is_drawn_over_the_line_that_theory_gives() -> None:
     assert texts(right) == ["1.7 %", "20 %"]
     assert x_labels(right) == ["1", "16", "256"]
     assert left.get_ylim()[0] == right.get_ylim()[0] == 0
+
+
+def test_slots_are_drawn_step_by_step_under_one_capacity() -> None:
+    figure = blocks.slots_over_steps(SLOTS, 4096, title="Memory")
+    for ax, (name, steps) in zip(figure.axes, SLOTS.items(), strict=True):
+        drawn = {patch.get_label(): patch.get_data() for patch in ax.patches if isinstance(patch, StepPatch)}
+        assert drawn["held and empty"].values.tolist() == [held for held, _ in steps]
+        assert drawn["K/V of a token"].values.tolist() == [written for _, written in steps]
+        assert drawn["K/V of a token"].edges.tolist() == [i - 0.5 for i in range(len(steps) + 1)]
+        assert line(ax, "4,096 slots in all")[1].tolist() == [4096, 4096]
+        assert ax.get_title(loc="left") == f"{name}: {len(steps)} steps"
+        assert (ax.get_xlim(), ax.get_ylim()[0]) == ((-0.5, 2.5), 0)
+    assert legend_labels(figure) == ["held and empty", "K/V of a token", "4,096 slots in all"]
 
 
 def test_a_table_points_to_its_blocks_and_a_copy_from_its_source() -> None:

@@ -5,6 +5,8 @@ They run in the namespace of `solution.py`. The grader has to catch each of them
 
 from __future__ import annotations
 
+from tests.course.wrong_answers_m3 import ALIASES_M3, M3
+
 M0 = {
     "linear_flops": {
         "the last token is fed too": """
@@ -818,7 +820,7 @@ M2 = {
     },
 }
 
-WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2}
+WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2, "m3": M3}
 
 # Names under which wrong answers find the right ones.
 ALIASES = {
@@ -848,4 +850,5 @@ ALIASES = {
         "right_schedule": "schedule",
         "right_pick": "pick_job",
     },
+    "m3": ALIASES_M3,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 from hypothesis import given, settings
@@ -14,11 +15,11 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from folovllm import LLMEngine, SamplingParams
-from folovllm.engine.trace import RequestStep, StepTrace
+from folovllm.engine.trace import RequestStep, StepTrace, Trace
 from folovllm.kv_cache.interface import KVUsage
 from folovllm.request import Request
 from folovllm.scheduler.output import SchedulerOutput
-from folovllm.viz.live import Bar, Sparkline, can_redraw, live_view, watch
+from folovllm.viz.live import Bar, LiveView, Sparkline, can_redraw, watch
 from folovllm.viz.live_state import LiveState
 from folovllm.viz.tables import phase_table, request_table, stats_table, step_table
 from tests.mock import MockRunner, check_empty, mock_engine, mock_tokens
@@ -39,7 +40,7 @@ def engine_with(sizes: list[tuple[int, int]], policy: str = "fcfs", seqs: int = 
 def state_of(engine: LLMEngine, titles: dict[str, str] | None = None) -> LiveState:
     scheduler = engine.core.scheduler
     policy = engine.config.scheduler.scheduling_policy
-    return LiveState(scheduler.requests.values(), policy, scheduler.max_running, titles)
+    return LiveState(scheduler.num_waiting, policy, scheduler.max_running, titles)
 
 
 def drawn(view: RenderableType, width: int) -> list[str]:
@@ -79,7 +80,7 @@ def test_after_every_step_the_state_is_the_schedulers(requests, policy, seqs, ab
         engine.add_request(str(i), [1 + i] * prompt, params, i % 3 if policy == "priority" else 0)
     scheduler, state = engine.core.scheduler, state_of(engine)
     live = dict(scheduler.requests)
-    assert [r.request_id for r in state.next_in_line(99)] == in_line(engine)
+    assert (state.num_waiting, state.num_running, state.num_requests) == (len(live), 0, len(live))
     ended = 0
     for number in range(10_000):
         if number in aborts:
@@ -88,8 +89,8 @@ def test_after_every_step_the_state_is_the_schedulers(requests, policy, seqs, ab
         if not engine.has_unfinished_requests() and len(engine.trace) == number:
             break  # the abort ended the last one: there was no step
         state.observe(engine.trace[-1])
-        assert [r.request_id for r in state.next_in_line(99)] == in_line(engine)
-        going_on = {lane.request.request_id: lane for lane in state.lanes if lane is not None and not lane.ended}
+        assert state.next_in_line == in_line(engine)[:6]
+        going_on = {lane.share.request_id: lane for lane in state.lanes if lane is not None and not lane.ended}
         assert set(going_on) == {r.request_id for r in scheduler.running}
         for request in scheduler.running:
             assert going_on[request.request_id].share.num_output == request.num_output_tokens
@@ -107,7 +108,7 @@ def test_when_a_leader_goes_early_its_first_child_leads_the_others():
     params = SamplingParams(max_tokens=2, ignore_eos=True)
     for name, parent in (("x", None), ("a", None), ("y", None), ("b", "a"), ("c", "a"), ("d", "a")):
         core.add_request(Request(name, [1, 2, 3], params, (), 64, parent_id=parent))
-    state = LiveState(core.scheduler.requests.values())
+    state = LiveState()
     core.step()
     state.observe(core.trace[-1])
     core.abort_requests(["a"])
@@ -116,8 +117,8 @@ def test_when_a_leader_goes_early_its_first_child_leads_the_others():
         core.step()
         state.observe(core.trace[-1])
         line = copy.deepcopy(core.scheduler.waiting)
-        assert [r.request_id for r in state.next_in_line(9)] == [line.pop().request_id for _ in range(len(line))]
-        lines.append("".join(r.request_id for r in state.next_in_line(9)))
+        assert state.next_in_line == [line.pop().request_id for _ in range(len(line))]
+        lines.append("".join(state.next_in_line))
     assert lines == ["by", "cdy", "cdy", "dy", "dy", "y", "y", "", ""]
 
 
@@ -128,7 +129,7 @@ def test_a_request_keeps_its_lane_and_the_next_one_takes_it():
     while engine.has_unfinished_requests():
         engine.step()
         state.observe(engine.trace[-1])
-        lanes.append([lane and (lane.request.request_id, lane.state) for lane in state.lanes])
+        lanes.append([lane and (lane.share.request_id, lane.state) for lane in state.lanes])
     prefill, decode, done = "prefill", "decode", "done: length"
     assert lanes[:4] == [
         [("0", prefill), ("1", prefill)],
@@ -145,8 +146,8 @@ def test_a_decode_that_makes_room_for_a_long_prompt_is_shown_as_skipped():
     for _ in range(2):
         engine.step()
         state.observe(engine.trace[-1])
-    assert row_of(drawn(live_view(state), 80), "0")[:2] == ["0", "skipped"]
-    assert row_of(drawn(live_view(state), 80), "1")[:2] == ["1", "prefill"]
+    assert row_of(drawn(LiveView(state), 80), "0")[:2] == ["0", "skipped"]
+    assert row_of(drawn(LiveView(state), 80), "1")[:2] == ["1", "prefill"]
 
 
 # --- what is drawn ----------------------------------------------------------------------------------------
@@ -162,7 +163,7 @@ def test_nothing_is_wider_than_the_console_and_numbers_are_right(width, policy):
     while engine.has_unfinished_requests():
         outputs = engine.step()
         state.observe(engine.trace[-1])
-        lines = drawn(live_view(state), width)
+        lines = drawn(LiveView(state), width)
         assert {cell_len(line) for line in lines} == {width}
         assert not any("\x1b" in line for line in lines)
         heights.add(len(lines))
@@ -197,7 +198,7 @@ def test_titles_are_text_whatever_they_hold():
     state = state_of(engine, {"0": TITLE})
     engine.step()
     state.observe(engine.trace[-1])
-    text = "\n".join(drawn(live_view(state), 200))
+    text = "\n".join(drawn(LiveView(state), 200))
     assert "连续批处理 [bold]is[/] a queue [31mwith a decision" in text
 
 
@@ -206,12 +207,16 @@ def test_rows_beyond_the_screen_are_counted():
     state = state_of(engine)
     engine.step()
     state.observe(engine.trace[-1])
-    lines = drawn(live_view(state, rows=3), 80)
-    assert "and 5 more" in lines[-2] and len(lines) == len(drawn(live_view(state, rows=8), 80)) - 4
+    lines = drawn(LiveView(state, rows=3), 80)
+    assert "and 5 more" in lines[-2] and len(lines) == len(drawn(LiveView(state, rows=8), 80)) - 4
 
 
-def share(request_id: str, scheduled: int, prompt: int, computed: int, output: int, cached: int = 0) -> RequestStep:
-    return RequestStep(request_id, scheduled, prompt, cached, computed, output, int(output > 0), "RUNNING")
+def share(
+    request_id: str, scheduled: int, prompt: int, computed: int, output: int, length: int = 6, cached: int = 0
+) -> RequestStep:
+    """A share of a request whose prompt has `length` tokens."""
+    sampled = int(output > 0)
+    return RequestStep(request_id, scheduled, prompt, cached, computed, output, sampled, "RUNNING", length, 10)
 
 
 def step_of(number: int, shares: list[RequestStep], **changes: object) -> StepTrace:
@@ -219,31 +224,41 @@ def step_of(number: int, shares: list[RequestStep], **changes: object) -> StepTr
     return StepTrace(number, phases, shares, 0, len(shares), 32, 1, 0, KVUsage(100, 60, 40), **changes)  # type: ignore[arg-type]
 
 
-def request(request_id: str, prompt: int) -> Request:
-    return Request(request_id, [1] * prompt, SamplingParams(max_tokens=10), (), 64)
-
-
 def test_a_prompt_in_chunks_shows_how_far_it_is_and_what_a_cache_gave():
     """What a later milestone records: chunks of a prompt, and tokens that were found computed."""
-    state = LiveState([request("a", 40), request("b", 6)], max_running=2)
-    state.observe(step_of(0, [share("a", 16, 16, 24, 0, cached=8)]))
-    row = row_of(drawn(live_view(state), 80), "a")
+    state = LiveState(2, max_running=2)
+    state.observe(step_of(0, [share("a", 16, 16, 24, 0, 40, cached=8)]))
+    row = row_of(drawn(LiveView(state), 80), "a")
     assert " ".join(row[1:6]) == "prefill 24 of 40, 8" and row[6] == "cached"
     bar = row[7]
     assert set(bar) == {"▓", "░"} and bar.count("▓") == 24 * len(bar) // 40
-    state.observe(step_of(1, [share("a", 16, 16, 40, 1), share("b", 6, 6, 6, 1)]))
-    lines = drawn(live_view(state), 80)
+    state.observe(step_of(1, [share("a", 16, 16, 40, 1, 40), share("b", 6, 6, 6, 1)]))
+    lines = drawn(LiveView(state), 80)
     assert row_of(lines, "a")[1:3] == ["prefill", "40"] and row_of(lines, "b")[1:3] == ["prefill", "6"]
     assert "▓ 22 prefill, █  0 decode, of 32" in lines[2]
 
 
-def test_a_preempted_request_is_next_in_line_and_leaves_its_lane():
-    state = LiveState([request(i, 6) for i in "abc"], max_running=2)
+def test_a_preempted_request_leaves_its_lane_and_computes_its_output_again_when_it_is_back():
+    state = LiveState(3, max_running=2)
     state.observe(step_of(0, [share("a", 6, 6, 6, 1), share("b", 6, 6, 6, 1)]))
-    state.observe(step_of(1, [share("a", 1, 0, 7, 2)], preempted=["b"]))
-    assert [r.request_id for r in state.next_in_line(5)] == ["b", "c"]
-    assert [lane and lane.request.request_id for lane in state.lanes] == ["a", None]
-    assert state.stats.preemptions == 1
+    state.observe(step_of(1, [share("a", 1, 0, 7, 2)], preempted=["b"], next_in_line=["b", "c"]))
+    assert state.next_in_line == ["b", "c"] and state.gave_way == ["b"]
+    assert [lane and lane.share.request_id for lane in state.lanes] == ["a", None]
+    state.observe(step_of(2, [share("a", 1, 0, 8, 3), share("b", 7, 6, 7, 2)]))
+    assert state.gave_way == [] and state.stats.preemptions == 1
+    assert [lane and lane.state for lane in state.lanes] == ["decode", "again"]
+    state.observe(step_of(3, [share("a", 1, 0, 9, 4)], preempted=["b"]))
+    state.observe(step_of(4, [share("a", 1, 0, 10, 5)], aborted=["b"]))
+    assert state.gave_way == []
+
+
+def test_those_that_gave_way_stand_in_the_order_in_which_they_come_back():
+    state = LiveState(4, max_running=4)
+    state.observe(step_of(0, [share(i, 6, 6, 6, 1) for i in "abcd"]))
+    state.observe(step_of(1, [share(i, 1, 0, 7, 2) for i in "ab"], preempted=["d", "c"], next_in_line=["c", "d"]))
+    assert state.gave_way == ["c", "d"]
+    state.observe(step_of(2, [share("a", 1, 0, 8, 3)], preempted=["b"], next_in_line=["b", "c", "d"]))
+    assert state.gave_way == state.next_in_line
 
 
 @given(
@@ -362,6 +377,42 @@ def test_watching_leaves_other_requests_to_their_owners():
     assert [o.request_id for o in outputs] == ["1", "4"] and engine.has_unfinished_requests()
     with pytest.raises(ValueError, match="'9'"):
         watch(console, engine, ["9"])
+
+
+def test_an_interrupted_watcher_costs_nobody_else_an_output():
+    engine = engine_with([(4, 3), (4, 3)], seqs=2)
+
+    def interrupt(step: StepTrace) -> None:
+        if step.finished:
+            raise KeyboardInterrupt
+
+    engine.on_step = interrupt
+    with pytest.raises(KeyboardInterrupt):
+        engine.run_to_completion(["0"])
+    (other,) = engine.step()  # completed in the very step that was interrupted
+    assert other.request_id == "1" and len(other.outputs[0].token_ids) == 3
+    assert not engine.has_unfinished_requests()
+
+
+def test_a_watcher_sees_each_step_once_and_is_not_told_of_none():
+    engine = engine_with([(4, 3), (4, 1)], seqs=2)
+    seen: list[int] = []
+    engine.on_step = lambda step: seen.append(step.step)
+    engine.run_to_completion(["0"])
+    assert seen == [0, 1, 2] == [step.step for step in engine.trace]
+    assert [o.request_id for o in engine.step()] == ["1"] and engine.step() == []
+    assert seen == [0, 1, 2]
+
+
+def test_a_trace_without_room_is_refused_and_stops_no_engine():
+    engine = engine_with([(4, 3)])
+    engine.core.trace = Trace(0)
+    engine.on_step = lambda step: pytest.fail("there is no record")
+    assert engine.run_to_completion(["0"])["0"].finished
+    with pytest.raises(ValueError, match="max_trace_steps=0"):
+        config = replace(engine.config, max_trace_steps=0)
+        engine.config = config
+        watch(capture()[0], engine, [])
 
 
 # --- the tables -------------------------------------------------------------------------------------------

@@ -97,6 +97,10 @@ class QueueMachine(RuleBasedStateMachine):
         self.queue.remove(request)
         self.gone.append(request)
 
+    @rule(count=st.integers(0, 8))
+    def first(self, count: int) -> None:
+        assert self.queue.first(count) == self.line[:count]
+
     @precondition(lambda self: self.gone)
     @rule()
     def remove_one_that_is_not_in_it(self) -> None:
@@ -234,6 +238,7 @@ def test_a_sorted_line_compares_no_more_than_its_heap_is_high(count: int) -> Non
         queue.remove(requests[3])
         assert 0 < comparisons(lambda: queue.prepend(requests[3])) <= limit
         queue.remove(requests[3])
+        assert 0 < comparisons(lambda: queue.first(3)) <= 3 * 2 * limit
 
 
 def test_to_empty_a_sorted_line_from_the_middle_costs_n_log_n_in_all():

@@ -1,0 +1,351 @@
+"""Paged attention as GPU kernels in Triton (vLLM: `vllm/v1/attention/ops/triton_unified_attention.py`).
+
+A kernel is a function that runs many times at once, as *programs* that share nothing. A program asks which piece of
+the work is its own (`tl.program_id`) and walks through it in tiles, small arrays that live in registers: `tl.load`
+fetches a whole tile from an array of pointers, `tl.dot` multiplies two, `tl.max` reduces one. An argument marked
+`tl.constexpr` is known when the kernel is compiled, so an `if` on it costs nothing when it runs. Sizes of tiles are
+powers of two; what a tile has too much is masked.
+
+Four things are done here, each by a kernel whose text begins with a drawing of its pieces:
+
+    write_kernel       new K/V to their slots               one program per token and chunk of its numbers
+    attention_kernel   all queries of a ragged batch        one per block of queries, KV head and segment of the keys
+    reduce_kernel      segments of the keys put together    one per token and query head
+    copy_kernel        whole blocks, for copy-on-write      one per block, layer and chunk of the block
+
+The pool of a layer is [blocks, block_size, Hkv, D], for keys and for values. Token j of a request stands in block
+`table[j // block_size]` at offset `j % block_size`, and the slot of both is block * block_size + offset. A tile of keys
+has a size of its own and each of its rows looks up its own block, so that any block size will do.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x * LOG2_E), and powers of 2 are what a GPU computes
+
+
+@triton.jit
+def write_kernel(
+    key: tl.tensor,  # [T, Hkv * D]
+    value: tl.tensor,  # [T, Hkv * D]
+    keys: tl.tensor,  # [slots, Hkv * D]
+    values: tl.tensor,  # [slots, Hkv * D]
+    slot_mapping: tl.tensor,  # [T]
+    stride_key: tl.tensor,
+    stride_value: tl.tensor,
+    WIDTH: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Store K and V of new tokens at their slots. Program (t, c) takes chunk c of token t.
+
+    The slots may lie anywhere in the pool; the numbers of one token lie side by side, which is what makes the copy
+    fast: neighbouring threads touch neighbouring addresses.
+
+        key     token 0  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[0]]  [ chunk 0 | chunk 1 ]
+                token 1  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[1]]  [ chunk 0 | chunk 1 ]
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    mask = columns < WIDTH
+    slot = tl.load(slot_mapping + token)
+    new_key = tl.load(key + token * stride_key + columns, mask=mask)  # [CHUNK]
+    new_value = tl.load(value + token * stride_value + columns, mask=mask)  # [CHUNK]
+    tl.store(keys + slot * WIDTH + columns, new_key, mask=mask)
+    tl.store(values + slot * WIDTH + columns, new_value, mask=mask)
+
+
+@triton.jit
+def find_request(query_start_loc: tl.tensor, q_block: tl.tensor, num_requests: tl.tensor, BLOCK_Q: tl.constexpr) -> int:
+    """The request that block `q_block` of queries belongs to, by binary search.
+
+    Request i owns the blocks from query_start_loc[i] // BLOCK_Q + i on. To round up its last block takes at most one
+    block more, which is what the + i makes room for: there may be a block that nobody needs, and never one too few.
+
+        BLOCK_Q = 4          request 0    request 1    request 2
+        new tokens           5            1            7
+        query_start_loc      0            5            6            13
+        first block          0            2            3            6
+        blocks               0, 1         2            3, 4, 5      5 would hold token 8 of 7: it has no work
+    """
+    low, high = 0, num_requests
+    while low < high:
+        middle = (low + high) // 2
+        if tl.load(query_start_loc + middle) // BLOCK_Q + middle <= q_block:
+            low = middle + 1
+        else:
+            high = middle
+    return low - 1
+
+
+@triton.jit
+def attend_keys(
+    out: tl.tensor,  # [ROWS, PADDED_DIM]
+    maximum: tl.tensor,  # [ROWS]
+    total: tl.tensor,  # [ROWS]
+    q: tl.tensor,  # [ROWS, PADDED_DIM]
+    positions: tl.tensor,  # [ROWS]: of each row's token in its request
+    keys: tl.tensor,  # [slots, Hkv, D], from this KV head on
+    values: tl.tensor,  # [slots, Hkv, D], from this KV head on
+    table: tl.tensor,  # [B]: the request's blocks
+    first: tl.tensor,
+    last: tl.tensor,
+    stride_slot: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
+    """Online softmax over keys first <= j < last, tile by tile (Milakov and Gimelshein, 2018; FlashAttention, 2022).
+
+    The scores of a row never stand side by side. Three things are carried from tile to tile instead:
+
+                keys   first     + TILE    + 2 TILE     last
+        ROWS of        ┌─────────┬─────────┬─────────┬───┐      maximum [ROWS]     of the scores so far
+        queries        │ [ROWS,  │         │         │ / │      total   [ROWS]     sum of 2^(score - maximum)
+                       │   TILE] │         │         │ / │      out     [ROWS, D]  sum of 2^(score - maximum) * value
+                       └─────────┴─────────┴─────────┴───┘      / is masked
+
+    When a tile raises a row's maximum from old to new, whatever was summed before it is too large by 2^(new - old), so
+    both sums are multiplied by 2^(old - new). Without this rescale they would add numbers of different scales.
+
+    MASKED: some row may not see some key of the range. If all see all, nothing is compared and nothing left out.
+    """
+    dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
+    for start in range(first, last, TILE):
+        tokens = start + tl.arange(0, TILE)  # [TILE]
+        k_mask = (dims < HEAD_DIM)[:, None]
+        v_mask = (dims < HEAD_DIM)[None, :]
+        if MASKED:
+            # What is not loaded is 0. A slot beyond the request may hold NaN, and 0 * NaN is NaN: it is never loaded.
+            in_range = tokens < last  # [TILE]
+            k_mask = k_mask & in_range[None, :]
+            v_mask = v_mask & in_range[:, None]
+            blocks = tl.load(table + tokens // BLOCK_SIZE, mask=in_range, other=0)  # [TILE]
+        else:
+            blocks = tl.load(table + tokens // BLOCK_SIZE)  # [TILE]
+        # In a large pool the position of a number does not fit into 32 bits.
+        slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE  # [TILE]
+        k = tl.load(keys + slots[None, :] * stride_slot + dims[:, None], mask=k_mask, other=0.0)  # [PADDED_DIM, TILE]
+        v = tl.load(values + slots[:, None] * stride_slot + dims[None, :], mask=v_mask, other=0.0)  # [TILE, PADDED_DIM]
+        if WIDEN:
+            k, v = k.to(tl.float32), v.to(tl.float32)
+
+        # "ieee" is about float32, whose numbers tensor cores would round to 10 bits. 16-bit numbers are exact there.
+        scores = tl.dot(q, k, input_precision="ieee")  # [ROWS, TILE]
+        if SOFTCAP:
+            # tanh(x) = 1 - 2 / (e^2x + 1), which is right for an e^2x that overflows as well.
+            ratio = tl.exp2(scores * (2.0 * LOG2_E * scale / softcap))
+            scores = (softcap - 2.0 * softcap / (ratio + 1.0)) * LOG2_E
+        else:
+            scores = scores * (scale * LOG2_E)
+        if MASKED:
+            visible = in_range[None, :] & (tokens[None, :] <= positions[:, None])  # [ROWS, TILE]
+            if WINDOW > 0:
+                visible = visible & (tokens[None, :] > positions[:, None] - WINDOW)
+            scores = tl.where(visible, scores, float("-inf"))
+
+        new_maximum = tl.maximum(maximum, tl.max(scores, 1))  # [ROWS]
+        # A row that has seen nothing so far has no maximum. With 0 in its place all its weights are 2^-inf = 0.
+        reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
+        weights = tl.exp2(scores - reference[:, None])  # [ROWS, TILE]
+        rescale = tl.exp2(maximum - reference)  # [ROWS]
+        total = total * rescale + tl.sum(weights, 1)
+        out = tl.dot(weights.to(v.dtype), v, out * rescale[:, None], input_precision="ieee")
+        maximum = new_maximum
+    return out, maximum, total
+
+
+@triton.jit(do_not_specialize=["num_requests"])  # else there is one kernel for 1, for multiples of 16, and for others
+def attention_kernel(
+    query: tl.tensor,  # [T, Hq, D]
+    keys: tl.tensor,  # [slots, Hkv, D]
+    values: tl.tensor,  # [slots, Hkv, D]
+    out: tl.tensor,  # [T, Hq, D]
+    block_table: tl.tensor,  # [R, B]
+    seq_lens: tl.tensor,  # [R]
+    query_start_loc: tl.tensor,  # [R + 1]
+    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM], as the next two only with SEGMENTS > 1
+    partial_max: tl.tensor,  # [T, Hq, SEGMENTS]
+    partial_sum: tl.tensor,  # [T, Hq, SEGMENTS]
+    num_requests: tl.tensor,
+    scale: tl.tensor,
+    softcap: tl.tensor,
+    stride_query: tl.tensor,  # between tokens; the heads of a token lie side by side, here as everywhere
+    stride_slot: tl.tensor,
+    stride_table: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    ROWS: tl.constexpr,
+    TILE: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+    WINDOW: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    WIDEN: tl.constexpr,
+) -> None:
+    """Attention of one block of queries: of one request, with the heads of one KV head, over one segment of its keys.
+
+    Packing. GROUP query heads read the same KV head. They become rows of one tile, so that each key is loaded once for
+    all of them and that even one token fills rows. With GROUP = 2 and ROWS = 8, a tile holds BLOCK_Q = 4 tokens:
+
+        row      0      1      2      3      4      5      6      7
+        token    0      0      1      1      2      2      3      3
+        head     2 kv   2 kv+1 2 kv   2 kv+1 2 kv   2 kv+1 2 kv   2 kv+1
+
+    A group with more heads than rows is cut into pieces of HEADS = ROWS, each with programs of its own. Prefills and
+    decodes differ in nothing but how many rows there are.
+
+    Visibility. The new tokens are the last of their request. Their rows see a staircase of its keys:
+
+        keys        0                      whole           last
+        token 0     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ · · · · · │          up to `whole` there are whole tiles that every row
+        token 1     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ · · · · │          sees, so no mask is needed; beyond `last` nobody
+        token 2     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ ■ · · · │          sees anything, so nothing is loaded
+
+    Segments. With SEGMENTS > 1 the keys are cut into so many pieces, a program for each, and `reduce_kernel` puts them
+    together. Else one decode with a long past would be the work of a single program per head, on a GPU that runs
+    hundreds (Flash-Decoding, 2023).
+    """
+    BLOCK_Q: tl.constexpr = ROWS // HEADS
+    PIECES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    q_block = tl.program_id(0)
+    kv_head = tl.program_id(1) // PIECES
+    first_head = tl.program_id(1) % PIECES * HEADS  # of this piece, in the group
+    segment = tl.program_id(2)
+
+    request = find_request(query_start_loc, q_block, num_requests, BLOCK_Q)
+    start = tl.load(query_start_loc + request)
+    query_len = tl.load(query_start_loc + request + 1) - start
+    first_token = (q_block - start // BLOCK_Q - request) * BLOCK_Q  # of this block, among the request's new ones
+    if first_token >= query_len:
+        return
+    kv_len = tl.load(seq_lens + request)
+    past = kv_len - query_len  # tokens before the new ones
+
+    rows = tl.arange(0, ROWS)  # [ROWS]
+    tokens = first_token + rows // HEADS  # [ROWS]
+    head_in_group = first_head + rows % HEADS  # [ROWS]
+    row_mask = (rows < BLOCK_Q * HEADS) & (tokens < query_len) & (head_in_group < GROUP)  # [ROWS]
+    heads = kv_head * GROUP + head_in_group  # [ROWS]
+    dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
+    mask = row_mask[:, None] & (dims < HEAD_DIM)[None, :]  # [ROWS, PADDED_DIM]
+    steps = (start + tokens).to(tl.int64)  # [ROWS]: rows of the batch's token axis
+    q = tl.load(query + (steps * stride_query + heads * HEAD_DIM)[:, None] + dims[None, :], mask=mask, other=0.0)
+    if WIDEN:
+        q = q.to(tl.float32)
+
+    first = 0
+    last = tl.minimum(past + first_token + BLOCK_Q, kv_len)
+    if WINDOW > 0:
+        first = tl.maximum(past + first_token - WINDOW + 1, 0) // TILE * TILE
+    if SEGMENTS > 1:
+        length = tl.cdiv(tl.cdiv(last - first, SEGMENTS), TILE) * TILE
+        first = first + segment * length
+        last = tl.minimum(last, first + length)
+    whole = first
+    if WINDOW == 0:
+        seen_by_all = tl.minimum(past + first_token + 1, last)
+        whole = first + tl.maximum(seen_by_all - first, 0) // TILE * TILE
+
+    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    maximum = tl.full([ROWS], float("-inf"), tl.float32)
+    total = tl.zeros([ROWS], tl.float32)
+    positions = past + tokens  # [ROWS]
+    keys += kv_head * HEAD_DIM
+    values += kv_head * HEAD_DIM
+    table = block_table + request.to(tl.int64) * stride_table
+    if WINDOW == 0:
+        acc, maximum, total = attend_keys(
+            acc, maximum, total, q, positions, keys, values, table, first, whole, stride_slot, scale, softcap,
+            HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, WIDEN,
+        )  # fmt: skip
+    acc, maximum, total = attend_keys(
+        acc, maximum, total, q, positions, keys, values, table, whole, last, stride_slot, scale, softcap,
+        HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, WIDEN,
+    )  # fmt: skip
+
+    row = steps * NUM_HEADS + heads  # [ROWS]: of [T, Hq]
+    if SEGMENTS == 1:
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row of nobody has no keys
+        tl.store(out + row[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
+    else:
+        place = row * SEGMENTS + segment  # [ROWS]
+        tl.store(partial_out + place[:, None] * PADDED_DIM + dims[None, :], acc, mask=row_mask[:, None])
+        tl.store(partial_max + place, maximum, mask=row_mask)
+        tl.store(partial_sum + place, total, mask=row_mask)
+
+
+@triton.jit(do_not_specialize=["num_requests"])
+def reduce_kernel(
+    out: tl.tensor,  # [T, Hq, D]
+    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM]
+    partial_max: tl.tensor,  # [T, Hq, SEGMENTS]
+    partial_sum: tl.tensor,  # [T, Hq, SEGMENTS]
+    query_start_loc: tl.tensor,  # [R + 1]
+    num_requests: tl.tensor,
+    NUM_HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    SEGMENTS: tl.constexpr,
+) -> None:
+    """Put the segments of one token and head together. It is the rescale between tiles once more:
+
+        segment    0        1        2                 m    = the largest of m0, m1, m2
+        maximum    m0       m1       m2                sum  = s0 * 2^(m0 - m) + s1 * 2^(m1 - m) + s2 * 2^(m2 - m)
+        sum        s0       s1       s2                out  = (o0 * 2^(m0 - m) + o1 * 2^(m1 - m) + ...) / sum
+        out        o0 [D]   o1 [D]   o2 [D]
+
+    A segment without keys has the maximum -inf, and so the factor 0. Rows of padding, for which `attention_kernel` has
+    stored nothing, become 0.
+    """
+    row = tl.program_id(0).to(tl.int64)  # of [T, Hq]
+    segments = tl.arange(0, SEGMENTS)  # [SEGMENTS]
+    dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
+    stored = (segments >= 0) & (row < tl.load(query_start_loc + num_requests) * NUM_HEADS)  # [SEGMENTS]: all or none
+    place = row * SEGMENTS + segments  # [SEGMENTS]
+    maxima = tl.load(partial_max + place, mask=stored, other=float("-inf"))  # [SEGMENTS]
+    sums = tl.load(partial_sum + place, mask=stored, other=0.0)  # [SEGMENTS]
+    outs = tl.load(partial_out + place[:, None] * PADDED_DIM + dims[None, :], mask=stored[:, None], other=0.0)
+    maximum = tl.max(maxima, 0)
+    factors = tl.exp2(maxima - tl.where(maximum == float("-inf"), 0.0, maximum))  # [SEGMENTS]
+    total = tl.sum(sums * factors, 0)
+    result = tl.sum(outs * factors[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [PADDED_DIM]
+    tl.store(out + row * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+
+
+@triton.jit
+def copy_kernel(
+    pool: tl.tensor,  # [layers * 2, blocks, BLOCK_NUMBERS]: keys and values of a layer count as two
+    pairs: tl.tensor,  # [pairs, 2]: from, to
+    stride_layer: tl.tensor,
+    BLOCK_NUMBERS: tl.constexpr,
+    CHUNK: tl.constexpr,
+) -> None:
+    """Copy blocks within the pool. Program (p, l, c) takes chunk c of pair p in layer l.
+
+    Programs run in any order, so no block that one pair writes may be read or written by another pair.
+
+        pairs   [[1, 5], [2, 6]]
+
+        layer 0    block 1 [ chunk 0 | chunk 1 | chunk 2 ]  ──>  block 5      block 2  ──>  block 6
+        layer 1    block 1 [ chunk 0 | chunk 1 | chunk 2 ]  ──>  block 5      block 2  ──>  block 6
+    """
+    pair = tl.program_id(0)
+    columns = tl.program_id(2) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
+    mask = columns < BLOCK_NUMBERS
+    source = tl.load(pairs + 2 * pair).to(tl.int64)
+    target = tl.load(pairs + 2 * pair + 1).to(tl.int64)
+    layer = pool + tl.program_id(1).to(tl.int64) * stride_layer
+    numbers = tl.load(layer + source * BLOCK_NUMBERS + columns, mask=mask)  # [CHUNK]
+    tl.store(layer + target * BLOCK_NUMBERS + columns, numbers, mask=mask)

@@ -1,0 +1,163 @@
+"""Paged attention in Triton, the default on a GPU: how the kernels of `triton_kernels` are launched.
+
+A launch is a grid, the numbers of programs along three axes, and arguments. The grid follows from the shapes of the
+step's tensors alone, which are padded to few sizes, never from what stands in them: a launch can be recorded into a
+CUDA graph and played again, and nothing waits for the device. Programs that the step does not need find that out.
+
+    attention_kernel    (blocks of queries, KV heads * pieces of their group, segments)
+
+Without a GPU the same kernels run in Triton's interpreter, on the CPU, if TRITON_INTERPRET=1 stands in the environment
+before Triton is imported. That is for lessons and tests: it takes milliseconds for what takes a GPU microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
+from folovllm.attention.metadata import AttentionMetadata
+from folovllm.attention.triton_configs import ENOUGH_PROGRAMS, KernelConfig, KernelConfigs, choose_configs
+from folovllm.attention.triton_kernels import attention_kernel, copy_kernel, reduce_kernel, write_kernel
+
+# Whether Triton was imported to interpret: then even its own functions are not compiled.
+INTERPRETED = not isinstance(triton.language.max, triton.JITFunction)
+WRITE_CHUNK, COPY_CHUNK = 1024, 2048  # numbers per program: a multiple of what its 128 threads load at once
+
+
+class TritonBackend(AttentionBackend):
+    """Ragged paged attention by the kernels, for prefills and decodes alike.
+
+    device: where the tensors will be. configs: how to cut the kernel, in place of `choose_configs`. Raises ValueError
+    for a CPU without the interpreter, and when it attends for what `choose_configs` refuses.
+    """
+
+    name = "triton"
+
+    def __init__(self, device: torch.device, configs: KernelConfigs | None = None) -> None:
+        if device.type != "cuda" and not INTERPRETED:
+            raise ValueError(
+                f"attention_backend='triton' is not valid on device={str(device)!r}, for which Triton cannot compile; "
+                "allowed: a GPU, another backend, or TRITON_INTERPRET=1 set in the environment before the start, with "
+                "which Triton interprets its kernels, slowly"
+            )
+        self.device = device
+        self.configs = configs
+        self.capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+
+    def write(self, kv: LayerKV, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
+        """See `AttentionBackend.write`."""
+        key, value = side_by_side(key), side_by_side(value)
+        keys, values = kv.flat()
+        num_tokens, width = len(key), key.shape[1] * key.shape[2]
+        with self._on_device():
+            write_kernel[(num_tokens, triton.cdiv(width, WRITE_CHUNK))](
+                key, value, keys, values, meta.slot_mapping, key.stride(0), value.stride(0),
+                WIDTH=width, CHUNK=WRITE_CHUNK,
+            )  # fmt: skip
+
+    def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
+        """See `AttentionBackend.attend`."""
+        num_tokens, num_heads, dim = query.shape
+        num_kv_heads, num_requests = kv.keys.shape[2], len(meta.seq_lens)
+        configs = self.configs or choose_configs(query.dtype, dim, self.capability)
+        config = configs.decode if meta.only_decodes else configs.prefill
+        constants = attention_constants(config, num_heads, num_kv_heads, dim, meta.block_size, params)
+        # A block of queries for every BLOCK_Q tokens, and one for each request because its last block is rounded up.
+        q_blocks = num_tokens // (config.rows // constants["HEADS"]) + num_requests
+        heads = num_kv_heads * triton.cdiv(constants["GROUP"], constants["HEADS"])
+        segments = config.segments if q_blocks * heads < ENOUGH_PROGRAMS else 1
+        padded = num_tokens > meta.num_tokens
+        query = side_by_side(query)
+        shape, device = (num_tokens, num_heads, dim), query.device
+        keys, values = kv.flat()
+        if segments > 1:
+            out = torch.empty(shape, dtype=query.dtype, device=device)  # [T, Hq, D]
+            splits = (num_tokens, num_heads, segments)
+            partial_out = torch.empty(*splits, constants["PADDED_DIM"], dtype=torch.float32, device=device)
+            partial_max = torch.empty(splits, dtype=torch.float32, device=device)
+            partial_sum = torch.empty(splits, dtype=torch.float32, device=device)
+        else:  # no program writes rows of padding
+            out = (torch.zeros if padded else torch.empty)(shape, dtype=query.dtype, device=device)  # [T, Hq, D]
+            partial_out = partial_max = partial_sum = out  # not touched
+        with self._on_device():
+            attention_kernel[(q_blocks, heads, segments)](
+                query, keys, values, out, meta.block_table, meta.seq_lens, meta.query_start_loc,
+                partial_out, partial_max, partial_sum, num_requests, params.scale, params.softcap or 1.0,
+                query.stride(0), keys.stride(0), meta.block_table.stride(0), **constants, SEGMENTS=segments,
+                num_warps=config.warps, num_stages=config.stages,
+            )  # fmt: skip
+            if segments > 1:
+                reduce_kernel[(num_tokens * num_heads,)](
+                    out, partial_out, partial_max, partial_sum, meta.query_start_loc, num_requests,
+                    NUM_HEADS=num_heads, HEAD_DIM=dim, PADDED_DIM=constants["PADDED_DIM"], SEGMENTS=segments,
+                )  # fmt: skip
+        return out
+
+    def copy_blocks(self, pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
+        """See `AttentionBackend.copy_blocks`."""
+        layers, _, _, *block = pool.shape
+        numbers = block[0] * block[1] * block[2]
+        pin = pool.device.type == "cuda"  # from pinned memory a copy need not be waited for
+        for together in independent(pairs):
+            table = torch.tensor(together, dtype=torch.int32, pin_memory=pin).to(pool.device, non_blocking=True)
+            with self._on_device():
+                copy_kernel[(len(together), 2 * layers, triton.cdiv(numbers, COPY_CHUNK))](
+                    pool, table, pool.stride(1), BLOCK_NUMBERS=numbers, CHUNK=COPY_CHUNK
+                )
+
+    def _on_device(self) -> AbstractContextManager[Any]:
+        """Triton launches on the current GPU, which need not be this one."""
+        return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
+
+
+def attention_constants(
+    config: KernelConfig,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dim: int,
+    block_size: int,
+    params: AttentionParams,
+) -> dict[str, Any]:
+    """What `attention_kernel` is compiled for, all but SEGMENTS."""
+    group = num_heads // num_kv_heads
+    return {
+        "NUM_HEADS": num_heads,
+        "GROUP": group,
+        "HEADS": min(group, config.rows),
+        "HEAD_DIM": head_dim,
+        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),  # no product of tiles has a side below 16
+        "BLOCK_SIZE": block_size,
+        "ROWS": config.rows,
+        "TILE": config.tile,
+        "WINDOW": params.sliding_window or 0,
+        "SOFTCAP": params.softcap is not None,
+        # The interpreter computes with bfloat16 as if it were an integer, and says nothing.
+        "WIDEN": INTERPRETED,
+    }
+
+
+def side_by_side(x: Tensor) -> Tensor:
+    """`x` [T, H, D] as it is if the numbers of a token lie side by side, however far apart the tokens; else a copy."""
+    return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
+
+
+def independent(pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    """The pairs (from, to) in order, cut into runs in which no pair writes what another one reads or writes."""
+    run: list[tuple[int, int]] = []
+    read: set[int] = set()
+    written: set[int] = set()
+    for source, target in pairs:
+        if source in written or target in written or target in read:
+            yield run
+            run, read, written = [], set(), set()
+        run.append((source, target))
+        read.add(source)
+        written.add(target)
+    if run:
+        yield run

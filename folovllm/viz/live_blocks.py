@@ -1,0 +1,211 @@
+"""The pool of blocks in the live view: who holds which physical block, now.
+
+A cell is a block and two characters wide, so that it reads without colour:
+
+    "A "   full, and held by request A alone        "a▄"   held by A alone, half of its slots are written
+    "A3"   named by three tables, A's among them    "· "   free
+
+A pool with more blocks than there is room for is shown with several blocks in a cell of one character, as high as the
+share of them that is held.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+
+from rich.text import Text
+
+from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, SwapIn, SwapOut
+from folovllm.viz.live_state import LiveState
+
+LEVELS, LEVELS_ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
+COLORS = ("bright_cyan", "yellow", "bright_magenta", "green", "bright_blue", "bright_red", "cyan", "magenta")
+SHARED, FREE = "white", "bright_black"
+MOST_NAMED = 5  # of those that gave way; the others are counted
+
+Cell = tuple[str, str]  # text and style
+
+
+def level(part: int, whole: int, ascii_only: bool) -> str:
+    """One character, the higher the larger the part. Rounded up: only nothing is blank."""
+    levels = LEVELS_ASCII if ascii_only else LEVELS
+    return levels[-(-part * (len(levels) - 1) // max(1, whole))]
+
+
+def part_mark(filled: int, size: int, ascii_only: bool) -> str:
+    """How full a block is that is not full: any level but the highest."""
+    return (LEVELS_ASCII if ascii_only else LEVELS)[-(-7 * filled // max(1, size - 1))]
+
+
+def letter(number: int) -> str:
+    """The letter of an owner with that number; they begin again after Z."""
+    return chr(ord("A") + number % 26)
+
+
+def swatch(number: int) -> Cell:
+    """The cell of a full block of that owner."""
+    return f"{letter(number)} ", f"black on {COLORS[number % len(COLORS)]}"
+
+
+def owners_of(tables: Mapping[str, Sequence[int]], owners: Mapping[str, int]) -> dict[int, int]:
+    """Who holds each block, as a number: of several, the one with the smallest."""
+    found: dict[int, int] = {}
+    for request_id, blocks in tables.items():
+        number = owners[request_id]
+        for block in blocks:
+            found[block] = min(number, found.get(block, number))
+    return found
+
+
+def free_cell(ascii_only: bool) -> Cell:
+    """The cell of a free block."""
+    return ("_ " if ascii_only else "· "), FREE
+
+
+def device_cell(blocks: BlockSnapshot, block: int, owner: int | None, ascii_only: bool) -> Cell:
+    """The cell of a block of the pool."""
+    if owner is None:
+        return free_cell(ascii_only)
+    holders, filled = blocks.ref_counts[block], blocks.filled[block]
+    text, style = swatch(owner)
+    if holders > 1:
+        text, style = f"{text[0]}{holders if holders < 10 else '+'}", f"bold black on {SHARED}"
+    if filled < blocks.block_size:
+        mark = part_mark(filled, blocks.block_size, ascii_only) if holders == 1 else text[1]
+        text, style = text[0].lower() + mark, SHARED if holders > 1 else COLORS[owner % len(COLORS)]
+    return text, style
+
+
+def crowded_cell(held: Sequence[int | None], size: int, ascii_only: bool) -> Cell:
+    """The cell of `size` blocks. held: for each that is held, its owner, or None if several tables name it."""
+    if not held:
+        return free_cell(ascii_only)[0][0], FREE
+    (most, _), *_ = Counter(held).most_common(1)
+    return level(len(held), size, ascii_only), SHARED if most is None else COLORS[most % len(COLORS)]
+
+
+def blocks_per_cell(num_blocks: int, width: int, rows: int) -> int:
+    """1 where every block gets a cell of two characters; else the round number that makes cells of one enough."""
+    if num_blocks <= rows * per_row(width // 2):
+        return 1
+    sizes = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
+    return next(size for size in sizes if size > 1 and num_blocks <= size * rows * per_row(width))
+
+
+def per_row(cells: int) -> int:
+    """Cells in a row with room for `cells`: whole tens, so that the numbers at the left are easy to count from."""
+    return cells - cells % 10 if cells > 10 else max(1, cells)
+
+
+def rows_of(cells: Sequence[Cell], row_len: int, per_cell: int, digits: int) -> list[Text]:
+    """Cells in rows, each row behind the number of its first block."""
+    lines = []
+    for start in range(0, len(cells), row_len):
+        line = Text(f"{1 + start * per_cell:>{digits}} ", no_wrap=True, overflow="crop")
+        for text, style in cells[start : start + row_len]:
+            line.append(text, style)
+        lines.append(line)
+    return lines
+
+
+def device_map(
+    blocks: BlockSnapshot, owners: Mapping[str, int], width: int, rows: int, ascii_only: bool
+) -> tuple[list[Text], int]:
+    """The pool as lines, at most `rows` of at most `width` characters, and how many blocks a cell stands for."""
+    num_blocks = len(blocks.ref_counts) - 1
+    digits = len(str(num_blocks))
+    width = max(1, width - digits - 1)
+    holders = owners_of(blocks.tables, owners)  # of those that are held
+    size = blocks_per_cell(num_blocks, width, rows)
+    if size == 1:
+        cells = [device_cell(blocks, block, holders.get(block), ascii_only) for block in range(1, num_blocks + 1)]
+        return rows_of(cells, per_row(width // 2), 1, digits), 1
+    held: list[list[int | None]] = [[] for _ in range(0, num_blocks, size)]
+    for block, owner in holders.items():
+        held[(block - 1) // size].append(owner if blocks.ref_counts[block] == 1 else None)
+    last = num_blocks - size * (len(held) - 1)  # blocks of the last cell
+    cells = [crowded_cell(owners, size, ascii_only) for owners in held[:-1]]
+    return rows_of([*cells, crowded_cell(held[-1], last, ascii_only)], per_row(width), size, digits), size
+
+
+def host_line(blocks: BlockSnapshot, owners: Mapping[str, int], width: int) -> Text:
+    """The blocks that wait on the host, one owner behind the other; those without room are counted."""
+    line = Text(no_wrap=True, overflow="crop")
+    held = [swatch(owners[request_id]) for request_id, table in blocks.host_tables.items() for _ in table]
+    room = max(0, width // 2 - (0 if 2 * len(held) <= width else 8))
+    for text, style in held[:room]:
+        line.append(text, style)
+    if len(held) > room:
+        line.append(f"and {len(held) - room:,} more")
+    return line if held else Text("nothing")
+
+
+def counts_line(state: LiveState, blocks: BlockSnapshot) -> Text:
+    """How many blocks are held, shared and free, and what the step did with blocks."""
+    ops = [] if state.step is None else state.step.kv_ops
+    shared = sum(count > 1 for count in blocks.ref_counts)
+    held = len(blocks.ref_counts) - 1 - blocks.num_free
+    done = [
+        f"{count} {word}"
+        for kind, word in ((BlockCopy, "copied"), (SwapOut, "to the host"), (SwapIn, "back"))
+        if (count := sum(isinstance(op, kind) for op in ops))
+    ]
+    now = f"; in this step {', '.join(done)}" if done else ""
+    return Text(f"{held:,} held, {shared:,} of them shared, {blocks.num_free:,} free{now}")
+
+
+def gave_way_line(state: LiveState, blocks: BlockSnapshot) -> Text:
+    """Who was preempted and has not come back, the next to come back first."""
+    times = state.stats.preemptions
+    if not state.gave_way:
+        return Text(f"nobody now, {times:,} times so far" if times else "nobody so far")
+    line = Text()
+    named = state.gave_way[:MOST_NAMED]
+    for words, ids in (
+        ("on the host", [i for i in named if i in blocks.host_tables]),
+        ("dropped", [i for i in named if i not in blocks.host_tables]),
+    ):
+        for request_id in ids:
+            line.append(", " if request_id != ids[0] else "; " if line else "")
+            if request_id in blocks.host_tables:
+                line.append(*swatch(state.owners[request_id])).append(" ")
+            line.append(request_id)
+        line.append(f" {words}" if ids else "")
+    more = len(state.gave_way) - len(named)
+    return line.append(f"; and {more} more" if more else "")
+
+
+def legend_line(size: int, ascii_only: bool) -> Text:
+    """What the cells mean."""
+    dot = free_cell(ascii_only)
+    if size > 1:
+        low, high = level(1, size * 8, ascii_only), level(1, 1, ascii_only)
+        head = f"cells of {size:,} blocks: {low} to {high} held, "
+        return Text.assemble(head, (dot[0][0], dot[1]), " none; colour: who holds most")
+    parts: Iterable[tuple[Cell, str]] = (
+        (("A ", f"black on {COLORS[0]}"), " full  "),
+        (("a" + part_mark(8, 16, ascii_only), COLORS[0]), " partly filled  "),
+        (("A3", f"bold black on {SHARED}"), " shared by 3  "),
+        (dot, "free"),
+    )
+    return Text.assemble(*(piece for cell, words in parts for piece in (cell, words)))
+
+
+def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> list[tuple[str, Text]]:
+    """All that the view says of blocks, as labels and lines of at most `width` characters; [] where there are none.
+
+    At most `rows` of them are the map.
+    """
+    blocks = state.blocks
+    if blocks is None:
+        return []
+    cells, size = device_map(blocks, state.owners, width, rows, ascii_only)
+    lines = [
+        ("gave way", gave_way_line(state, blocks)),
+        ("pool", counts_line(state, blocks)),
+        *zip(["blocks", *[""] * (len(cells) - 1)], cells, strict=True),
+    ]
+    if state.uses_host:
+        lines.append(("host", host_line(blocks, state.owners, width)))
+    return [*lines, ("", legend_line(size, ascii_only))]

@@ -1,0 +1,113 @@
+"""Promise 1 with the Triton backend: whole tiny models on interpreted kernels, token by token Hugging Face's."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from folovllm import LLM, BeamSearchParams, SamplingParams
+from folovllm.attention import triton_paged
+from folovllm.attention.triton_paged import TritonBackend
+from folovllm.runner.paged_runner import PagedRunner
+from tests.m3.cases import Case
+from tests.m3.helpers import check_all_free
+from tests.oracle import FAMILIES, OracleStats
+
+LENGTHS, NEW_TOKENS = (3, 17, 8), 6
+
+
+@pytest.fixture(scope="module")
+def cases(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Case]:
+    made: dict[str, Case] = {}
+
+    def case(name: str) -> Case:
+        if name not in made:
+            made[name] = Case(name, tmp_path_factory.mktemp(name), LENGTHS, NEW_TOKENS, ignore_eos=True)
+        return made[name]
+
+    return case
+
+
+def make(case: Case, **kwargs: Any) -> LLM:
+    llm = case.llm(attention_backend="triton", **{"block_size": 4, **kwargs})
+    runner = llm.engine.core.runner
+    assert isinstance(runner, PagedRunner) and isinstance(runner.backend, TritonBackend)
+    return llm
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_family_says_what_hugging_face_says(
+    name: str, cases: Callable[[str], Case], oracle_stats: OracleStats
+) -> None:
+    """Among them heads of 24 numbers with a window of 8 tokens, and heads of 32 that are not hidden_size / heads."""
+    llm = make(cases(name))
+    cases(name).check(llm, oracle_stats)
+    assert llm.engine.stats.forwards < sum(map(len, cases(name).expected))
+
+
+@pytest.mark.parametrize("block_size", [1, 16])
+def test_other_block_sizes(block_size: int, cases: Callable[[str], Case], oracle_stats: OracleStats) -> None:
+    cases("qwen3").check(make(cases("qwen3"), block_size=block_size), oracle_stats)
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_under_preemption(mode: str, cases: Callable[[str], Case], oracle_stats: OracleStats) -> None:
+    """Six blocks hold one of the three at its longest."""
+    llm = make(cases("llama"), num_kv_blocks=6, preemption_mode=mode, swap_space=0.01)
+    cases("llama").check(llm, oracle_stats)
+    assert llm.engine.stats.preemptions > 0 and (llm.engine.stats.swapped_in_blocks > 0) == (mode == "swap")
+
+
+def test_forks_copy_their_last_block_and_say_what_each_seed_says_alone(
+    cases: Callable[[str], Case], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The copies are the kernel's. Alone, and without paging, M1 with the same seeds gives the same."""
+    case, copied = cases("qwen2"), []
+    kernel = triton_paged.copy_kernel
+
+    class Watched:
+        def __getitem__(self, grid: tuple[int, int, int]) -> object:
+            copied.append(grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(triton_paged, "copy_kernel", Watched())
+    wishes = {"max_tokens": 5, "temperature": 0.8, "ignore_eos": True}
+    llm = make(case)
+    shared = llm.generate([case.prompts[1]], SamplingParams(n=3, seed=11, **wishes), use_tqdm=False)[0].outputs
+    assert sum(copied) == llm.engine.stats.copied_blocks > 0
+    check_all_free(llm.engine)
+    params = [SamplingParams(seed=11 + i, **wishes) for i in range(3)]
+    alone = case.llm("m1").generate([case.prompts[1]] * 3, params, use_tqdm=False)
+    assert [o.outputs[0].token_ids for o in alone] == [c.token_ids for c in shared]
+    assert len({tuple(c.token_ids) for c in shared}) > 1
+
+
+def test_beams(cases: Callable[[str], Case]) -> None:
+    """Forked and copied in every round, and the same beams as with torch's attention, which is held against HF's."""
+    case = cases("llama")
+    ours, theirs = (
+        case.llm(block_size=4, attention_backend=name).beam_search([case.prompts[0]], BeamSearchParams(3, 5))
+        for name in ("triton", "torch")
+    )
+    assert [s.tokens for s in ours[0].sequences] == [s.tokens for s in theirs[0].sequences]
+    for one, other in zip(ours[0].sequences, theirs[0].sequences, strict=True):
+        assert one.cum_logprob == pytest.approx(other.cum_logprob, abs=1e-4)
+
+
+def test_bfloat16_runs_to_the_end(tmp_path: Path, cases: Callable[[str], Case]) -> None:
+    """Its first token has room for rounding, and a wrong product of bfloat16 would not be a matter of rounding."""
+    case = cases("llama")
+    logits = []
+    for backend in ("triton", "reference"):
+        llm = LLM(case.path, milestone="m3", dtype="bfloat16", device="cpu", attention_backend=backend, num_kv_blocks=9)
+        params = SamplingParams(temperature=0, max_tokens=1, logprobs=5, ignore_eos=True)
+        (output,) = llm.generate([case.prompts[1]], params, use_tqdm=False)
+        found = output.outputs[0].logprobs
+        assert found is not None
+        logits.append({token: entry.logprob for token, entry in found[0].items()})
+    both = set(logits[0]) & set(logits[1])
+    assert len(both) >= 4
+    assert all(abs(logits[0][token] - logits[1][token]) < 0.3 for token in both)

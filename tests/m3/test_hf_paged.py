@@ -1,0 +1,460 @@
+"""Any Hugging Face decoder over blocks: the same tokens as `generate` in many families, or a refusal before a request."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from folovllm import LLM, SamplingParams
+from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
+from folovllm.attention.metadata import AttentionMetadata
+from folovllm.attention.reference import ReferenceBackend
+from folovllm.attention.torch_paged import TorchBackend
+from folovllm.models import hf_check
+from folovllm.models.decoder import Decoder
+from folovllm.models.hf_check import check_config, checked
+from folovllm.models.hf_paged import (
+    IMPLEMENTATION,
+    HFPagedModel,
+    KVShape,
+    PagedStep,
+    paged_attention,
+    register,
+    window_of_mask,
+)
+from folovllm.models.paged_model import what_decoder_lacks
+from tests.m3.helpers import check_all_free, manager_of
+from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt, randomize, tiny_config
+
+FIELDS: dict[str, Any] = {
+    "vocab_size": 128,
+    "hidden_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 128,
+    "initializer_range": 0.2,
+    "tie_word_embeddings": False,
+    "bos_token_id": None,
+    "eos_token_id": None,
+    "pad_token_id": None,
+}
+GQA = {"num_key_value_heads": 2, "intermediate_size": 96}
+EXPERTS = {"num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
+SLIDING_THEN_FULL = {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 6}
+# What each adds to a Llama; all fields that only change numbers are set so that forgetting one changes tokens.
+MODELS: dict[str, dict[str, Any]] = {
+    "llama": GQA,
+    "mistral": {**GQA, "sliding_window": 6, "head_dim": 24},
+    "qwen3": {**GQA, "head_dim": 24},
+    "qwen2": {**GQA, "use_sliding_window": True, "sliding_window": 6, "max_window_layers": 1},
+    "qwen3_moe": {**GQA, **EXPERTS, "head_dim": 24},
+    "qwen2_moe": {  # its window is in the mask only
+        **GQA, **EXPERTS, **SLIDING_THEN_FULL, "use_sliding_window": True, "shared_expert_intermediate_size": 32
+    },
+    "mixtral": {**GQA, **EXPERTS, "sliding_window": None},
+    "phimoe": {**GQA, **EXPERTS, "sliding_window": 6},  # its window is in the mask only
+    "gemma": {**GQA, "head_dim": 24},
+    "gemma2": {  # scores and logits are capped
+        **GQA, **SLIDING_THEN_FULL, "head_dim": 24, "query_pre_attn_scalar": 13, "attn_logit_softcapping": 2.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {**GQA, **SLIDING_THEN_FULL, "head_dim": 24, "query_pre_attn_scalar": 13},  # two RoPEs
+    "phi": {"num_key_value_heads": 2, "intermediate_size": 96},  # a part of each head is rotated; the head has a bias
+    "phi3": GQA,
+    "olmo2": GQA,
+    "smollm3": {**GQA, "no_rope_layers": [1, 0]},  # the second layer knows no positions
+    "granite": {  # everything is multiplied by something
+        **GQA, "logits_scaling": 3.0, "attention_multiplier": 0.2, "embedding_multiplier": 5.0,
+        "residual_multiplier": 0.6,
+    },
+    "glm4": {**GQA, "head_dim": 16},
+    "cohere2": {**GQA, **SLIDING_THEN_FULL, "logit_scale": 0.3},  # attention beside the MLP, and no RoPE without window
+    "starcoder2": {**GQA, "sliding_window": 6},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True},  # learned positions
+    "opt": {"ffn_dim": 96, "word_embed_proj_dim": 32, "do_layer_norm_before": False},  # learned, from 2 on
+    "gpt_neox": {"intermediate_size": 96},
+}  # fmt: skip
+SOFTCAPPED = ("gemma2",)
+LENGTHS = (1, 3, 8, 9, 17, 12, 5, 2)
+NEW_TOKENS = 12
+each_model = pytest.mark.parametrize("name", MODELS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def make_config(name: str, **overrides: Any) -> PretrainedConfig:
+    return AutoConfig.for_model(name, **{**FIELDS, **MODELS.get(name, GQA), **overrides})
+
+
+def make_model(name: str, seed: int = 3, **overrides: Any) -> PreTrainedModel:
+    """A model of random weights in eager attention, as `checked` wants it."""
+    model = AutoModelForCausalLM.from_config(make_config(name, **overrides), dtype=torch.float32)
+    randomize(model, seed)
+    model.set_attn_implementation("eager")
+    return model.eval()
+
+
+def backend_of(name: str) -> str:
+    return "reference" if name in SOFTCAPPED else "torch"
+
+
+def make_llm(folder: Path, **kwargs: Any) -> LLM:
+    kwargs = {"model_impl": "transformers", "num_kv_blocks": 120, "dtype": "float32", "device": "cpu", **kwargs}
+    return LLM(str(folder), milestone="m3", **kwargs)
+
+
+# ---------------------------------------------------------------------- the same tokens as Hugging Face
+
+
+@each_model
+def test_tokens_and_log_probabilities(name: str, tmp_path: Path, oracle_stats: OracleStats) -> None:
+    """Ragged batches in blocks of several sizes, with room and without: recomputed and swapped, nothing changes.
+
+    Scaling or capping logits changes no greedy token, so log probabilities are compared as well.
+    """
+    model = make_model(name)
+    model.save_pretrained(tmp_path)
+    prompts = [random_prompt(n, seed=n) for n in LENGTHS]
+    expected = [hf_greedy(model, prompt, NEW_TOKENS) for prompt in prompts]
+    assert len({token for tokens in expected for token in tokens}) > 10  # no noise that repeats itself
+    params = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, logprobs=1)
+    settings: list[dict[str, Any]] = [
+        {"block_size": 16, "attention_backend": "reference"},
+        {"block_size": 1, "num_kv_blocks": 40},
+        {"block_size": 4, "num_kv_blocks": 10, "preemption_mode": "swap", "swap_space": 0.01},
+    ]
+    for setting in settings:
+        llm = make_llm(tmp_path, **{"attention_backend": backend_of(name), **setting})
+        assert isinstance(llm.engine.core.runner.model, HFPagedModel)  # type: ignore[attr-defined]
+        outputs = llm.generate(prompts, params, use_tqdm=False)
+        for prompt, theirs, output in zip(prompts, expected, outputs, strict=True):
+            ours = output.outputs[0]
+            assert_same_tokens(ours.token_ids, theirs, model, prompt, oracle_stats)
+            if ours.token_ids == theirs:
+                assert ours.cumulative_logprob == pytest.approx(hf_logprob(model, prompt, theirs), abs=1e-3)
+        check_all_free(llm.engine)
+        assert llm.engine.stats.max_running > 1 and llm.engine.stats.forwards < len(prompts) * NEW_TOKENS
+        assert (llm.engine.stats.preemptions > 0) == ("num_kv_blocks" in setting)
+        assert (llm.engine.stats.swapped_in_blocks > 0) == ("swap_space" in setting)
+
+
+@torch.no_grad()
+def hf_logprob(model: PreTrainedModel, prompt: list[int], tokens: list[int]) -> float:
+    """The log probability of all `tokens` after `prompt`, from one forward over the text."""
+    logits: Tensor = model(torch.tensor([prompt + tokens]), use_cache=False).logits[0]  # [L, V]
+    rows = logits[len(prompt) - 1 : -1].log_softmax(dim=-1)
+    return float(rows.gather(1, torch.tensor(tokens)[:, None]).sum())
+
+
+@pytest.mark.parametrize("name", ["gpt2", "opt", "qwen3"])
+def test_up_to_the_last_position(name: str, tmp_path: Path, oracle_stats: OracleStats) -> None:
+    """Learned positions end with their table, and a request ends there; no engine is made for a longer one."""
+    model = make_model(name, max_position_embeddings=24)
+    model.save_pretrained(tmp_path)
+    prompts = [random_prompt(n, seed=n) for n in (20, 23, 24 - 12)]
+    llm = make_llm(tmp_path, block_size=8)
+    outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=12), use_tqdm=False)
+    assert [len(output.outputs[0].token_ids) for output in outputs] == [4, 1, 12]
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = hf_greedy(model, prompt, 24 - len(prompt))
+        assert_same_tokens(output.outputs[0].token_ids, expected, model, prompt, oracle_stats)
+    with pytest.raises(ValueError, match="max_model_len=25 is not valid; allowed: at most 24"):
+        make_llm(tmp_path, max_model_len=25)
+
+
+def test_engines_that_take_turns_do_not_meet(tmp_path: Path) -> None:
+    """What the registered function needs comes with the forward: two models, two backends, step by step in turns."""
+    models = {name: make_model(name) for name in ("gemma", "gemma3_text")}
+    prompts = [random_prompt(n, seed=n) for n in (5, 9, 14)]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    engines = {}
+    for (name, model), backend in zip(models.items(), ("torch", "reference"), strict=True):
+        model.save_pretrained(tmp_path / name)
+        engines[name] = make_llm(tmp_path / name, attention_backend=backend, block_size=4).engine
+        for i, prompt in enumerate(prompts):
+            engines[name].add_request(str(i), prompt, params)
+    done: dict[str, dict[str, list[int]]] = {name: {} for name in engines}
+    while any(engine.has_unfinished_requests() for engine in engines.values()):
+        for name, engine in engines.items():
+            done[name] |= {o.request_id: o.outputs[0].token_ids for o in engine.step() if o.finished}
+            manager_of(engine).check()
+    for name, model in models.items():
+        assert [done[name][str(i)] for i in range(3)] == [hf_greedy(model, prompt, 8) for prompt in prompts]
+
+
+@each_model
+def test_sixteen_bits_pass_the_check(name: str) -> None:
+    """Rounding in bfloat16 is no reason to refuse a model."""
+    backend = ReferenceBackend() if name in SOFTCAPPED else TorchBackend()
+    checked(make_model(name).to(torch.bfloat16), backend, 128)
+
+
+# ---------------------------------------------------------------------- what is refused, before any request
+
+REFUSED: dict[str, tuple[dict[str, Any], str]] = {
+    # The interface is never called: without counting, requests would read one another's tokens.
+    "falcon": ({"alibi": False}, "a forward called the attention function 0 times, from 0 layers; allowed: once from"),
+    "bloom": ({}, "max_position_embeddings"),
+    "gptj": ({"rotary_dim": 8}, "0 times"),
+    "codegen": ({"rotary_dim": 8}, "0 times"),
+    "gpt_oss": ({**EXPERTS, **SLIDING_THEN_FULL, "head_dim": 16}, "its attention has sinks (s_aux)"),
+    "deepseek_v3": (
+        {"kv_lora_rank": 16, "q_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 24,
+         "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "num_experts_per_tok": 2, "first_k_dense_replace": 2},
+        "keys of [4, 16] and values of [4, 24] per token",
+    ),
+    "qwen3_5_text": ({}, "layers of type ['linear_attention'], allowed: full_attention, sliding_attention"),
+    "stablelm": ({}, ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_families_that_would_be_wrong(name: str, tmp_path: Path) -> None:
+    overrides, message = REFUSED[name]
+    make_model(name, **overrides).save_pretrained(tmp_path)
+    with pytest.raises(ValueError) as caught:
+        make_llm(tmp_path, model_impl="auto")
+    assert message in str(caught.value) and name.removesuffix("_text") in str(caught.value)
+
+
+def test_a_softcap_is_refused_by_a_backend_that_has_none(tmp_path: Path) -> None:
+    make_model("gemma2").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_type='gemma2'.*softcap=2.0 is not valid.*attention_backend='torch'"):
+        make_llm(tmp_path, attention_backend="torch")
+
+
+def test_frequencies_that_change_with_the_longest_request(tmp_path: Path, oracle_stats: OracleStats) -> None:
+    """Phi-3's long RoPE rotates a whole forward in another way once one request is long: allowed up to that length."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "rope_theta": 10000.0, "rope_type": "longrope"}
+    model = make_model("phi3", original_max_position_embeddings=32, rope_parameters=factors)
+    model.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"max_model_len=128 is not valid with rope_type='longrope'.*at most 32"):
+        make_llm(tmp_path)
+    prompts = [random_prompt(n, seed=n) for n in (27, 4)]
+    llm = make_llm(tmp_path, max_model_len=32)
+    for prompt, output in zip(prompts, llm.generate(prompts, SamplingParams(temperature=0, max_tokens=5)), strict=True):
+        assert_same_tokens(output.outputs[0].token_ids, hf_greedy(model, prompt, 5), model, prompt, oracle_stats)
+
+
+class RunningSum(nn.Module):
+    """Adds up all tokens so far. Alone, a text comes out as always; packed, it reads the text before it."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x) + 0.1 * x.cumsum(dim=1)
+        return out
+
+
+class Twice(nn.Module):
+    """Attends twice, and is otherwise right: the second time writes the same K/V to the same slots."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        self.inner(*args, **kwargs)
+        return self.inner(*args, **kwargs)
+
+
+class NoPositions(nn.Module):
+    """Makes up positions instead of taking those that it is given."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x: Tensor, position_ids: Tensor) -> Any:
+        return self.inner(x, torch.arange(x.shape[1])[None])
+
+
+def test_a_model_that_mixes_tokens_elsewhere_is_found_out() -> None:
+    model = make_model("llama")
+    checked(make_model("llama"), TorchBackend(), 128)
+    model.model.layers[1].mlp = RunningSum(model.model.layers[1].mlp)
+    with pytest.raises(ValueError, match="logits for ragged tokens are .* away from its own"):
+        checked(model, TorchBackend(), 128)
+
+
+def test_a_model_that_ignores_positions_is_found_out() -> None:
+    model = make_model("llama")
+    model.model.rotary_emb = NoPositions(model.model.rotary_emb)
+    with pytest.raises(ValueError, match="logits for ragged tokens are .* away from its own"):
+        checked(model, TorchBackend(), 128)
+
+
+def test_a_layer_that_attends_twice_is_found_out() -> None:
+    model = make_model("llama")
+    model.model.layers[1].self_attn = Twice(model.model.layers[1].self_attn)
+    with pytest.raises(
+        ValueError, match="called the attention function 3 times, from 2 layers; allowed: once from each"
+    ):
+        checked(model, TorchBackend(), 128)
+
+
+class BlindInDecode(TorchBackend):
+    """Right in the first step of a request, and blind for what is in the blocks after it."""
+
+    def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
+        if meta.kv_lens != meta.query_lens:
+            kv = LayerKV(torch.zeros_like(kv.keys), torch.zeros_like(kv.values))
+        return super().attend(query, kv, meta, params)
+
+
+def test_the_check_looks_at_stored_keys_and_values_too() -> None:
+    with pytest.raises(ValueError, match="away from its own"):
+        checked(make_model("llama"), BlindInDecode(), 128)
+
+
+def test_numbers_that_overflow_are_no_match() -> None:
+    model = make_model("llama")
+    model.lm_head.weight.data.fill_(torch.inf)
+    with pytest.raises(ValueError, match="logits for ragged tokens are nan away"):
+        checked(model, TorchBackend(), 128)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"s_aux": torch.zeros(4)}, "sinks"),
+        ({"is_causal": False}, "not causal"),
+        ({"position_bias": torch.zeros(1)}, "wants position_bias"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention mask of its own"),
+        ({"sliding_window": 4}, "layer 0 says sliding_window=4, and its mask says None"),
+        (
+            {"sliding_window": 4, "attention_mask": window_of_mask(5)},
+            "layer 0 says sliding_window=4, and its mask says 5",
+        ),
+        ({"paged_step": None}, "do not hand on keyword arguments"),
+        ({"module": nn.Identity()}, "do not say which layer they are"),
+    ],
+)
+def test_no_argument_is_dropped_in_silence(given: dict[str, Any], message: str) -> None:
+    module = nn.Identity()
+    module.layer_idx = 0  # type: ignore[assignment]
+    query = torch.randn(1, 4, 3, 16)
+    step = PagedStep([], None, TorchBackend())  # type: ignore[arg-type]
+    kwargs = {"module": module, "attention_mask": None, "paged_step": step, **given}
+    with pytest.raises(ValueError, match=message):
+        paged_attention(query=query, key=query[:, :2], value=query[:, :2], **kwargs)
+
+
+class Recorder(ReferenceBackend):
+    """Remembers what each layer asked for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.params: list[AttentionParams] = []
+
+    def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
+        self.params.append(params)
+        return super().attend(query, kv, meta, params)
+
+
+def test_what_a_layer_asks_for_reaches_the_backend() -> None:
+    """Scale, window and softcap of each layer, as the config says."""
+    recorder = Recorder()
+    checked(make_model("gemma2"), recorder, 128)
+    scale = pytest.approx(13**-0.5)
+    assert recorder.params[:2] == [AttentionParams(scale, 6, 2.0), AttentionParams(scale, None, 2.0)]
+    recorder = Recorder()
+    paged = checked(make_model("phimoe"), recorder, 128)
+    assert [params.sliding_window for params in recorder.params] == [6] * 4
+    assert paged.config == KVShape(2, 2, 16) and paged.max_positions == 128
+
+
+def test_a_mask_with_an_addition_is_refused() -> None:
+    with pytest.raises(ValueError, match="adds to the causal mask"):
+        window_of_mask(use_vmap=True)
+
+
+def test_registering_twice_changes_nothing() -> None:
+    register()
+    before = AttentionInterface().valid_keys()
+    register()
+    assert AttentionInterface().valid_keys() == before and before.count(IMPLEMENTATION) == 1
+    assert AttentionInterface()[IMPLEMENTATION] is paged_attention
+
+
+def test_a_config_is_judged_before_any_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_config("qwen3_5_text").save_pretrained(tmp_path)
+    monkeypatch.setattr(hf_check, "load_hf_model", None)
+    with pytest.raises(ValueError, match="linear_attention"):
+        make_llm(tmp_path, load_format="dummy")
+    check_config(make_config("gemma3_text"), 128)
+
+
+# ---------------------------------------------------------------------- which of the two runs
+
+
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "original_max_position_embeddings": 64}
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "impl", "kind"),
+    [
+        ("llama", {}, "auto", Decoder),
+        ("llama", {}, "folovllm", Decoder),
+        ("llama", {}, "transformers", HFPagedModel),
+        ("llama", {"hidden_act": "gelu"}, "auto", HFPagedModel),
+        ("qwen3", {"rope_parameters": YARN}, "auto", HFPagedModel),
+        ("gemma", {}, "auto", HFPagedModel),
+    ],
+)
+def test_who_runs_a_model(
+    name: str, overrides: dict[str, Any], impl: str, kind: type, tmp_path: Path, oracle_stats: OracleStats
+) -> None:
+    model = make_model(name, **overrides)
+    model.save_pretrained(tmp_path)
+    llm = make_llm(tmp_path, model_impl=impl)
+    assert type(llm.engine.core.runner.model) is kind  # type: ignore[attr-defined]
+    prompt = random_prompt(20)
+    (output,) = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=8), use_tqdm=False)
+    assert_same_tokens(output.outputs[0].token_ids, hf_greedy(model, prompt, 8), model, prompt, oracle_stats)
+
+
+def test_our_decoder_may_be_asked_for_where_it_cannot_serve(tmp_path: Path) -> None:
+    make_config("gemma").save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"model_impl='folovllm' is not valid for this model: model_type='gemma'"):
+        make_llm(tmp_path, model_impl="folovllm", load_format="dummy")
+    assert what_decoder_lacks(tiny_config("llama")) is None
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({"model_impl": "vllm"}, "model_impl='vllm' is not valid; allowed: 'auto', 'folovllm', 'transformers'"),
+        ({"model_impl": "folovllm", "milestone": "m1"}, "model_impl='folovllm' is not valid; allowed: 'auto' or 'tr"),
+        ({"model_impl": "folovllm", "milestone": "m2"}, "model_impl='folovllm' is not valid; allowed: 'auto' or 'tr"),
+    ],
+)
+def test_names_that_are_refused(kwargs: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        LLM("folo-tiny", **kwargs)
+
+
+def test_dummy_weights(tmp_path: Path) -> None:
+    """A shape alone is enough, and both kinds of model fill it alike."""
+    make_config("qwen3").save_pretrained(tmp_path)
+    prompts = [random_prompt(n, seed=n) for n in (3, 11)]
+    params = SamplingParams(temperature=0, max_tokens=8)
+    ours, theirs = (
+        make_llm(tmp_path, model_impl=impl, load_format="dummy").generate(prompts, params, use_tqdm=False)
+        for impl in ("folovllm", "transformers")
+    )
+    assert [o.outputs[0].token_ids for o in ours] == [o.outputs[0].token_ids for o in theirs]
