@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +12,7 @@ from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_compiled import TorchCompiledBackend
 from folovllm.attention.torch_paged import TorchBackend
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
+from folovllm.engine.host_memory import GIB, free_cpu_bytes, keep_freed_memory
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockPlan
 from folovllm.kv_cache.storage import KVStorage
@@ -27,7 +27,6 @@ from folovllm.scheduler.output import NewRequest, ScheduledRequest, SchedulerOut
 
 CPU_MEMORY_SHARE = 0.25  # of the memory that is free once the model is loaded; the rest is for everybody else
 GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # what steps on a GPU are padded to, as CUDA graphs want it
-GIB = 2**30
 
 
 @dataclass
@@ -49,6 +48,8 @@ def build_paged(
     sampler: Sampler,
 ) -> PagedParts:
     """Load the decoder and make a pool for it. Raises ValueError if the memory does not hold a single request."""
+    if device.type == "cpu":
+        keep_freed_memory()
     backend = make_backend(config.attention_backend)
     model = load_decoder(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
     size = config.cache.block_size
@@ -128,18 +129,6 @@ def free_bytes(
     now, peak = torch.cuda.memory_allocated(model.device), torch.cuda.max_memory_allocated(model.device)
     in_use = total - free + (peak - now)
     return max(0, int(total * config.cache.gpu_memory_utilization) - in_use)
-
-
-def free_cpu_bytes() -> int:
-    """Memory that is free without taking it from others, as the system sees it; of all memory where it does not say."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 8 * GIB  # Windows does not tell without a package
 
 
 def run_longest_step(model: Decoder, buffers: InputBuffers, sampler: Sampler, backend: AttentionBackend) -> None:

@@ -20,7 +20,7 @@ from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.models.layers import Linear, RMSNorm, RotaryEmbedding, empty_parameter, rope_frequencies, rotate
+from folovllm.models.layers import Linear, QKNorm, RMSNorm, RotaryEmbedding, empty_parameter, rope_frequencies, rotate
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -75,7 +75,11 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of each token; K and V go into the pool, then each token looks back."""
+    """Queries, keys and values of each token; K and V go into the pool, then each token looks back.
+
+    Queries and keys are neighbours in the fused projection, and what happens to them until then is the same: it is done
+    to all Hq + Hkv heads at once.
+    """
 
     def __init__(self, config: DecoderConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -83,21 +87,20 @@ class Attention(nn.Module):
         self.sizes = [config.num_heads * config.head_dim, *2 * [config.num_kv_heads * config.head_dim]]
         self.qkv = Linear(config.hidden_size, sum(self.sizes), config.qkv_bias, dtype, device)
         self.out = Linear(self.sizes[0], config.hidden_size, config.out_bias, dtype, device)
-        self.q_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device) if config.qk_norm else None
-        self.k_norm = RMSNorm(config.head_dim, config.norm_eps, dtype, device) if config.qk_norm else None
+        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
+        self.qk_norm = QKNorm(*heads, config.norm_eps, dtype, device) if config.qk_norm else None
         self.params = AttentionParams(config.head_dim**-0.5, config.windows[layer])
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kv: LayerKV, meta: AttentionMetadata, backend: AttentionBackend
     ) -> Tensor:
         """[T, E] in, [T, E] out."""
-        query, key, value = self.qkv(x).split(self.sizes, dim=-1)
-        query = query.reshape(-1, self.num_heads, self.head_dim)  # [T, Hq, D]
-        key = key.reshape(-1, self.num_kv_heads, self.head_dim)  # [T, Hkv, D]
-        value = value.reshape(-1, self.num_kv_heads, self.head_dim)  # [T, Hkv, D]
-        if self.q_norm is not None and self.k_norm is not None:
-            query, key = self.q_norm(query), self.k_norm(key)
-        query, key = rotate(query, *rope), rotate(key, *rope)
+        heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, Hq + 2 Hkv, D]
+        query_key, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
+        if self.qk_norm is not None:
+            query_key = self.qk_norm(query_key)
+        query_key = rotate(query_key, *rope)
+        query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)  # [T, Hq, D], [T, Hkv, D]
         # All K/V of the step is stored before anybody attends: a request may read what another one writes right now.
         backend.write(kv, key, value, meta)
         mixed: Tensor = backend.attend(query, kv, meta, self.params)  # [T, Hq, D]
@@ -145,6 +148,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, device
+        self.max_positions = max_positions
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
         self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
         self.registered_layers = nn.ModuleList(self.layers)

@@ -26,9 +26,34 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Any [..., size] in, the same out."""
-        wide = x.float()
-        mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # faster than a mean
-        return self.weight * (wide * torch.rsqrt(mean_square + self.eps)).to(x.dtype)
+        return rms_norm(x, self.weight, self.eps)
+
+
+class QKNorm(nn.Module):
+    """An RMSNorm of every head, with one weight for all query heads and another for all key heads (Qwen3)."""
+
+    head_kinds: Tensor
+
+    def __init__(
+        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        super().__init__()
+        self.weight = empty_parameter(2, head_dim, dtype=dtype, device=device)  # of queries, of keys
+        self.eps = eps
+        kinds = torch.tensor([0] * num_heads + [1] * num_kv_heads, device=device)  # [Hq + Hkv]
+        self.register_buffer("head_kinds", kinds, persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Queries and keys side by side, [T, Hq + Hkv, D], in and out."""
+        return rms_norm(x, self.weight[self.head_kinds], self.eps)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """The last axis of x, [..., size], to a mean square of 1, times `weight`, [size] or more axes of x."""
+    wide = x.float()
+    # A mean of squares by way of the norm: one pass, and twice as fast here as squaring and taking the mean.
+    mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # [..., 1]
+    return weight * (wide * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
 
 class Linear(nn.Module):

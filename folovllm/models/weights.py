@@ -69,9 +69,9 @@ def targets(decoder: Decoder) -> dict[str, Tensor]:
             layer.attention.qkv, {f"{attention}.q_proj": query, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
         )
         found |= _linear(layer.attention.out, {f"{attention}.o_proj": config.hidden_size})
-        for kind, norm in (("q_norm", layer.attention.q_norm), ("k_norm", layer.attention.k_norm)):
-            if norm is not None:
-                found |= _norm(norm, f"{attention}.{kind}")
+        if layer.attention.qk_norm is not None:
+            weights = layer.attention.qk_norm.weight.data  # [2, D]
+            found |= {f"{attention}.{kind}_norm.weight": part for kind, part in zip("qk", weights, strict=True)}
         width = config.intermediate_size
         found |= _linear(layer.mlp.gate_up, {f"{name}.mlp.gate_proj": width, f"{name}.mlp.up_proj": width})
         found |= _linear(layer.mlp.down, {f"{name}.mlp.down_proj": config.hidden_size})
