@@ -45,6 +45,14 @@ MILESTONES: dict[str, Milestone] = {
         Milestone("m1", "a request life cycle around the model", 1, max_num_seqs_limit=1, policies=("fcfs",)),
         Milestone("m2", "continuous batching, scheduled at every step", 16, batchings=BATCHINGS),
         Milestone("m3", "K/V in blocks, shared and taken on demand, and batches without padding", 256, paged=True),
+        Milestone(
+            "m4",
+            "prompts in pieces beside the decodes, and no prefix computed twice",
+            256,
+            paged=True,
+            chunked_prefill=True,
+            prefix_caching=True,
+        ),
     )
 }
 NEWEST_MILESTONE = next(reversed(MILESTONES))
@@ -177,13 +185,16 @@ class SchedulerConfig:
     """How many requests and tokens share a step, and in which order they come.
 
     max_num_seqs: requests that run at once; None takes the milestone's. max_num_batched_tokens: tokens one step may
-    compute; None is 2048, or max_model_len where that is longer and prompts cannot be split. scheduling_policy: the
+    compute; None is 2048, or max_model_len where that is longer and prompts are not split. enable_chunked_prefill:
+    split them, so that a prompt may be longer than a step; None is as the milestone says. long_prefill_token_threshold:
+    then no request gets more tokens of a step, so that others fit beside it; 0 for no such limit. scheduling_policy: the
     order of those that wait: "fcfs", "priority" (the lowest first) or "sjf" (the fewest tokens left first).
     """
 
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     enable_chunked_prefill: bool | None = None
+    long_prefill_token_threshold: int = 0
     scheduling_policy: str = "fcfs"
     preemption_mode: str = "recompute"
 
@@ -193,6 +204,7 @@ class SchedulerConfig:
         if self.max_num_batched_tokens is not None:
             check_int("max_num_batched_tokens", self.max_num_batched_tokens, 1)
         check_optional_bool("enable_chunked_prefill", self.enable_chunked_prefill)
+        check_int("long_prefill_token_threshold", self.long_prefill_token_threshold, 0)
         check_choice("scheduling_policy", self.scheduling_policy, SCHEDULING_POLICIES)
         check_choice("preemption_mode", self.preemption_mode, PREEMPTION_MODES)
 
@@ -246,6 +258,10 @@ class EngineConfig:
             raise _fail("batching", self.batching, f"{_quoted(preset.batchings) or None} {where}")
         if self.scheduler.enable_chunked_prefill and not preset.chunked_prefill:
             raise _fail("enable_chunked_prefill", True, f"False or None {where}")
+        if self.scheduler.long_prefill_token_threshold and not self.chunked_prefill:
+            raise _fail(
+                "long_prefill_token_threshold", self.scheduler.long_prefill_token_threshold, "0 without chunked prefill"
+            )
         if self.cache.enable_prefix_caching and not preset.prefix_caching:
             raise _fail("enable_prefix_caching", True, f"False or None {where}")
         if self.scheduler.preemption_mode == "swap" and not preset.paged:
@@ -267,9 +283,22 @@ class EngineConfig:
         """Requests that may run at once."""
         return self.scheduler.max_num_seqs or self.preset.max_num_seqs
 
+    @property
+    def chunked_prefill(self) -> bool:
+        """Whether prompts may be split: as asked, or as the milestone says."""
+        asked = self.scheduler.enable_chunked_prefill
+        return self.preset.chunked_prefill if asked is None else asked
+
+    @property
+    def prefix_caching(self) -> bool:
+        """Whether prefixes are cached: as asked, or as the milestone says."""
+        asked = self.cache.enable_prefix_caching
+        return self.preset.prefix_caching if asked is None else asked
+
     def max_num_batched_tokens(self, max_model_len: int) -> int:
         """Tokens one step may compute, given the model's length."""
-        return self.scheduler.max_num_batched_tokens or max(MIN_DEFAULT_BATCHED_TOKENS, max_model_len)
+        longest_prompt = 0 if self.chunked_prefill else max_model_len
+        return self.scheduler.max_num_batched_tokens or max(MIN_DEFAULT_BATCHED_TOKENS, longest_prompt)
 
     @classmethod
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:

@@ -64,6 +64,7 @@ class Request:
     max_model_len: the most tokens (prompt and output) the model can hold. arrival_time: seconds on the engine's clock.
     parent_id: the request whose K/V this one starts with, all but its own last prompt token (see `Scheduler`: parallel
     sampling and beams); None for all others. hold: keep the K/V after the end, for forks, until it is let go.
+    cache_salt: only requests with the same one share cached prefixes.
     """
 
     request_id: str
@@ -75,6 +76,7 @@ class Request:
     priority: int = 0
     parent_id: str | None = None
     hold: bool = False
+    cache_salt: str = ""
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

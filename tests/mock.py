@@ -17,6 +17,7 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
+from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.output import NewRequest, SchedulerOutput
@@ -152,10 +153,15 @@ def paged_mock_engine(
     num_host_blocks: int = 0,
     policy: str = "fcfs",
     preemption_mode: str = "recompute",
+    cache: PrefixCache | None = None,
+    chunked_prefill: bool = False,
+    long_prefill_token_threshold: int = 0,
 ) -> LLMEngine:
     """An engine over blocks and the mock model; `engine.core.scheduler.kv` is the BlockManager."""
-    kv = BlockManager(num_blocks, block_size, num_host_blocks)
-    scheduler = Scheduler(kv, max_num_seqs, budget, policy, preemption_mode)
+    kv = BlockManager(num_blocks, block_size, num_host_blocks, cache)
+    scheduler = Scheduler(
+        kv, max_num_seqs, budget, policy, preemption_mode, chunked_prefill, long_prefill_token_threshold
+    )
     core = EngineCore(scheduler, PagedMockRunner(num_blocks, block_size, num_host_blocks))
     parts = EngineParts(core, None, (EOS,), VOCAB_SIZE, max_model_len)
     config = EngineConfig(milestone="m2", scheduler=SchedulerConfig(scheduling_policy=policy))
@@ -200,7 +206,7 @@ def check_empty(engine: LLMEngine) -> None:
     assert isinstance(runner, MockRunner)
     assert runner.slots == {} and runner.known == {}
     assert scheduler.requests == {} and scheduler.running == [] and scheduler.num_waiting == 0
-    assert scheduler._parked == {} and scheduler._forks_due == {} and scheduler._finished_ids == []
+    assert len(scheduler._forks) == len(scheduler._followers) == 0 and scheduler._finished_ids == []
     usage = scheduler.kv.usage()
     assert usage.reserved == 0 and usage.used == 0
     assert engine._sequences == {} and engine._user_requests == {}

@@ -33,7 +33,7 @@ from rich.console import Console
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.bench.workloads import BenchRequest, draw, get_workload
 from folovllm.config import PREEMPTION_MODES
-from folovllm.engine.llm_engine import Prompt
+from folovllm.engine.prompts import Prompt
 from folovllm.engine.trace import Trace
 from folovllm.glossary import default_prompts
 from folovllm.kv_cache.fragmentation import POLICIES, Replay, draw_requests, mean_empty_slots, replay

@@ -14,7 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from folovllm.engine.llm_engine import LLMEngine, Prompt
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.prompts import Prompt
 from folovllm.outputs import BeamSearchOutput, BeamSequence, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 

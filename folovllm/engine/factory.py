@@ -84,7 +84,15 @@ def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> 
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
         runner = HFRunner(model, sampler, config.batching or next(iter(config.preset.batchings), "loop"))
     policy, preemption = config.scheduler.scheduling_policy, config.scheduler.preemption_mode
-    scheduler = Scheduler(kv, config.max_num_seqs, budget, policy, preemption)
+    scheduler = Scheduler(
+        kv,
+        config.max_num_seqs,
+        budget,
+        policy,
+        preemption,
+        config.chunked_prefill,
+        config.scheduler.long_prefill_token_threshold,
+    )
     core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks)
     vocab_size = int(hf_config.get_text_config().vocab_size)
     # An id without a logit can never be sampled, so it can never end a sequence either.

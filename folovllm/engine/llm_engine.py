@@ -10,32 +10,15 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, cast
-
-from transformers import PreTrainedTokenizerBase
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine import output_processor as text
 from folovllm.engine.factory import EngineParts, build_engine
+from folovllm.engine.prompts import Prompt, as_prompt_list, broadcast_params, read_prompt
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-
-
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids."""
-
-    prompt_token_ids: list[int]
-
-
-class TextPrompt(TypedDict):
-    """A prompt given as text."""
-
-    prompt: str
-
-
-Prompt = str | list[int] | TokensPrompt | TextPrompt
 
 
 @dataclass
@@ -122,12 +105,12 @@ class LLMEngine:
         arrival = self.core.clock()
         params = SamplingParams() if sampling_params is None else sampling_params
         self._check(request_id, params, priority)
-        prompt_text, prompt_token_ids = self._tokenize(prompt)
+        given = read_prompt(prompt, self.tokenizer, self.vocab_size)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
             Request(
                 request_id=sequence_id,
-                prompt_token_ids=prompt_token_ids,
+                prompt_token_ids=given.token_ids,
                 sampling_params=params if params.n == 1 else params.child(i),
                 eos_token_ids=self.eos_token_ids,
                 max_model_len=self.max_model_len,
@@ -135,15 +118,16 @@ class LLMEngine:
                 priority=priority,
                 parent_id=parent_id if i == 0 else sequence_ids[0],
                 hold=hold,
+                cache_salt=given.cache_salt,
             )
             for i, sequence_id in enumerate(sequence_ids)
         ]
         self.core.scheduler.check_can_run(requests[0])
         sequences = [
-            text.Sequence(r.request_id, i, r.sampling_params, prompt_token_ids, self.tokenizer)
+            text.Sequence(r.request_id, i, r.sampling_params, given.token_ids, self.tokenizer)
             for i, r in enumerate(requests)
         ]
-        user = text.UserRequest(request_id, prompt_text, prompt_token_ids, sequences, RequestMetrics(arrival))
+        user = text.UserRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
         return Submission(user, requests)
 
     def submit(self, submissions: Sequence[Submission]) -> None:
@@ -331,68 +315,7 @@ class LLMEngine:
                 f"{self.config.scheduler.scheduling_policy!r}"
             )
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """A prompt in any of its forms as (text or None, token ids)."""
-        if isinstance(prompt, dict):
-            known = {"prompt", "prompt_token_ids"}
-            if len(prompt) != 1 or not set(prompt) <= known:
-                raise ValueError(f"prompt={prompt!r} is not valid; allowed: a dict with one key of {sorted(known)}")
-            prompt = cast("str | list[int]", next(iter(prompt.values())))
-        if isinstance(prompt, str):
-            if self.tokenizer is None:
-                raise ValueError(f"prompt={prompt!r} is text and the model has no tokenizer; allowed: token ids")
-            token_ids = encode(self.tokenizer, "prompt", prompt)
-            if not token_ids:
-                raise ValueError(f"prompt={prompt!r} has no tokens; allowed: at least 1")
-            return prompt, token_ids
-        return None, self._check_token_ids(prompt)
-
-    def _check_token_ids(self, token_ids: Any) -> list[int]:
-        if not isinstance(token_ids, (list, tuple)):
-            raise ValueError(f"prompt={token_ids!r} is not valid; allowed: a string or a list of token ids")
-        if not token_ids:
-            raise ValueError(f"prompt={token_ids!r} has no tokens; allowed: at least 1")
-        for i, token_id in enumerate(token_ids):
-            if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < self.vocab_size:
-                raise ValueError(
-                    f"prompt_token_ids[{i}]={token_id!r} is not valid; allowed: integers in [0, {self.vocab_size})"
-                )
-        return list(token_ids)
-
 
 def stem(request_id: str) -> str:
     """What stands before the first "/": the same for a request and for each of its samples, "7", "7/0", "7/1", ..."""
     return request_id.split("/")[0]
-
-
-def encode(tokenizer: PreTrainedTokenizerBase, name: str, value: str, add_special_tokens: bool = True) -> list[int]:
-    """Text as token ids. Raises ValueError, naming the argument, for text that is not valid Unicode."""
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={value!r} is not valid; allowed: text without lone surrogates") from error
-    return list(cast("list[int]", tokenizer(value, add_special_tokens=add_special_tokens)["input_ids"]))
-
-
-def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, in any form, as a list. A flat list of integers is one prompt."""
-    if isinstance(prompts, (str, dict)):
-        return [cast(Prompt, prompts)]
-    if not isinstance(prompts, (list, tuple)):
-        raise ValueError(
-            f"prompts={prompts!r} is not valid; allowed: text, token ids, a prompt dict, or a list of them"
-        )
-    if prompts and all(isinstance(p, int) for p in prompts):
-        return [cast(Prompt, list(prompts))]
-    return list(cast("Sequence[Prompt]", prompts))
-
-
-def broadcast_params(
-    params: SamplingParams | Sequence[SamplingParams] | None, count: int
-) -> list[SamplingParams | None]:
-    """One SamplingParams per prompt, from one for all or a list of as many. Raises ValueError for another length."""
-    if params is None or isinstance(params, SamplingParams):
-        return [params] * count
-    if not isinstance(params, (list, tuple)) or len(params) != count:
-        raise ValueError(f"sampling_params={params!r} is not valid; allowed: one SamplingParams or a list of {count}")
-    return list(params)

@@ -16,6 +16,7 @@ from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.engine.host_memory import GIB, free_cpu_bytes, keep_freed_memory
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockPlan
+from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.kv_cache.storage import KVStorage
 from folovllm.models.loader import ModelSource
 from folovllm.models.paged_model import PagedModel, load_paged_model
@@ -48,6 +49,8 @@ def build_paged(
     sampler: Sampler,
 ) -> PagedParts:
     """Load the model and make a pool for it. Raises ValueError if the memory does not hold a single request."""
+    if device.type == "cpu":
+        keep_freed_memory()
     backend = make_backend(config.attention_backend, device)
     chosen = config.model
     model = load_paged_model(
@@ -74,7 +77,8 @@ def build_paged(
     num_host_blocks = int(config.cache.swap_space * GIB) // block_bytes if swaps else 0
     storage = make_storage(model, num_blocks, num_host_blocks, size)
     return PagedParts(
-        BlockManager(num_blocks, size, num_host_blocks), PagedRunner(model, storage, backend, sampler, buffers)
+        BlockManager(num_blocks, size, num_host_blocks, PrefixCache(size) if config.prefix_caching else None),
+        PagedRunner(model, storage, backend, sampler, buffers),
     )
 
 

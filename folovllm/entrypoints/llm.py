@@ -11,7 +11,8 @@ from tqdm import tqdm
 
 from folovllm.config import EngineConfig
 from folovllm.engine.beam_search import beam_search
-from folovllm.engine.llm_engine import LLMEngine, Prompt, as_prompt_list, broadcast_params, encode
+from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.prompts import Prompt, as_prompt_list, broadcast_params, encode
 from folovllm.outputs import BeamSearchOutput, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -121,6 +122,10 @@ class LLM:
                 bar.update()
 
             return beam_search(self.engine, prompt_list, params, on_done)
+
+    def reset_prefix_cache(self) -> None:
+        """Let no later request find what was computed so far. Requests that run keep what they have."""
+        self.engine.core.scheduler.kv.reset_prefix_cache()
 
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0

@@ -6,11 +6,14 @@
 A request takes a block when it has a token to put there, so only its last block has empty room. A fork names the same
 blocks. Whoever writes into a block that others hold too gets a copy of it first (copy-on-write).
 
+With a prefix cache a new request starts with the full blocks of others that hold its own first tokens. Blocks that
+nobody holds stay in the cache until they are taken from the front of the free list, least recently used first.
+
 Invariants (between two calls; `check` tests them):
   1. The pool counts for each block exactly the tables that name it; the host pool likewise.
   2. A request holds device blocks or host blocks, never both. Its K/V is its first `computed` tokens.
   3. blocks_for(computed) <= len(blocks); a swapped-out request has exactly blocks_for(computed) host blocks.
-  4. No slot is promised to two requests: a plan's slots lie in blocks that its request alone holds.
+  4. No slot is promised to two requests: when a plan is made, its slots lie in blocks that its request alone holds.
   5. used == the sum over held blocks of the slots that were written in them.
 """
 
@@ -18,9 +21,11 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from itertools import takewhile
 
 from folovllm.kv_cache.block_pool import NULL_BLOCK, BlockPool
 from folovllm.kv_cache.interface import (
+    Awaited,
     BlockCopy,
     BlockPlan,
     BlockSnapshot,
@@ -32,6 +37,7 @@ from folovllm.kv_cache.interface import (
     SwapIn,
     SwapOut,
 )
+from folovllm.kv_cache.prefix_cache import CachedBlock, PrefixCache
 from folovllm.request import Request
 
 WATERMARK = 0.01  # share of the pool that an admission leaves free, as in vLLM
@@ -39,22 +45,33 @@ WATERMARK = 0.01  # share of the pool that an admission leaves free, as in vLLM
 
 @dataclass
 class BlockTable:
-    """One request's K/V: `computed` tokens in `blocks`, in order, or in `host_blocks` while it is swapped out."""
+    """One request's K/V: `computed` tokens in `blocks`, in order, or in `host_blocks` while it is swapped out.
+
+    chain: the prefix cache's entries for its full blocks. caches: whether it makes such entries.
+    """
 
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
     computed: int = 0
+    chain: list[CachedBlock] = field(default_factory=list)
+    caches: bool = True
 
 
 class BlockManager(KVCacheManager):
-    """Books of a pool of `num_blocks` blocks of `block_size` tokens, and of `num_host_blocks` to swap to."""
+    """Books of a pool of `num_blocks` blocks of `block_size` tokens, and of `num_host_blocks` to swap to.
 
-    def __init__(self, num_blocks: int, block_size: int, num_host_blocks: int = 0) -> None:
+    cache: the index of blocks by their tokens; None to share nothing but forks.
+    """
+
+    def __init__(
+        self, num_blocks: int, block_size: int, num_host_blocks: int = 0, cache: PrefixCache | None = None
+    ) -> None:
         if num_blocks < 1 or block_size < 1:
             raise ValueError(f"num_blocks={num_blocks}, block_size={block_size}; allowed: integers >= 1")
         self.block_size = block_size
         self.pool = BlockPool(num_blocks)
         self.host_pool = BlockPool(num_host_blocks)
+        self.cache = cache
         self.watermark = int(WATERMARK * num_blocks)
         self._tables: dict[str, BlockTable] = {}
         self._filled = [0] * (num_blocks + 1)  # slots written, per block that is held
@@ -76,27 +93,56 @@ class BlockManager(KVCacheManager):
         )
 
     def match(self, request: Request) -> int:
-        """The tokens that wait on the host, if the request was swapped out; else 0."""
+        """The tokens that wait on the host if the request was swapped out; else those of cached blocks."""
         table = self._tables.get(request.request_id)
-        return table.computed if table is not None else 0
+        return table.computed if table is not None else len(self._hits(request)) * self.block_size
+
+    def awaited(self, request: Request) -> Awaited | None:
+        """The running request that has promised the block after those that are cached, and how far its promises go."""
+        found = self._find(request)
+        promised = found[sum(entry.block is not None for entry in found) :]
+        if not promised or promised[0].writer is None:
+            return None
+        writer = promised[0].writer
+        until = len(found) - len(promised)
+        for entry in promised:
+            if entry.writer != writer or entry.block is not None:
+                break
+            until += 1
+        return Awaited(writer, until * self.block_size)
+
+    def _find(self, request: Request) -> list[CachedBlock]:
+        """Cached blocks with the first tokens of a request that holds nothing; one token is always left to compute."""
+        if self.cache is None or request.request_id in self._tables:
+            return []
+        return self.cache.find(request, (request.num_tokens - 1) // self.block_size)
+
+    def _hits(self, request: Request) -> list[CachedBlock]:
+        return list(takewhile(lambda entry: entry.block is not None, self._find(request)))
 
     def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> BlockPlan | None:
-        """Blocks for `num_new_tokens` more tokens, and back from the host what was swapped out."""
-        table = self._tables.get(request.request_id) or BlockTable()
+        """Blocks for `num_new_tokens` more tokens, after those cached, and back from the host what was swapped out."""
+        table = self._tables.get(request.request_id)
+        hits: list[int] = []
+        if table is None:
+            chain = self._hits(request)
+            hits = [entry.block for entry in chain if entry.block is not None]
+            table = BlockTable(list(hits), computed=len(hits) * self.block_size, chain=chain)
         missing = max(0, self.blocks_for(table.computed + num_new_tokens) - len(table.blocks))
         shared = self._shared_block(table)
-        wanted = missing + (shared is not None)
+        wanted = missing + (shared is not None) + sum(self.pool.ref_counts[block] == 0 for block in hits)
         if wanted > 0 and wanted > self.pool.num_free - (self.watermark if spare else 0):
             return None
+        self._take(hits)  # before any free block is taken, or the request would evict what it has found
         ops: list[KVOp] = []
         if shared is not None:
             source = table.blocks[shared]
-            (copy,) = self.pool.allocate(1)
+            (copy,) = self._allocate(1)
             self._fill(copy, table.computed % self.block_size)
             self._release(self.pool.release([source]))
             table.blocks[shared] = copy
             ops.append(BlockCopy(source, copy))
-        table.blocks += self.pool.allocate(missing)
+        table.blocks += self._allocate(missing)
         if table.host_blocks:
             for index, (host, block) in enumerate(zip(table.host_blocks, table.blocks, strict=False)):
                 self._fill(block, min(self.block_size, table.computed - index * self.block_size))
@@ -104,6 +150,9 @@ class BlockManager(KVCacheManager):
             self.host_pool.release(table.host_blocks)
             table.host_blocks = []
         self._tables[request.request_id] = table
+        if self.cache is not None and table.caches:
+            num_full = (table.computed + num_new_tokens) // self.block_size
+            self.cache.extend(request, table.chain, table.blocks, num_full)
         return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks))
 
     def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
@@ -113,7 +162,8 @@ class BlockManager(KVCacheManager):
             raise RuntimeError(f"request {src.request_id!r} has no K/V for {num_tokens} tokens to fork")
         blocks = source.blocks[: self.blocks_for(num_tokens)]
         self.pool.share(blocks)
-        self._tables[dst.request_id] = BlockTable(blocks, computed=num_tokens)
+        chain = source.chain[: num_tokens // self.block_size]
+        self._tables[dst.request_id] = BlockTable(blocks, computed=num_tokens, chain=chain, caches=source.caches)
         return KVFork(num_tokens)
 
     def commit(self, plan: KVPlan) -> None:
@@ -125,9 +175,13 @@ class BlockManager(KVCacheManager):
         for index in range(plan.start // self.block_size, self.blocks_for(end)):
             self._fill(table.blocks[index], min(self.block_size, end - index * self.block_size))
         table.computed = end
+        if self.cache is not None:
+            self.cache.commit(plan.request_id)
 
     def release(self, request: Request) -> None:
         """Let go of all blocks, the last first: so a request's tail is taken by others before its head."""
+        if self.cache is not None:
+            self.cache.forget(request.request_id)
         table = self._tables.pop(request.request_id, None)
         if table is not None:
             self._release(self.pool.release(reversed(table.blocks)))
@@ -139,6 +193,8 @@ class BlockManager(KVCacheManager):
         needed = self.blocks_for(table.computed)
         if not 0 < needed <= self.host_pool.num_free:
             return None
+        if self.cache is not None:
+            self.cache.forget(request.request_id)
         host_blocks = self.host_pool.allocate(needed)
         ops = tuple(SwapOut(b, h) for b, h in zip(table.blocks, host_blocks, strict=False))
         self._release(self.pool.release(reversed(table.blocks)))
@@ -150,6 +206,13 @@ class BlockManager(KVCacheManager):
         table = self._tables.get(request.request_id)
         return table is not None and bool(table.blocks) and table.computed >= num_tokens
 
+    def reset_prefix_cache(self) -> None:
+        """No block is found any more, not even those of requests that run now."""
+        if self.cache is not None:
+            self.cache.clear()
+        for table in self._tables.values():
+            table.chain, table.caches = [], False
+
     def usage(self) -> KVUsage:
         """Held blocks, each counted once however many tables name it, and the slots written in them."""
         size = self.block_size
@@ -158,13 +221,16 @@ class BlockManager(KVCacheManager):
 
     def snapshot(self) -> BlockSnapshot:
         """Everything a block map shows."""
+        cached = {} if self.cache is None else self.cache.parents()
         return BlockSnapshot(
             self.block_size,
             {i: tuple(table.blocks) for i, table in self._tables.items() if table.blocks},
             {i: tuple(table.host_blocks) for i, table in self._tables.items() if table.host_blocks},
             tuple(self.pool.ref_counts),
-            tuple(self._filled),
+            tuple(self.block_size if b in cached and not self._filled[b] else n for b, n in enumerate(self._filled)),
             self.pool.num_free,
+            tuple(self.pool.free_blocks()),
+            cached,
         )
 
     def check(self) -> None:
@@ -190,6 +256,8 @@ class BlockManager(KVCacheManager):
             self._filled[block] for block in range(len(self._filled)) if not self.pool.ref_counts[block]
         ):
             raise RuntimeError(f"{self._used} slots used, and filled {self._filled}")
+        if self.cache is not None:
+            self.cache.check()
 
     def _shared_block(self, table: BlockTable) -> int | None:
         """The index of the block that the next token goes into, if others hold it too."""
@@ -197,6 +265,21 @@ class BlockManager(KVCacheManager):
         if index < len(table.blocks) and self.pool.ref_counts[table.blocks[index]] > 1:
             return index
         return None
+
+    def _allocate(self, count: int) -> list[int]:
+        """Free blocks, those first that nobody has used for longest. What was cached in them is lost."""
+        blocks = self.pool.allocate(count)
+        if self.cache is not None:
+            for block in blocks:
+                self.cache.evict(block)
+        return blocks
+
+    def _take(self, hits: list[int]) -> None:
+        """Hold cached blocks, whether others hold them or nobody."""
+        for block in hits:
+            if self.pool.ref_counts[block] == 0:
+                self._fill(block, self.block_size)
+        self.pool.share(hits)
 
     def _fill(self, block: int, filled: int) -> None:
         """Slots of a block are written, up to `filled`."""

@@ -10,7 +10,7 @@ The life of a request in the books:  why_never_fits -> match -> reserve -> commi
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from folovllm.request import Request
 
@@ -82,6 +82,17 @@ class KVFork:
 
 
 @dataclass(frozen=True)
+class Awaited:
+    """A running request that will compute the K/V of tokens which another one has in common with it.
+
+    num_tokens: how many of the first tokens both of them know to have K/V then.
+    """
+
+    request_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True)
 class KVUsage:
     """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed.
 
@@ -109,7 +120,9 @@ class BlockSnapshot:
     """The state of a pool of blocks. Block 0 is the null block.
 
     tables, host_tables: request id -> its blocks on the device, or on the host. ref_counts, filled: per block, how many
-    tables name it and how many of its slots are written.
+    tables name it and how many of its slots are written; a free block that is cached counts as written. free: the free
+    blocks, in the order in which they will be taken. cached: blocks that a request may find by their tokens -> the one
+    before each, None for the first of a prompt.
     """
 
     block_size: int
@@ -118,6 +131,8 @@ class BlockSnapshot:
     ref_counts: tuple[int, ...]
     filled: tuple[int, ...]
     num_free: int
+    free: tuple[int, ...] = ()
+    cached: dict[int, int | None] = field(default_factory=dict)
 
 
 class KVCacheManager(ABC):
@@ -130,6 +145,10 @@ class KVCacheManager(ABC):
     @abstractmethod
     def match(self, request: Request) -> int:
         """How many of the request's first tokens already have K/V that it may use. Less than `num_tokens`."""
+
+    def awaited(self, request: Request) -> Awaited | None:
+        """Who is about to compute what comes after the match, if somebody who runs is."""
+        return None
 
     @abstractmethod
     def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
@@ -160,6 +179,10 @@ class KVCacheManager(ABC):
     def can_fork(self, request: Request, num_tokens: int) -> bool:
         """Whether K/V of the request's first `num_tokens` tokens is where `fork` can take it from."""
         return request.num_computed_tokens >= num_tokens
+
+    def reset_prefix_cache(self) -> None:
+        """Nothing that was computed so far is found by new requests."""
+        return
 
     def snapshot(self) -> BlockSnapshot | None:
         """The state of every block, where there are blocks."""

@@ -3,14 +3,14 @@
 transformers lets one replace the attention of its models: a function is registered under a name, and every attention
 layer calls it with its queries, keys and values, positions already applied. All else stays the model's own code:
 
-    token ids [T] -> embedding, norms, MLPs of the model -> hidden states [T, E] -> the model's own head -> logits [N, V]
+    token ids [T] -> embedding, norms, MLPs of the model -> hidden states [T, E] -> its own head -> logits [N, V]
                             |                  ^
                             v                  |
               `paged_attention`: write K and V to their slots, attend over blocks
 
 The model sees one sequence of T tokens, whose positions start again and again. That is right only if nothing but the
 registered function mixes tokens, and nothing in the library promises it: a model may compute attention by itself, and
-then every request reads its neighbours' tokens, without an error. So no model is trusted: see `folovllm.models.hf_check`.
+then every request reads its neighbours' tokens, without an error. So none is trusted: see `folovllm.models.hf_check`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -77,8 +76,8 @@ def paged_attention(
 ) -> tuple[Tensor, None]:
     """What an attention layer calls: query [1, Hq, T, D], key and value [1, Hkv, T, D] in, ([1, T, Hq, D], None) out.
 
-    attention_mask: no mask but the window's length, from `window_of_mask`; None for no window. Raises ValueError, naming
-    it, for anything that the backends do not have. A model that needs such a thing is found out before its first request.
+    attention_mask: no mask but the window's length, from `window_of_mask`; None for no window. Raises ValueError, by
+    name, for what the backends do not have: a model that needs such a thing is found out before its first request.
     """
     layer = getattr(module, "layer_idx", None)
     if paged_step is None or layer is None:
@@ -166,12 +165,25 @@ class HFPagedModel:
         return logits
 
 
-class GivenHiddenStates(nn.Module):
-    """Stands where a model's body was, and gives back as its result what it is given as its input."""
+class GivenOutput:
+    """What a body returns, as far as a head reads it: the hidden states, by name or as the first item; else None."""
 
-    def forward(self, inputs_embeds: Tensor, **others: Any) -> SimpleNamespace:
+    def __init__(self, hidden: Tensor) -> None:
+        self.last_hidden_state = hidden
+
+    def __getitem__(self, index: int) -> Tensor | None:
+        return self.last_hidden_state if index == 0 else None
+
+    def __getattr__(self, name: str) -> None:
+        return None
+
+
+class GivenHiddenStates(nn.Module):
+    """Stands where a model's body was, and returns as its result the embeddings that it is given."""
+
+    def forward(self, *ids: None, inputs_embeds: Tensor, **others: Any) -> GivenOutput:
         """[1, N, E] in and out."""
-        return SimpleNamespace(last_hidden_state=inputs_embeds, past_key_values=None)
+        return GivenOutput(inputs_embeds)
 
     @property
     def decoder(self) -> GivenHiddenStates:

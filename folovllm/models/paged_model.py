@@ -79,8 +79,8 @@ def load_paged_model(
     """The model of a checkpoint, ready for inference.
 
     model_impl: "folovllm" is our decoder, "transformers" Hugging Face's model, "auto" ours where it has all that the
-    config asks for. Raises ValueError for a config that the chosen one does not have, by name, and as `load_decoder` and
-    `load_hf_paged` do.
+    config asks for. Raises ValueError for what the chosen one does not have, by name, and for weights as `load_decoder`
+    and `load_hf_paged` do.
     """
     lacks = None if model_impl == "transformers" else what_decoder_lacks(hf_config)
     if model_impl == "folovllm" and lacks is not None:

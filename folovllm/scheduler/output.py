@@ -44,11 +44,11 @@ class SchedulerOutput:
     """One step's work. `kv_ops` are done in order before the forward; `finished_ids` may be forgotten altogether."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
-    total_num_scheduled_tokens: int = 0
     new_requests: list[NewRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
     finished_ids: list[str] = field(default_factory=list)
     preempted_ids: list[str] = field(default_factory=list)
+    total_num_scheduled_tokens: int = 0
 
     def add(self, share: ScheduledRequest) -> None:
         """Give a request a share of the step. Its plan's operations join the others."""

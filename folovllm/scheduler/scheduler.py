@@ -14,15 +14,22 @@ ask to be held (`Request.hold`): a beam search forks its next beams from it, and
 held K/V is given up before anybody has to give way, and whoever wanted to fork it computes its prompt alone.
 
 A step takes every running request first, since somebody reads along; waiting ones join in the order of the queue with
-what is left of the token budget. A prompt is computed in one piece here, so the head of the line may not fit beside the
-decodes: then it gets a step without them. No two such steps follow each other, so a decode skips one step at most.
+what is left of the token budget. There is no prefill phase and no decode phase: each request computes those of its
+known tokens that have no K/V yet (`num_tokens_to_compute`), as many as there is room for, and samples when it has
+caught up. That is chunked prefill (Sarathi-Serve, Agrawal et al., OSDI 2024).
+
+Without chunked prefill a prompt is computed in one piece, so the head of the line may not fit beside the decodes: then
+it gets a step without them. No two such steps follow each other, so a decode skips one step at most.
+
+Where prefixes are cached, a request starts with the blocks that it finds. If the block after those is one that a
+running request is about to compute, it steps aside and follows that one (`Followers`) instead of computing it, too.
 
 Where K/V comes in blocks, a running request may find none free. Then whoever came last (or has the lowest priority)
 gives way: it loses its K/V, to be computed again, or has it swapped to the host, and goes back to the front of the
 line. Its tokens are kept, so what it comes to say does not change. In such a step nobody is admitted.
 
 Invariants (between two calls):
-  1. Every live request is in exactly one of: parked, `waiting`, `running`. A held one is in none of them.
+  1. Every live request is in exactly one of: parked, following, `waiting`, `running`. A held one is in none of them.
   2. len(running) <= max_running, and a step never holds more than max_num_batched_tokens tokens.
   3. Only running, held and swapped-out requests hold anything in the KV books, the last on the host.
   4. Nothing done in a step looks at all waiting requests.
@@ -35,6 +42,8 @@ from collections.abc import Iterable
 from folovllm.kv_cache.interface import KVCacheManager, KVFork, KVPlan
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.interface import RunnerOutput
+from folovllm.scheduler.followers import Followers
+from folovllm.scheduler.forks import Forks
 from folovllm.scheduler.output import CoreOutput, NewRequest, ScheduledRequest, SchedulerOutput
 from folovllm.scheduler.request_queue import RequestQueue, make_queue
 from folovllm.scheduler.stop import check_stop
@@ -50,19 +59,24 @@ class Scheduler:
         max_num_batched_tokens: int,
         policy: str = "fcfs",
         preemption_mode: str = "recompute",
+        chunked_prefill: bool = False,
+        long_prefill_token_threshold: int = 0,
     ) -> None:
         self.kv = kv
         self.policy = policy
         self.swaps = preemption_mode == "swap"
         self.max_num_batched_tokens = max_num_batched_tokens
+        self.chunked_prefill = chunked_prefill
+        # Tokens of one request in a step, so that others fit beside a long prompt; 0 for no such limit.
+        self.longest_piece = long_prefill_token_threshold if chunked_prefill else 0
         # Every running request needs a token of the budget in every step, so more of them would have to take turns.
         self.max_running = min(max_num_seqs, max_num_batched_tokens)
         self.requests: dict[str, Request] = {}  # live and held
         self.waiting: RequestQueue = make_queue(policy)
         self.running: list[Request] = []
         self._decodes_skipped = False  # by the last step
-        self._parked: dict[str, list[Request]] = {}  # leader id -> children that wait for its prompt
-        self._forks_due: dict[str, set[str]] = {}  # leader id -> children that will need its K/V
+        self._forks = Forks()
+        self._followers = Followers()
         self._held: set[str] = set()  # finished requests whose K/V others still need
         self._finished_ids: list[str] = []  # for the next SchedulerOutput
 
@@ -70,11 +84,11 @@ class Scheduler:
 
     def check_can_run(self, request: Request) -> None:
         """Raise ValueError, with the arithmetic, for a request that no step could ever run."""
-        if request.num_prompt_tokens > self.max_num_batched_tokens:
+        if request.num_prompt_tokens > self.max_num_batched_tokens and not self.chunked_prefill:
             raise ValueError(
                 f"request {request.request_id!r}: the prompt has {request.num_prompt_tokens} tokens and a step "
                 f"computes at most {self.max_num_batched_tokens}; allowed: a prompt of that length or less, or "
-                "a larger max_num_batched_tokens"
+                "a larger max_num_batched_tokens, or enable_chunked_prefill"
             )
         reason = self.kv.why_never_fits(request)
         if reason is not None:
@@ -92,10 +106,8 @@ class Scheduler:
         self.requests[request.request_id] = request
         if leader is None or held:
             self.waiting.add(request)
-        else:
-            self._parked.setdefault(leader.request_id, []).append(request)
         if leader is not None:
-            self._forks_due.setdefault(leader.request_id, set()).add(request.request_id)
+            self._forks.add(leader.request_id, request, park=not held)
 
     def abort(self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> list[str]:
         """Finish requests from outside and return their ids; those unknown or finished already are ignored.
@@ -168,7 +180,9 @@ class Scheduler:
 
     def _head_needs_a_step_of_its_own(self) -> bool:
         """Whether only the budget that decodes take keeps the head of the line out, and decodes may skip this step."""
-        if not self.waiting or not self.running or len(self.running) >= self.max_running or self._decodes_skipped:
+        if self.chunked_prefill or self._decodes_skipped or not self.waiting or not self.running:
+            return False
+        if len(self.running) >= self.max_running:
             return False
         head = self.waiting.peek()
         in_pieces = head.status is RequestStatus.PREEMPTED
@@ -179,11 +193,16 @@ class Scheduler:
     def _schedule_running(self, step: SchedulerOutput) -> None:
         """Decodes, then those that still catch up after a preemption, each with what the budget leaves."""
         for request in sorted(self.running, key=lambda r: r.num_tokens_to_compute > 1):
-            num_new = min(request.num_tokens_to_compute, self.max_num_batched_tokens - step.total_num_scheduled_tokens)
+            num_new = self._piece(request.num_tokens_to_compute, step)
             if request.status is RequestStatus.RUNNING and num_new > 0:  # it may have given way to one before it
                 plan = self._reserve(request, num_new, step)
                 if plan is not None:
                     self._schedule(request, plan, step)
+
+    def _piece(self, num_tokens: int, step: SchedulerOutput) -> int:
+        """How many of a request's `num_tokens` tokens find room in the step."""
+        room = self.max_num_batched_tokens - step.total_num_scheduled_tokens
+        return min(num_tokens, room, self.longest_piece or room)
 
     def _reserve(self, request: Request, num_new: int, step: SchedulerOutput) -> KVPlan | None:
         """Room for a running request, at the cost of others if need be; None if it was itself the one to give way."""
@@ -210,6 +229,7 @@ class Scheduler:
         step.preempted_ids.append(victim.request_id)
         self.running.remove(victim)
         victim.set_status(RequestStatus.PREEMPTED)
+        self._wake(victim)
         self.waiting.prepend(victim)
 
     def _forget(self, request: Request) -> None:
@@ -219,6 +239,8 @@ class Scheduler:
     def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
         while self.waiting and len(self.running) < self.max_running:
+            if self._steps_aside(self.waiting.peek()):
+                continue
             admitted = self._admit(self.waiting.peek(), step)
             if not admitted and not self.running and self._release_held():
                 # Nothing runs, so no room would ever come free: only finished leaders were in the way.
@@ -229,17 +251,19 @@ class Scheduler:
     def _admit(self, request: Request, step: SchedulerOutput) -> bool:
         """Move the head of the line to `running` if its tokens fit the budget and the cache; else change nothing.
 
-        A preempted one may catch up in pieces, since with its output it may be longer than any step.
+        Without chunked prefill a prompt has to fit in one piece. But a preempted request may catch up in several, since
+        with its output it may be longer than any step.
         """
-        budget = self.max_num_batched_tokens - step.total_num_scheduled_tokens
         first_time = request.status is RequestStatus.WAITING
         leader = self._leader_to_fork(request)
         fork = self.kv.fork(leader, request, request.num_prompt_tokens - 1) if leader is not None else KVFork(0)
         if fork is None:
             return False
         start = fork.num_tokens if leader is not None else self.kv.match(request)
-        num_new = request.num_tokens - start if first_time else min(request.num_tokens - start, budget)
-        plan = self.kv.reserve(request, num_new, spare=bool(self.running)) if 0 < num_new <= budget else None
+        missing = request.num_tokens - start
+        num_new = self._piece(missing, step)
+        fits = num_new > 0 and (num_new == missing or self.chunked_prefill or not first_time)
+        plan = self.kv.reserve(request, num_new, spare=bool(self.running)) if fits else None
         if plan is None:
             if leader is not None:
                 self.kv.release(request)
@@ -262,6 +286,7 @@ class Scheduler:
         end = plan.start + plan.num_tokens
         tokens = request.tokens(plan.start, end)
         step.add(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
+        self._wake(request, end)
 
     def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
         """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
@@ -273,7 +298,7 @@ class Scheduler:
                 continue  # aborted while the step was on its way
             self.kv.commit(share.plan)
             request.num_computed_tokens += share.num_tokens
-            next_in_line += self._unpark(request)
+            next_in_line += self._forks.unpark(request)
             if share.request_id in result.failed:
                 request.stop_reason = result.failed[share.request_id]
                 request.set_status(RequestStatus.FINISHED_ERROR)
@@ -309,10 +334,13 @@ class Scheduler:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove(request)
+        elif request in self._followers:
+            self._followers.remove(request)
+        self._wake(request)
         self._fork_done(request)
-        if self._forks_due.get(request.request_id):
-            if request.request_id in self._parked:
-                self._promote(request)
+        if self._forks.due(request.request_id):
+            if self._forks.has_parked(request.request_id):
+                self.waiting.prepend(self._forks.promote(request))
             else:
                 self._held.add(request.request_id)  # `_fork_done` of the last child releases it
                 return
@@ -325,6 +353,22 @@ class Scheduler:
         self.kv.release(request)
         del self.requests[request.request_id]
         self._finished_ids.append(request.request_id)
+
+    # ------------------------------------------------------------------ followers
+
+    def _steps_aside(self, request: Request) -> bool:
+        """Let the head of the line wait for a running request if that is about to compute its next block."""
+        awaited = None if self._leader_to_fork(request) is not None else self.kv.awaited(request)
+        if awaited is None:
+            return False
+        self.waiting.remove(request)
+        self._followers.add(awaited.request_id, awaited.num_tokens, request)
+        return True
+
+    def _wake(self, leader: Request, num_tokens: int | None = None) -> None:
+        """Who followed `leader` as far as `num_tokens`, or at all, is next in line: in this very step, if it fits."""
+        for follower in reversed(self._followers.wake(leader.request_id, num_tokens)):
+            self.waiting.prepend(follower)
 
     # ------------------------------------------------------------------ forks
 
@@ -342,46 +386,19 @@ class Scheduler:
         held = list(self._held)
         for leader_id in held:
             self.requests[leader_id].hold = False
-            for child_id in list(self._forks_due.get(leader_id, ())):
+            for child_id in self._forks.due(leader_id):
                 self._fork_done(self.requests[child_id])
             self._release_if_unneeded(leader_id)
         return bool(held)
 
     def _release_if_unneeded(self, leader_id: str) -> None:
         """Release a held request that nobody has reason to hold any longer."""
-        if leader_id in self._held and leader_id not in self._forks_due and not self.requests[leader_id].hold:
+        if leader_id in self._held and not self._forks.due(leader_id) and not self.requests[leader_id].hold:
             self._held.remove(leader_id)
             self._release(self.requests[leader_id])
 
-    def _unpark(self, leader: Request) -> list[Request]:
-        """The children that are next in line, in order, once their leader's prompt is computed."""
-        if leader.request_id in self._parked and leader.num_computed_tokens >= leader.num_prompt_tokens:
-            return self._parked.pop(leader.request_id)
-        return []
-
-    def _promote(self, leader: Request) -> None:
-        """A leader that goes before its prompt is computed leaves the lead to its first child."""
-        first, *others = self._parked.pop(leader.request_id)
-        del self._forks_due[leader.request_id]
-        first.parent_id = None
-        self.waiting.prepend(first)
-        for child in others:
-            child.parent_id = first.request_id
-        if others:
-            self._parked[first.request_id] = others
-            self._forks_due[first.request_id] = {child.request_id for child in others}
-
     def _fork_done(self, child: Request) -> None:
-        """`child` needs its leader's K/V no more: it has its own, or is gone. Releases a held leader after the last."""
-        leader_id, child.parent_id = child.parent_id, None
-        due = self._forks_due.get(leader_id) if leader_id is not None else None
-        if leader_id is None or due is None:
-            return
-        due.discard(child.request_id)
-        parked = self._parked.get(leader_id, [])
-        if child in parked:
-            parked.remove(child)
-        if not due:
-            del self._forks_due[leader_id]
-            self._parked.pop(leader_id, None)
+        """`child` needs its leader's K/V no more. Releases a held leader after the last one."""
+        leader_id = self._forks.done(child)
+        if leader_id is not None:
             self._release_if_unneeded(leader_id)

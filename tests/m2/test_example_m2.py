@@ -273,7 +273,8 @@ def invoke(*args: str) -> Any:
 
 def test_generate_takes_the_options_of_m2() -> None:
     result = invoke(
-        *("generate", "--num-prompts", "4", "--max-tokens", "4", "--max-num-seqs", "2", "--batching", "loop"),
+        *("generate", "--milestone", "m2", "--num-prompts", "4", "--max-tokens", "4"),
+        *("--max-num-seqs", "2", "--batching", "loop"),
         *("--scheduling-policy", "sjf", "--max-num-batched-tokens", "64", "--watch", "--pace", "0"),
     )
     assert result.exit_code == 0, result.output

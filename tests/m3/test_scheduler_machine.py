@@ -432,7 +432,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests = self.scheduler.requests.values()
         running = [r for r in requests if r.status is RequestStatus.RUNNING]
         waiting = [r for r in requests if r in self.scheduler.waiting]
-        parked = [r for children in self.scheduler._parked.values() for r in children]
+        parked = [r for r in requests if r in self.scheduler._forks]
         held = [r for r in requests if r.is_finished]
         assert len(requests) == len(running) + len(parked) + len(waiting) + len(held)
         assert {id(r) for r in self.scheduler.running} == {id(r) for r in running}
