@@ -11,11 +11,15 @@ The tokens of all requests stand one behind the other, without padding, in one a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
+
+from folovllm.attention.prefix_groups import PrefixGroup, prefix_groups
 
 
 @dataclass
@@ -47,22 +51,90 @@ class AttentionMetadata:
         return max(self.query_lens) == 1
 
     @cached_property
+    def groups(self) -> list[PrefixGroup]:
+        """Requests that share the first part of their K/V. Worked out once per step, for all layers."""
+        return prefix_groups(self.tables, self.query_lens, self.kv_lens, self.block_size)
+
+    @cached_property
     def places(self) -> KVPlaces:
         """Where every request's K/V can be read in one piece. Worked out once per step, for all layers."""
+        return self.find_places([0] * len(self.tables))
+
+    @cached_property
+    def places_after_groups(self) -> KVPlaces:
+        """The same for what each request has beyond the prefix of its group; for decodes in groups see `tails`."""
+        skipped: list[int | None] = [0] * len(self.tables)
+        for group in self.groups:
+            for index in group.requests:
+                skipped[index] = group.num_blocks if self.query_lens[index] > 1 else None
+        return self.find_places(skipped)
+
+    @cached_property
+    def tails(self) -> Tails | None:
+        """What the decodes in groups have beyond their prefix, padded to one length; None if there are none."""
+        members = [(i, g.num_blocks) for g in self.groups for i in g.requests if self.query_lens[i] == 1]
+        if not members:
+            return None
+        size, device = self.block_size, self.slot_mapping.device
+        lengths = [self.kv_lens[index] - skip * size for index, skip in members]
+        width = -(-max(lengths) // size)
+        blocks = torch.zeros(len(members), width, dtype=torch.int64)  # [M, B]; what is not filled is the null block
+        for row, (index, skip) in enumerate(members):
+            tail = self.tables[index][skip : -(-self.kv_lens[index] // size)]
+            blocks[row, : len(tail)] = torch.tensor(tail)
+        hidden = torch.arange(width * size) >= torch.tensor(lengths)[:, None]  # [M, S]
+        mask = torch.zeros(len(members), 1, 1, width * size).masked_fill_(hidden[:, None, None], -torch.inf)
+        rows = torch.tensor([self.query_starts[index] for index, _ in members], device=device)
+        return Tails(rows, blocks.flatten().to(device), mask.to(device))
+
+    @cached_property
+    def group_rows(self) -> list[Tensor]:
+        """Where the queries of each group's requests stand: [N]."""
+        starts, lengths = self.query_starts, self.query_lens
+        device = self.slot_mapping.device
+        return [
+            torch.cat([torch.arange(starts[i], starts[i] + lengths[i], device=device) for i in group.requests])
+            for group in self.groups
+        ]
+
+    @cached_property
+    def query_starts(self) -> list[int]:
+        """The first row of every request."""
+        return [end - length for end, length in zip(accumulate(self.query_lens), self.query_lens, strict=True)]
+
+    def find_places(self, skipped: Sequence[int | None]) -> KVPlaces:
+        """Ranges of slots for every request's K/V but that of its first `skipped` blocks; None: it needs none."""
         size = self.block_size
         scattered: list[int] = []
         in_pool, slots = [], []
-        for table, length in zip(self.tables, self.kv_lens, strict=True):
-            num_blocks = -(-length // size)
-            first = table[0]
-            neighbours = table[:num_blocks] == tuple(range(first, first + num_blocks))
-            start = (first if neighbours else len(scattered)) * size
+        for full_table, kv_len, skip in zip(self.tables, self.kv_lens, skipped, strict=True):
+            if skip is None:
+                in_pool.append(True)
+                slots.append(slice(0, 0))
+                continue
+            length = kv_len - skip * size
+            table = full_table[skip : -(-kv_len // size)]
+            neighbours = table == tuple(range(table[0], table[0] + len(table)))
+            start = (table[0] if neighbours else len(scattered)) * size
             in_pool.append(neighbours)
             slots.append(slice(start, start + length))
             if not neighbours:
-                scattered += table[:num_blocks]
+                scattered += table
         blocks = torch.tensor(scattered, device=self.slot_mapping.device) if scattered else None  # [blocks]
         return KVPlaces(in_pool, slots, blocks)
+
+
+@dataclass(frozen=True)
+class Tails:
+    """K/V of M decodes that is theirs alone, as tables of one width.
+
+    rows: [M], where their queries stand. blocks: [M * B], the null block where one has fewer. mask: [M, 1, 1, S], 0 for
+    slots that hold K/V of the request and -inf for others.
+    """
+
+    rows: Tensor
+    blocks: Tensor
+    mask: Tensor
 
 
 @dataclass(frozen=True)

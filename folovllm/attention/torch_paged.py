@@ -17,48 +17,115 @@ from torch.nn.functional import scaled_dot_product_attention
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import visible_tokens
+from folovllm.attention.shared_prefix import (
+    attend_part,
+    causal_rows,
+    merge_parts,
+    parts_work,
+    stack_rows,
+    unstack_rows,
+)
 
 
 class TorchBackend(AttentionBackend):
-    """`scaled_dot_product_attention` per request. Raises ValueError for a softcap, which that function has not."""
+    """`scaled_dot_product_attention` per request. Raises ValueError for a softcap, which that function has not.
+
+    On a CPU a prefix that several requests share is read once for all of them (`folovllm.attention.shared_prefix`).
+    """
 
     name = "torch"
 
     def __init__(self) -> None:
-        # All layers of all steps copy to the same place: a CPU takes as long to get fresh memory as to fill it.
-        self._room: LayerKV | None = None
+        self._scattered, self._prefix, self._tails = Room(), Room(), Room()
 
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
         """See `AttentionBackend.attend`."""
         if params.softcap is not None:
             raise ValueError(f"softcap={params.softcap} is not valid with attention_backend='torch'; allowed: None")
-        places = meta.places
+        shares = params.sliding_window is None and query.device.type == "cpu" and bool(meta.groups) and parts_work()
+        places = meta.places_after_groups if shares else meta.places
         pool = kv.flat()  # each [slots, Hkv, D]
-        copied = pool if places.scattered_blocks is None else self.copy(kv, places.scattered_blocks).flat()
+        blocks = places.scattered_blocks
+        copied = pool if blocks is None else self._scattered.copy(kv, blocks).flat()
         out = torch.zeros_like(query)  # [T, Hq, D]
-        start = 0
-        for query_len, in_pool, slots in zip(meta.query_lens, places.in_pool, places.slots, strict=True):
-            keys, values = pool if in_pool else copied
-            end = start + query_len
+        grouped = {index for group in meta.groups for index in group.requests} if shares else set()
+        for index, (start, query_len) in enumerate(zip(meta.query_starts, meta.query_lens, strict=True)):
+            if index in grouped:
+                continue
+            keys, values = pool if places.in_pool[index] else copied
+            slots, end = places.slots[index], start + query_len
             if query_len == 1:
                 if params.sliding_window is not None:  # what is before the window need not be read
                     slots = slice(max(slots.start, slots.stop - params.sliding_window), slots.stop)
                 out[start:end] = decode(query[start:end], keys[slots], values[slots], params)
             else:
                 out[start:end] = prefill(query[start:end], keys[slots], values[slots], params)
-            start = end
+        if shares:
+            self._attend_groups(out, query, kv, meta, params, copied)
         return out
+
+    def _attend_groups(
+        self,
+        out: Tensor,
+        query: Tensor,
+        kv: LayerKV,
+        meta: AttentionMetadata,
+        params: AttentionParams,
+        copied: tuple[Tensor, Tensor],
+    ) -> None:
+        """Fill the rows of `out` that belong to groups: first what each has of its own, then what they share."""
+        num_heads, num_kv_heads = query.shape[1], kv.keys.shape[2]
+        lse = torch.zeros(query.shape[:2])  # [T, Hq], of the part in `out`
+        if meta.tails is not None:
+            tails = meta.tails
+            flat = self._tails.copy(kv, tails.blocks).flat()  # each [M * S, Hkv, D]
+            keys, values = (x.unflatten(0, (len(tails.rows), -1)).transpose(1, 2) for x in flat)  # each [M, Hkv, S, D]
+            rows = query[tails.rows].unflatten(1, (num_kv_heads, -1))  # [M, Hkv, G, D]
+            part, part_lse = attend_part(rows, keys, values, params.scale, tails.mask.to(query.dtype))
+            out[tails.rows], lse[tails.rows] = part.flatten(1, 2), part_lse.flatten(1, 2)
+        places, groups = meta.places_after_groups, num_heads // num_kv_heads
+        for group, tokens in zip(meta.groups, meta.group_rows, strict=True):  # tokens: [N]
+            for index in group.requests:
+                start, length = meta.query_starts[index], meta.query_lens[index]
+                if length > 1:
+                    keys, values = heads_first(kv.flat() if places.in_pool[index] else copied, places.slots[index])
+                    mask = causal_rows(length, keys.shape[2], groups, query.dtype)
+                    rows = stack_rows(query[start : start + length], num_kv_heads)
+                    part, part_lse = attend_part(rows, keys, values, params.scale, mask)
+                    out[start : start + length] = unstack_rows(part, length)
+                    lse[start : start + length] = unstack_rows(part_lse, length)
+            shared = meta.tables[group.requests[0]][: group.num_blocks]
+            if shared == tuple(range(shared[0], shared[0] + len(shared))):
+                slots = slice(shared[0] * meta.block_size, (shared[-1] + 1) * meta.block_size)
+                keys, values = heads_first(kv.flat(), slots)
+            else:
+                keys, values = heads_first(self._prefix.copy(kv, torch.tensor(shared)).flat(), slice(None))
+            rows = stack_rows(query[tokens], num_kv_heads)  # [1, Hkv, G * N, D]
+            part, part_lse = (unstack_rows(x, len(tokens)) for x in attend_part(rows, keys, values, params.scale))
+            out[tokens] = merge_parts(out[tokens], lse[tokens], part, part_lse)
+
+
+class Room:
+    """A place for copies of blocks. All layers of all steps use it: a CPU takes as long to get memory as to fill it."""
+
+    def __init__(self) -> None:
+        self._kv: LayerKV | None = None
 
     def copy(self, kv: LayerKV, blocks: Tensor) -> LayerKV:
         """The named blocks, [blocks], side by side."""
-        room = self._room
+        room = self._kv
         if room is None or len(room.keys) < len(blocks) or room.keys.shape[1:] != kv.keys.shape[1:]:
             shape = (len(blocks) * 5 // 4, *kv.keys.shape[1:])
-            room = self._room = LayerKV(kv.keys.new_empty(shape), kv.values.new_empty(shape))
+            room = self._kv = LayerKV(kv.keys.new_empty(shape), kv.values.new_empty(shape))
         copied = LayerKV(room.keys[: len(blocks)], room.values[: len(blocks)])
         torch.index_select(kv.keys, 0, blocks, out=copied.keys)
         torch.index_select(kv.values, 0, blocks, out=copied.values)
         return copied
+
+
+def heads_first(kv: tuple[Tensor, Tensor], slots: slice) -> tuple[Tensor, Tensor]:
+    """Keys and values of some slots, from [slots, Hkv, D] each: views of [1, Hkv, S, D]."""
+    return kv[0][slots].transpose(0, 1)[None], kv[1][slots].transpose(0, 1)[None]
 
 
 def decode(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:

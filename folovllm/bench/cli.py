@@ -73,7 +73,8 @@ def bench(
         typer.Option(
             help=f"Comma-separated: {', '.join(MILESTONES)}, or all. A variant follows a colon "
             f"({', '.join(BATCHINGS)}, where a milestone has them), a limit of requests at once an @: "
-            "m2:padded@1,m2:padded@4 measures two batch sizes side by side."
+            "m2:padded@1,m2:padded@4 measures two batch sizes side by side, m4:budget=256,m4:budget=4096 two token "
+            "budgets."
         ),
     ] = Options.milestones,
     peers: Annotated[

@@ -40,8 +40,9 @@ def engine_kwargs(
     }
     if system.variant is not None:
         kwargs["batching"] = system.variant
-    if max_num_batched_tokens is not None and preset.chunked_prefill:
-        kwargs["max_num_batched_tokens"] = max_num_batched_tokens
+    budget = system.max_num_batched_tokens or max_num_batched_tokens
+    if budget is not None and preset.chunked_prefill:
+        kwargs["max_num_batched_tokens"] = budget
     return kwargs
 
 

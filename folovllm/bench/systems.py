@@ -3,6 +3,7 @@
     m2                    a milestone, with room for all requests of the workload at once
     m2:loop               a variant of it: its `batching`
     m2:padded@4           at most 4 requests at once (`max_num_seqs`)
+    m4:budget=256         a step computes at most 256 tokens, where prompts can be split (`max_num_batched_tokens`)
     hf:sequential         a peer
     hf:static:4           a peer that forms batches: at most 4 requests each
     hf:dynamic:4:0.25     and starts a batch 0.25 s after its first request came, full or not
@@ -30,6 +31,7 @@ BATCHED_PEERS: dict[str, str] = {
     "static:N": "`generate`, batches of N that wait until N requests have come",
     "dynamic:N:S": "`generate`, batches of N that wait S seconds at most",
 }
+BUDGET = "budget="
 _PEERS_ALLOWED = ", ".join([*PEERS, *BATCHED_PEERS])
 
 
@@ -37,13 +39,15 @@ _PEERS_ALLOWED = ", ".join([*PEERS, *BATCHED_PEERS])
 class System:
     """One competitor. Exactly one of `milestone` and `peer` is set.
 
-    variant: the milestone's `batching`. max_num_seqs: of the milestone; None is as many as the workload has requests.
+    variant: the milestone's `batching`. max_num_batched_tokens: of the milestone; None is the bench's. max_num_seqs: of
+    the milestone; None is as many as the workload has requests.
     batch_size and window (seconds): of a peer that forms batches.
     """
 
     name: str
     milestone: str | None = None
     variant: str | None = None
+    max_num_batched_tokens: int | None = None
     max_num_seqs: int | None = None
     peer: str | None = None
     batch_size: int | None = None
@@ -64,15 +68,23 @@ def _milestone(name: str) -> System:
     milestone, colon, variant = choice.partition(":")
     if milestone not in MILESTONES:
         raise ValueError(f"milestone={milestone!r} is not valid; allowed: {', '.join(MILESTONES)}")
-    existing = variants_of(milestone)
-    if colon and variant not in existing:
+    existing, budget = variants_of(milestone), None
+    if variant.startswith(BUDGET) and MILESTONES[milestone].chunked_prefill:
+        budget = _whole(f"milestone={name!r}: max_num_batched_tokens", variant.removeprefix(BUDGET))
+    elif colon and variant not in existing:
         names = ", ".join(f"{milestone}:{v}" for v in existing) or f"{milestone} alone, which has no variants"
         raise ValueError(f"milestone={name!r} is not valid; allowed: {names}")
+    system = System(
+        choice,
+        milestone=milestone,
+        variant=variant if variant in existing else None,
+        max_num_batched_tokens=budget,
+    )
     if not at:
-        return System(choice, milestone=milestone, variant=variant or None)
+        return system
     limit = MILESTONES[milestone].max_num_seqs_limit
     max_num_seqs = _whole(f"milestone={name!r}: max_num_seqs", size, limit)
-    return System(f"{choice}@{max_num_seqs}", milestone=milestone, variant=variant or None, max_num_seqs=max_num_seqs)
+    return replace(system, name=f"{choice}@{max_num_seqs}", max_num_seqs=max_num_seqs)
 
 
 def parse_peers(text: str) -> list[System]:

@@ -249,3 +249,14 @@ def test_every_milestone_accepts_the_keywords_it_is_given(milestone, name):
         # A budget smaller than a prompt would refuse it where prompts cannot be split.
         budget = config.max_num_batched_tokens(longest(requests))
         assert (budget == 256) if MILESTONES[milestone].chunked_prefill else budget >= 2048
+
+
+def test_a_token_budget_is_a_variant_of_milestones_that_split_prompts() -> None:
+    assert parse_milestones("m4:budget=256,m4:budget=4096@2,m4") == [
+        System("m4:budget=256", milestone="m4", max_num_batched_tokens=256),
+        System("m4:budget=4096@2", milestone="m4", max_num_batched_tokens=4096, max_num_seqs=2),
+        System("m4", milestone="m4"),
+    ]
+    for name in ("m3:budget=256", "m4:budget=0", "m4:budget=", "m4:budget=x", "m4:loop"):
+        with pytest.raises(ValueError, match=f"milestone='{name}'"):
+            parse_milestones(name)
