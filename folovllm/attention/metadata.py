@@ -83,9 +83,10 @@ class AttentionMetadata:
             tail = self.tables[index][skip : -(-self.kv_lens[index] // size)]
             blocks[row, : len(tail)] = torch.tensor(tail)
         hidden = torch.arange(width * size) >= torch.tensor(lengths)[:, None]  # [M, S]
-        mask = torch.zeros(len(members), 1, 1, width * size).masked_fill_(hidden[:, None, None], -torch.inf)
+        mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]  # [M, 1, 1, S]
         rows = torch.tensor([self.query_starts[index] for index, _ in members], device=device)
-        return Tails(rows, blocks.flatten().to(device), mask.to(device))
+        empty = hidden.flatten().nonzero()[:, 0]
+        return Tails(rows, blocks.flatten().to(device), empty.to(device), mask.to(device))
 
     @cached_property
     def group_rows(self) -> list[Tensor]:
@@ -128,12 +129,13 @@ class AttentionMetadata:
 class Tails:
     """K/V of M decodes that is theirs alone, as tables of one width.
 
-    rows: [M], where their queries stand. blocks: [M * B], the null block where one has fewer. mask: [M, 1, 1, S], 0 for
-    slots that hold K/V of the request and -inf for others.
+    rows: [M], where their queries stand. blocks: [M * B], the null block where one has fewer. empty: which of the M * S
+    slots hold no K/V of the request; somebody else's may be there, even NaN. mask: [M, 1, 1, S], -inf for these, else 0.
     """
 
     rows: Tensor
     blocks: Tensor
+    empty: Tensor
     mask: Tensor
 
 

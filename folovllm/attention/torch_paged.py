@@ -79,6 +79,8 @@ class TorchBackend(AttentionBackend):
         if meta.tails is not None:
             tails = meta.tails
             flat = self._tails.copy(kv, tails.blocks).flat()  # each [M * S, Hkv, D]
+            for copied_slots in flat:
+                copied_slots.index_fill_(0, tails.empty, 0)  # a weight of 0 does not make up for NaN
             keys, values = (x.unflatten(0, (len(tails.rows), -1)).transpose(1, 2) for x in flat)  # each [M, Hkv, S, D]
             rows = query[tails.rows].unflatten(1, (num_kv_heads, -1))  # [M, Hkv, G, D]
             part, part_lse = attend_part(rows, keys, values, params.scale, tails.mask.to(query.dtype))

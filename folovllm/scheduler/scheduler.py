@@ -6,12 +6,11 @@ There is one scheduler for every milestone. `schedule()` decides a step, `update
        ^                  |
        +-----preempt------+
 
-Parallel sampling (n > 1) arrives as one leader and n - 1 children that name it as `parent_id`. The children are parked
-until the leader has computed the prompt; then they join the front of the line, and each starts as a fork of the
-leader's first prompt_len - 1 tokens, computes the last prompt token itself and samples with its own generator. A leader
-that finishes first is *held*: its K/V stays in the books until its last child has forked or gone. A request may also
-ask to be held (`Request.hold`): a beam search forks its next beams from it, and then lets it go. When room is short,
-held K/V is given up before anybody has to give way, and whoever wanted to fork it computes its prompt alone.
+Parallel sampling (n > 1) arrives as one leader and n - 1 children that name it as `parent_id` (`Forks`). Each starts as
+a fork of the leader's first prompt_len - 1 tokens, computes the last one itself and samples with its own generator. A
+leader that finishes first is *held*: its K/V stays in the books until its last child has forked or gone. A request may
+also ask to be held (`Request.hold`): a beam search forks its next beams from it, and then lets it go. When room is
+short, held K/V is given up before anybody has to give way, and whoever wanted to fork it computes its prompt alone.
 
 A step takes every running request first, since somebody reads along; waiting ones join in the order of the queue with
 what is left of the token budget. There is no prefill phase and no decode phase: each request computes those of its
@@ -180,9 +179,8 @@ class Scheduler:
 
     def _head_needs_a_step_of_its_own(self) -> bool:
         """Whether only the budget that decodes take keeps the head of the line out, and decodes may skip this step."""
-        if self.chunked_prefill or self._decodes_skipped or not self.waiting or not self.running:
-            return False
-        if len(self.running) >= self.max_running:
+        seats = 0 < len(self.running) < self.max_running
+        if self.chunked_prefill or self._decodes_skipped or not self.waiting or not seats:
             return False
         head = self.waiting.peek()
         in_pieces = head.status is RequestStatus.PREEMPTED
@@ -239,13 +237,11 @@ class Scheduler:
     def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
         while self.waiting and len(self.running) < self.max_running:
-            if self._steps_aside(self.waiting.peek()):
+            head = self.waiting.peek()
+            if self._steps_aside(head) or self._admit(head, step):
                 continue
-            admitted = self._admit(self.waiting.peek(), step)
-            if not admitted and not self.running and self._release_held():
-                # Nothing runs, so no room would ever come free: only finished leaders were in the way.
-                admitted = self._admit(self.waiting.peek(), step)
-            if not admitted:
+            # If nothing runs, no room would ever come free: only finished leaders can be in the way.
+            if self.running or not self._release_held() or not self._admit(head, step):
                 break
 
     def _admit(self, request: Request, step: SchedulerOutput) -> bool:
@@ -284,8 +280,8 @@ class Scheduler:
     def _schedule(self, request: Request, plan: KVPlan, step: SchedulerOutput) -> None:
         """Add a request's share, as planned, to the step."""
         end = plan.start + plan.num_tokens
-        tokens = request.tokens(plan.start, end)
-        step.add(ScheduledRequest(request.request_id, tokens, plan.start, end == request.num_tokens, plan))
+        samples = end == request.num_tokens
+        step.add(ScheduledRequest(request.request_id, request.tokens(plan.start, end), plan.start, samples, plan))
         self._wake(request, end)
 
     def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
@@ -366,7 +362,7 @@ class Scheduler:
         return True
 
     def _wake(self, leader: Request, num_tokens: int | None = None) -> None:
-        """Who followed `leader` as far as `num_tokens`, or at all, is next in line: in this very step, if it fits."""
+        """Who followed `leader` as far as `num_tokens`, or at all, is next in line: for this very step."""
         for follower in reversed(self._followers.wake(leader.request_id, num_tokens)):
             self.waiting.prepend(follower)
 
