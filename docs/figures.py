@@ -14,6 +14,7 @@ import torch
 from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4
 from claims.ledger import RESULTS, ROOT, result
 from claims.models import BYTES_16_BIT, bundled
+from figures_m4 import FIGURES as OF_M4
 from matplotlib.figure import Figure
 from traces import steps_of, traced_requests
 
@@ -40,7 +41,8 @@ from folovllm.viz.roofline import RooflinePoint, attention_share, roofline
 from folovllm.viz.sampling import Release, filter_stages, text_release
 from folovllm.viz.timeline import latency_timeline, phase_times, request_gantt
 
-DEPENDS_ON = (__file__, *sorted(RESULTS.glob("*.json")), *sorted((ROOT / "folovllm" / "viz").glob("*.py")))
+FILES = sorted((ROOT / "docs").glob("figures*.py"))
+DEPENDS_ON = (*FILES, *sorted(RESULTS.glob("*.json")), *sorted((ROOT / "folovllm" / "viz").glob("*.py")))
 
 # --- chapter 0 --------------------------------------------------------------------------------------------
 
@@ -387,7 +389,7 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "preemption-timeline": draw_preemptions,
     "slots-over-steps": draw_slots,
     "m3-ratio-bars": draw_m3_ratios,
-}
+} | OF_M4
 
 
 def svg(name: str) -> bytes:

@@ -34,7 +34,14 @@ def snapshot(data: dict[str, Any]) -> BlockSnapshot:
         {request_id: tuple(blocks) for request_id, blocks in data[name].items()} for name in ("tables", "host_tables")
     )
     return BlockSnapshot(
-        data["block_size"], tables, host_tables, tuple(data["ref_counts"]), tuple(data["filled"]), data["num_free"]
+        data["block_size"],
+        tables,
+        host_tables,
+        tuple(data["ref_counts"]),
+        tuple(data["filled"]),
+        data["num_free"],
+        tuple(data.get("free", ())),
+        {int(block): parent for block, parent in data.get("cached", {}).items()},
     )
 
 

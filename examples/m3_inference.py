@@ -149,7 +149,7 @@ def print_beams(console: Console, llm: LLM, title: str, prompt_len: int, output:
         tokenizer = llm.engine.tokenizer
         text = str(ids) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
         console.print(f"[{beam.score:.3f}] {text}", markup=False, highlight=False)
-    console.print(f"Beams shared up to {output.kv_saved:.0%} of the K/V in the pool.\n", highlight=False)
+    console.print(f"Sharing saved the beams up to {output.kv_saved:.0%} of their K/V.\n", highlight=False)
 
 
 # ---------------------------------------------------------------------- what became of the blocks
@@ -165,7 +165,7 @@ def pool_table(llm: LLM) -> Table:
     table.add_column("what")
     table.add_column("value", justify="right")
     rows = [
-        ("blocks", f"{num_blocks:,} of {size} tokens"),
+        ("size", f"{num_blocks:,} blocks of {size} tokens"),
         ("memory", f"{storage_bytes(llm) / 2**20:.1f} MiB"),
         ("most blocks held at once", f"{most:,}"),
         ("empty slots in held blocks, mean over steps", f"{mean_empty(steps):.1%}"),

@@ -16,8 +16,8 @@ preemption         the same 16 in num_kv_blocks blocks of block_size, which do n
                    prompt_tokens_computed, swapped_out_blocks, swapped_in_blocks
 sharing            of the K/V of prompt_lens, in blocks of each size: beam_search -> width -> kv_saved per prompt,
                    and parallel_sampling -> n -> the largest share of blocks that sharing saved in any step
-trace              recompute, swap -> steps and outputs of four requests in a pool of trace_blocks blocks of
-                   trace_block_size, as in `m1-engine-*.json`, with the state of all blocks after each step:
+trace              recompute, swap -> steps and outputs of four requests in a pool that is too small for them, as in
+                   `m1-engine-*.json`, with the state of all blocks after each step: `blocks`, which is a
                    `folovllm.kv_cache.interface.BlockSnapshot` as plain data
 """
 

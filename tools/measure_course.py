@@ -1,10 +1,12 @@
-"""Measure what chapters 0 to 4 say about time and memory, and write it to `results/`.
+"""Measure what chapters 0 to 7 say about time and memory, and write it to `results/`.
 
     python tools/measure_course.py workloads    # chapter 0: what the machine can do, and prefill and decode on it
     python tools/measure_course.py cache        # chapter 1: with and without a KV cache, and what breaks one
     python tools/measure_course.py engine       # chapter 2: a trace of M1, and the engine beside the bare loop
     python tools/measure_course.py batching     # chapter 3: M2's two ways beside M1 and static batches, and who waits
     python tools/measure_course.py blocks       # chapter 4: where KV memory goes, preemption, sharing (bundled model)
+    python tools/measure_course.py chunks       # chapter 6: decodes beside a long prompt (bundled model)
+    python tools/measure_course.py prefixes     # chapter 7: requests with one system prompt (bundled model)
 
 Each part runs the models it is about, in rounds: what is compared stands side by side within a round, in an order that
 turns from round to round, ratios are taken inside a round, and the file keeps the median with the least and the
@@ -26,6 +28,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy m
 import measure_blocks
 import torch
 from measure_batching import batching
+from measure_chunks import chunks, prefixes
 from measuring import (
     CPU,
     DECODE_CONTEXT,
@@ -337,6 +340,8 @@ PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[st
     "engine": engine,
     "batching": batching,
     "blocks": blocks,
+    "chunks": chunks,
+    "prefixes": prefixes,
 }
 
 if __name__ == "__main__":

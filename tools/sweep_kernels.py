@@ -73,13 +73,13 @@ DECODES = ((1, 8192), (8, 4096), (64, 2048), (256, 1024))  # requests, tokens of
 
 def prefill_candidates() -> list[KernelConfig]:
     """What may be fast on a card with tensor cores."""
-    cuts = product((64, 128), (32, 64, 128), (4, 8), (2, 3))
+    cuts = product((64, 128), (32, 64, 128), (4, 8), (2, 3, 5))
     return [KernelConfig(rows, tile, warps, stages) for rows, tile, warps, stages in cuts]
 
 
 def decode_candidates() -> list[KernelConfig]:
     """16 rows hold any usual group; what differs is how the keys are walked through."""
-    cuts = product((16, 32, 64), (2, 4), (2, 3), (8, 16, 32))
+    cuts = product((16, 32, 64), (2, 4), (2, 3, 5), (8, 16, 32))
     return [KernelConfig(16, tile, warps, stages, segments) for tile, warps, stages, segments in cuts]
 
 

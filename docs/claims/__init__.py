@@ -9,10 +9,10 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4
+from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_6, chapter_7
 from claims.ledger import Claim, ClaimError, Table, text
 
-CHAPTERS: tuple[ModuleType, ...] = (chapter_0, chapter_1, chapter_2, chapter_3, chapter_4)
+CHAPTERS: tuple[ModuleType, ...] = (chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_6, chapter_7)
 
 __all__ = [
     "CHAPTERS",

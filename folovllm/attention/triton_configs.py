@@ -6,7 +6,7 @@ A tile that is too small wastes tensor cores and loads; one that is too large do
   [rows, tile] lie there, spread over 32 threads per warp. What does not fit is *spilled*: written to memory and read
   back, in the innermost loop.
 - *Shared memory*: 99 KiB for a program on most cards, 163 KiB on an A100, 227 KiB on an H100. Tiles of keys and of
-  values lie there, [tile, D] each, as many of both as there are stages: while one is multiplied, the next is fetched.
+  values lie there, [tile, D] each: one that is multiplied, and those that are on their way meanwhile.
 
 Tensor cores multiply at least 16 rows. A decode has as many rows as heads share a KV head and is padded to 16: it
 waits for memory anyway. A prefill has tokens enough for 64 or 128. float32 has no tensor cores here (they would round
@@ -32,8 +32,9 @@ class KernelConfig:
     """One way to cut the attention kernel. Raises ValueError for a number that it cannot be cut with.
 
     rows: query tokens times packed heads in a tile. tile: keys in a tile. warps: of 32 threads, per program. stages:
-    how many tiles of keys and values are on their way at once. segments: pieces that K/V is split into where there
-    would be too few programs; 1 for never.
+    how far ahead of the products the compiler may fetch. Where K/V is must be fetched before K/V itself, so 2 fetches
+    one tile ahead, 3 also what the block table says of the next, and only 5 two tiles. segments: pieces that K/V is
+    split into where there would be too few programs; 1 for never.
     """
 
     rows: int
@@ -61,21 +62,21 @@ class KernelConfigs:
 
 # Largest head size -> configurations. For 16-bit formats on cards with 99 KiB of shared memory or more (from sm_80 on),
 AMPERE = {
-    64: KernelConfigs(KernelConfig(128, 64, 4, 2), KernelConfig(16, 64, 4, 3, 16)),
-    128: KernelConfigs(KernelConfig(64, 64, 4, 2), KernelConfig(16, 32, 4, 3, 16)),
-    256: KernelConfigs(KernelConfig(64, 32, 8, 2), KernelConfig(16, 32, 4, 2, 16)),
+    64: KernelConfigs(KernelConfig(128, 64, 8, 3), KernelConfig(16, 64, 4, 3, 16)),
+    128: KernelConfigs(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
+    256: KernelConfigs(KernelConfig(64, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
 }
 # on data centre cards with 227 KiB (sm_90, sm_100),
 HOPPER = {
     64: KernelConfigs(KernelConfig(128, 64, 4, 3), KernelConfig(16, 64, 4, 3, 16)),
-    128: KernelConfigs(KernelConfig(128, 64, 8, 2), KernelConfig(16, 64, 4, 3, 16)),
-    256: KernelConfigs(KernelConfig(128, 64, 8, 2), KernelConfig(16, 32, 4, 3, 16)),
+    128: KernelConfigs(KernelConfig(128, 64, 8, 3), KernelConfig(16, 64, 4, 3, 16)),
+    256: KernelConfigs(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
 }
 # and for float32 on any.
 FLOAT32 = {
-    64: KernelConfigs(KernelConfig(16, 32, 4, 2), KernelConfig(16, 32, 4, 2, 16)),
-    128: KernelConfigs(KernelConfig(16, 32, 4, 2), KernelConfig(16, 32, 4, 2, 16)),
-    256: KernelConfigs(KernelConfig(16, 16, 4, 2), KernelConfig(16, 16, 4, 2, 16)),
+    64: KernelConfigs(KernelConfig(32, 32, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
+    128: KernelConfigs(KernelConfig(32, 16, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
+    256: KernelConfigs(KernelConfig(16, 32, 8, 2), KernelConfig(16, 16, 8, 2, 16)),
 }
 
 

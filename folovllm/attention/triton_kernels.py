@@ -312,11 +312,13 @@ def reduce_kernel(
     row = tl.program_id(0).to(tl.int64)  # of [T, Hq]
     segments = tl.arange(0, SEGMENTS)  # [SEGMENTS]
     dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
-    stored = (segments >= 0) & (row < tl.load(query_start_loc + num_requests) * NUM_HEADS)  # [SEGMENTS]: all or none
+    if row >= tl.load(query_start_loc + num_requests) * NUM_HEADS:
+        tl.store(out + row * HEAD_DIM + dims, tl.zeros([PADDED_DIM], out.dtype.element_ty), mask=dims < HEAD_DIM)
+        return
     place = row * SEGMENTS + segments  # [SEGMENTS]
-    maxima = tl.load(partial_max + place, mask=stored, other=float("-inf"))  # [SEGMENTS]
-    sums = tl.load(partial_sum + place, mask=stored, other=0.0)  # [SEGMENTS]
-    outs = tl.load(partial_out + place[:, None] * PADDED_DIM + dims[None, :], mask=stored[:, None], other=0.0)
+    maxima = tl.load(partial_max + place)  # [SEGMENTS]
+    sums = tl.load(partial_sum + place)  # [SEGMENTS]
+    outs = tl.load(partial_out + place[:, None] * PADDED_DIM + dims[None, :])  # [SEGMENTS, PADDED_DIM]
     maximum = tl.max(maxima, 0)
     factors = tl.exp2(maxima - tl.where(maximum == float("-inf"), 0.0, maximum))  # [SEGMENTS]
     total = tl.sum(sums * factors, 0)

@@ -26,7 +26,7 @@ START_SECONDS = 120.0  # for the process to start and load torch, on a slow mach
 
 @dataclass(frozen=True)
 class Milestone:
-    """A folder of exercises. name: "m1". title: the heading of its README."""
+    """A folder of exercises. name: "m1", or "m3-kernels" for a milestone's second. title: the heading of its README."""
 
     name: str
     folder: Path
@@ -150,7 +150,12 @@ def find_milestones(root: Path | None = None) -> dict[str, Milestone]:
             "there are no exercises here: they are in folovllm's repository, not in the installed package. "
             'Clone the repository and run `pip install -e ".[test]"` in it'
         )
-    return {f.parent.name.partition("_")[0]: Milestone(f.parent.name.partition("_")[0], f.parent) for f in folders}
+    found: dict[str, Milestone] = {}
+    for folder in (file.parent for file in folders):
+        number = folder.name.partition("_")[0]  # further folders of the same milestone go by their whole names
+        name = folder.name.replace("_", "-") if number in found else number
+        found[name] = Milestone(name, folder)
+    return found
 
 
 def unknown_exercise(milestone: Milestone, name: str) -> ValueError:

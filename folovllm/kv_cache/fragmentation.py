@@ -1,11 +1,13 @@
 """Where KV memory goes under four ways to hand it out, replayed without a model (Kwon et al., SOSP 2023, section 3.1).
 
+The policies::
+
     max      one contiguous region per request, as long as the model allows (FasterTransformer, the paper's Orca (Max))
     pow2     one contiguous region, the longest it could become rounded up to a power of two, from a buddy allocator
     oracle   one contiguous region of exactly the length it will have in the end, which no real system knows
     paged    blocks taken one by one from the engine's own `BlockManager`
 
-Memory is `capacity` slots, a slot holds the K/V of one token, and in every step each slot is exactly one of these:
+Memory is `capacity` slots, a slot holds the K/V of one token, and in every step each slot is exactly one of these::
 
     used       K/V of a token stands in it.
     reserved   It belongs to a request that will write it before its end. Until then nobody else can.

@@ -142,9 +142,8 @@ class Scheduler:
             self.waiting.remove(request)
             self._forget(request)
             self.waiting.prepend(request)
-        for share in step.scheduled:
-            if share.plan.ops or share.start == 0:  # what was to be moved may not be there: nobody may fork it
-                self._forget(self.requests[share.request_id])
+        for share in step.scheduled:  # nobody may fork or find what was to be written or moved
+            self._forget(self.requests[share.request_id])
         # The last one first: a leader leaves its place at the front of the line to a child, so the first is then ahead.
         return self.abort([share.request_id for share in reversed(step.scheduled)])
 
@@ -338,6 +337,8 @@ class Scheduler:
             if self._forks.has_parked(request.request_id):
                 self.waiting.prepend(self._forks.promote(request))
             else:
+                if request.num_tokens_to_compute > 1:  # it was catching up: nobody may wait for the rest
+                    self._forget(request)
                 self._held.add(request.request_id)  # `_fork_done` of the last child releases it
                 return
         elif request.hold and request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):

@@ -221,7 +221,7 @@ def _lanes(state: LiveState, rows: int) -> Table:
         table.add_row(*([] if lane is None else _lane(state, lane)))
     if len(state.lanes) > rows:
         hidden = sum(lane is not None for lane in state.lanes[rows:])
-        table.add_row(f"and {hidden} more")
+        table.add_row("", f"and {hidden} more")
     return table
 
 

@@ -20,7 +20,7 @@ from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, SwapIn, SwapOu
 from folovllm.viz.live_state import LiveState
 
 LEVELS, LEVELS_ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
-COLORS = ("bright_cyan", "yellow", "bright_magenta", "green", "bright_blue", "bright_red", "cyan", "magenta")
+COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#9D8DF1")
 SHARED, FREE = "white", "bright_black"
 MOST_NAMED = 5  # of those that gave way; the others are counted
 

@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
+from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
 from folovllm.glossary import default_prompts
@@ -245,12 +245,10 @@ class Session:
         needed = self.blocks_for(length + num_tokens) - len(table) + copy
         if needed > self.num_free:
             if got is not None:
-                self.fail(f"{told(got)}; it should return None: {needed} blocks are needed, free: {self.num_free}")
+                self.fail(f"{told(got)}; it should return None: {needed} blocks needed, free: {self.num_free}")
             return self.check()
         if not isinstance(got, list) or not all(isinstance(pair, tuple) and len(pair) == 2 for pair in got):
-            self.fail(
-                f"{told(got)}; it should return a list of pairs: {needed} blocks are needed, free: {self.num_free}"
-            )
+            self.fail(f"{told(got)}; it should return a list of pairs: {needed} blocks needed, free: {self.num_free}")
         new = self.table_of(seq_id, length + num_tokens)
         want = [(table[-1], new[len(table) - 1])] if copy else []
         if copy and (got != want or new[len(table) - 1] == table[-1]):
@@ -355,30 +353,57 @@ def play(impl: ModuleType, num_blocks: int, block_size: int, *operations: tuple[
 
 
 def any_sequence_of_operations(impl: ModuleType) -> type[RuleBasedStateMachine]:
-    """A machine that calls the methods in any order, with ids that exist and ids that do not."""
-    an_id = st.sampled_from(["a", "b", "c", "d"])
+    """A machine that calls the methods in any order: mostly with ids that fit, and at times with any id at all."""
+    names = "abcdef"
+    any_id, which = st.sampled_from(names), st.integers(0, len(names) - 1)
 
     class AnyOperations(RuleBasedStateMachine):
-        @initialize(num_blocks=st.integers(1, 9), block_size=st.integers(1, 4))
+        @initialize(num_blocks=st.integers(1, 14), block_size=st.integers(1, 4))
         def start(self, num_blocks: int, block_size: int) -> None:
             self.session = Session(impl, num_blocks, block_size)
 
-        @rule(seq_id=an_id, num_tokens=st.integers(0, 9))
-        def allocate(self, seq_id: str, num_tokens: int) -> None:
-            self.session.allocate(seq_id, num_tokens)
+        def live(self, which: int) -> str:
+            """An id that has a table."""
+            return list(self.session.texts)[which % len(self.session.texts)]
 
-        @rule(seq_id=an_id, num_tokens=st.integers(0, 5))
-        def append(self, seq_id: str, num_tokens: int) -> None:
-            self.session.append(seq_id, num_tokens)
+        def new(self) -> str:
+            """An id that has none."""
+            return next(name for name in names if name not in self.session.texts)
 
-        @rule(parent_id=an_id, child_id=an_id, num_tokens=st.integers(0, 9), all_of_it=st.booleans())
-        def fork(self, parent_id: str, child_id: str, num_tokens: int, all_of_it: bool) -> None:
-            length = len(self.session.texts.get(parent_id, ()))
-            self.session.fork(parent_id, child_id, length if all_of_it else num_tokens)
+        @precondition(lambda self: len(self.session.texts) < len(names))
+        @rule(num_tokens=st.integers(1, 9))
+        def allocate(self, num_tokens: int) -> None:
+            self.session.allocate(self.new(), num_tokens)
 
-        @rule(seq_id=an_id)
-        def free(self, seq_id: str) -> None:
-            self.session.free(seq_id)
+        @precondition(lambda self: self.session.texts)
+        @rule(which=which, num_tokens=st.integers(1, 5))
+        def append(self, which: int, num_tokens: int) -> None:
+            self.session.append(self.live(which), num_tokens)
+
+        @precondition(lambda self: 0 < len(self.session.texts) < len(names))
+        @rule(which=which, part=st.integers(1, 9), all_of_it=st.booleans())
+        def fork(self, which: int, part: int, all_of_it: bool) -> None:
+            parent_id = self.live(which)
+            length = len(self.session.texts[parent_id])
+            self.session.fork(parent_id, self.new(), length if all_of_it else min(part, length))
+
+        @precondition(lambda self: self.session.texts)
+        @rule(which=which)
+        def free(self, which: int) -> None:
+            self.session.free(self.live(which))
+
+        @rule(name=st.sampled_from(["allocate", "append"]), seq_id=any_id, num_tokens=st.integers(0, 2))
+        def grow_anything(self, name: str, seq_id: str, num_tokens: int) -> None:
+            getattr(self.session, name)(seq_id, num_tokens)
+
+        @rule(parent_id=any_id, child_id=any_id, num_tokens=st.integers(0, 9))
+        def fork_anything(self, parent_id: str, child_id: str, num_tokens: int) -> None:
+            self.session.fork(parent_id, child_id, num_tokens)
+
+        @rule(seq_id=any_id)
+        def free_anything(self, seq_id: str) -> None:
+            if seq_id not in self.session.texts:
+                self.session.free(seq_id)
 
     return AnyOperations
 
@@ -480,7 +505,7 @@ class TestBlockManager:
     def test_any_operations(self, impl: ModuleType) -> None:
         """Any operations in any order, with a memory beside the books: no token is ever lost."""
         run_state_machine_as_test(
-            any_sequence_of_operations(impl), settings=settings(max_examples=100, stateful_step_count=25)
+            any_sequence_of_operations(impl), settings=settings(max_examples=100, stateful_step_count=30)
         )
 
     def test_in_the_real_engine(self, impl: ModuleType) -> None:

@@ -252,14 +252,14 @@ def test_an_answer_in_another_file_may_be_the_only_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3"),
+        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3, m4"),
         (["m1", "--impl", "nowhere.py"], "nowhere.py' is not a Python file that exists"),
         (["m1", "--impl", "milestones"], "is not a Python file that exists"),
         (["m1", "--only", "nothing"], "m1 has no exercise 'nothing'; allowed: apply_repetition_penalty"),
         (["m0", "--hint", "nothing"], "m0 has no exercise 'nothing'; allowed: linear_flops"),
         (["m1", "--time-limit", "0"], "time_limit=0.0 is not valid; allowed: seconds > 0"),
         (["m1", "--time-limit", "nan"], "time_limit=nan is not valid"),
-        (["--hint", "causal_mask"], "--impl, --only and --hint need a milestone; allowed: m0, m1, m2, m3"),
+        (["--hint", "causal_mask"], "--impl, --only and --hint need a milestone; allowed: m0, m1, m2, m3, m4"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(args: list[str], words: str) -> None:

@@ -107,6 +107,7 @@ def test_a_solution_has_the_tasks_signature(milestone: Milestone) -> None:
             methods = [m for m in vars(asked) if inspect.isfunction(getattr(asked, m))]
             pairs = [(getattr(asked, m), getattr(answered, m)) for m in methods]
         for a, b in pairs:
+            a, b = getattr(a, "fn", a), getattr(b, "fn", b)  # what `triton.jit` has wrapped
             assert inspect.signature(a) == inspect.signature(b), name
         assert len(inspect.getdoc(asked) or "") > 200, f"the docstring of {name} has to state the whole task"
 
@@ -116,11 +117,13 @@ def test_a_solution_is_a_little_implementation_of_its_own(milestone: Milestone) 
     tree = ast.parse((milestone.folder / "solution.py").read_text(encoding="utf-8"))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
+    imported -= {"folovllm.grading.no_triton"}  # where there is no Triton: what refuses to be launched
     assert {name.partition(".")[0] for name in imported if name} <= {
         "__future__",
         "collections",
         "torch",
         "transformers",
+        "triton",
     }
 
 
@@ -144,7 +147,7 @@ def test_the_files_that_solutions_point_to_hold_what_they_name(milestone: Milest
 @each_milestone
 def test_a_page_has_its_sections(milestone: Milestone) -> None:
     assert re.findall(r"^## (.*)$", milestone.readme, re.MULTILINE) == SECTIONS
-    assert milestone.title.startswith(f"{milestone.name.upper()}: ")
+    assert milestone.title.startswith(f"{milestone.folder.name.partition('_')[0].upper()}: ")
 
 
 @each_milestone

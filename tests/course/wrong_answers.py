@@ -5,7 +5,9 @@ They run in the namespace of `solution.py`. The grader has to catch each of them
 
 from __future__ import annotations
 
+from tests.course.wrong_answers_kernels import M3_KERNELS
 from tests.course.wrong_answers_m3 import ALIASES_M3, M3
+from tests.course.wrong_answers_m4 import ALIASES_M4, M4
 
 M0 = {
     "linear_flops": {
@@ -820,7 +822,7 @@ M2 = {
     },
 }
 
-WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2, "m3": M3}
+WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2, "m3": M3, "m3-kernels": M3_KERNELS, "m4": M4}
 
 # Names under which wrong answers find the right ones.
 ALIASES = {
@@ -851,4 +853,6 @@ ALIASES = {
         "right_pick": "pick_job",
     },
     "m3": ALIASES_M3,
+    "m4": ALIASES_M4,
+    "m3-kernels": {},
 }

@@ -261,7 +261,14 @@ M3 = {
                     for block in self.tables[child_id]:
                         self.ref_counts[block] -= 1
         """,
-        "the parent is cut": """
+        "the fourth to share is not counted": """
+            class BlockManager(RightManager):
+                def fork(self, parent_id, child_id, num_tokens):
+                    super().fork(parent_id, child_id, num_tokens)
+                    for block in self.tables[child_id]:
+                        self.ref_counts[block] = min(3, self.ref_counts[block])
+        """,
+        "the child is as long as the parent": """
             class BlockManager(RightManager):
                 def fork(self, parent_id, child_id, num_tokens):
                     super().fork(parent_id, child_id, num_tokens)

@@ -58,7 +58,7 @@ def rows(output: str, names: tuple[str, ...]) -> dict[str, str]:
 
 
 POOL_ROWS = (
-    "blocks",
+    "size",
     "memory",
     "most blocks held at once",
     "empty slots in held blocks, mean over steps",
@@ -90,7 +90,7 @@ def test_in_a_process_of_its_own() -> None:
         assert flat(f"> {question} {ANSWERS[question][:30]}") in flat(done.stdout)
     assert "3 of 3 finished" in done.stdout and "\x1b" not in done.stdout
     found = rows(done.stdout, POOL_ROWS)
-    assert set(found) == set(POOL_ROWS) and found["blocks"] == "64 of 16 tokens"
+    assert set(found) == set(POOL_ROWS) and found["size"] == "64 blocks of 16 tokens"
     assert found["K/V saved by sharing, at most"] == "0.0%" and found["K/V computed again"] == "0 tokens"
 
 
@@ -105,7 +105,7 @@ def test_too_few_blocks_change_no_answer(example: ModuleType, capsys: pytest.Cap
 
     assert answers(tight) == answers(roomy)
     assert "preemptions" not in roomy_rows and int(tight_rows["preemptions"]) > 0
-    assert roomy_rows["blocks"] == "256 of 4 tokens" and tight_rows["blocks"] == "32 of 4 tokens"
+    assert roomy_rows["size"] == "256 blocks of 4 tokens" and tight_rows["size"] == "32 blocks of 4 tokens"
     assert int(tight_rows["most blocks held at once"]) <= 32 < int(roomy_rows["most blocks held at once"])
     assert tight_rows.get("blocks swapped to the host") == tight_rows.get("blocks swapped back")
     assert ("blocks swapped back" in tight_rows) == (mode == "swap")
@@ -131,7 +131,7 @@ def test_beams_share_blocks(example: ModuleType, capsys: pytest.CaptureFixture[s
     scores = re.findall(r"^\[(-\d+\.\d+)\] ", watched, re.MULTILINE)
     assert len(scores) == 6 and scores == re.findall(r"^\[(-\d+\.\d+)\] ", plain, re.MULTILINE)
     assert all(float(a) >= float(b) for i in (0, 3) for a, b in zip(scores[i:], scores[i + 1 : i + 3], strict=False))
-    assert len(re.findall(r"Beams shared up to \d+% of the K/V in the pool\.", flat(watched))) == 2
+    assert len(re.findall(r"Sharing saved the beams up to \d+% of their K/V\.", flat(watched))) == 2
     assert float(found["K/V saved by sharing, at most"].rstrip("%")) > 10
     for question in default_prompts(2):  # the best beam of a question that it knows by heart
         assert flat(ANSWERS[question])[:20] in flat(watched)

@@ -53,7 +53,7 @@ EVERYTHING: list[Kernel] = [
     (kind, dtype, dim, extra)
     for kind in ("prefill", "decode")
     for dtype in (FLOAT16, BFLOAT16, FLOAT32)
-    for dim in (16, 24, 32, 64, 80, 96, 128, 192, 256)
+    for dim in (24, 64, 80, 128, 192, 256)
     for extra in (
         {},
         {"heads": (5, 1), "block_size": 1},
@@ -81,7 +81,7 @@ def shipped(kind: str, dtype: torch.dtype, dim: int, capability: int) -> KernelC
 def test_the_attention_kernel_fits(kernel: Kernel, capability: int) -> None:
     kind, dtype, dim, extra = kernel
     config = shipped(kind, dtype, dim, capability)
-    ways = {config.segments, 1} if ALL else {config.segments}
+    ways = {config.segments, 1} if ALL and not extra else {config.segments}
     for segments in ways:
         compiled = compile_attention(dataclasses.replace(config, segments=segments), capability, dtype, dim, **extra)
         assert compiled.problems(tensor_cores=dtype != FLOAT32) == []

@@ -42,7 +42,7 @@ def check(batch: Ragged, params: AttentionParams, ours: TritonBackend | None = N
 # ---------------------------------------------------------------------- attention
 
 
-@settings(max_examples=40, deadline=None, derandomize=True)
+@settings(max_examples=30, deadline=None, derandomize=True)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 60), st.sampled_from([1, 1, 2, 5, 17])), min_size=1, max_size=4),
     block_size=st.sampled_from([1, 2, 3, 7, 8, 16, 32, 256]),
@@ -90,15 +90,15 @@ def test_lengths_at_the_borders_of_blocks(block_size: int) -> None:
 
 @pytest.mark.parametrize("group", range(1, 9))
 def test_groups_of_query_heads(group: int) -> None:
-    for kv_heads in (1, 3):
-        for lengths in ([(9, 1), (20, 1)], [(9, 1), (0, 7), (6, 3)]):
-            check(make_ragged(lengths, 4, (kv_heads * group, kv_heads)), AttentionParams(0.25))
+    for lengths in ([(9, 1), (20, 1)], [(9, 1), (0, 7)]):
+        check(make_ragged(lengths, 4, (3 * group, 3)), AttentionParams(0.25), backend(segments=2))
 
 
-@pytest.mark.parametrize("group", [16, 17, 33, 71])
+@pytest.mark.parametrize("group", [16, 17, 33])
 def test_a_group_with_more_heads_than_a_tile_has_rows(group: int) -> None:
-    for lengths in ([(40, 1), (3, 1)], [(3, 2), (0, 4)]):
-        check(make_ragged(lengths, 8, (2 * group, 2)), AttentionParams(0.25))
+    for heads in ((2 * group, 2), (group, 1)):
+        for lengths in ([(20, 1)], [(3, 2)]):
+            check(make_ragged(lengths, 8, heads), AttentionParams(0.25), backend(segments=2))
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 64, 72, 96, 128, 256])
@@ -107,16 +107,16 @@ def test_head_sizes(head_dim: int) -> None:
         check(make_ragged(lengths, 4, (6, 3), head_dim), AttentionParams(head_dim**-0.5))
 
 
-@pytest.mark.parametrize("window", [1, 2, 7, 8, 9, 15, 16, 17, 40])
+@pytest.mark.parametrize("window", [1, 8, 15, 16, 17])
 def test_a_sliding_window_in_prefills_chunks_and_decodes(window: int) -> None:
     for lengths in (MIXED, DECODES):
-        check(make_ragged(lengths, 8), AttentionParams(0.25, window))
+        check(make_ragged(lengths, 8, (2, 1)), AttentionParams(0.25, window))
 
 
 @pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
 def test_a_softcap(softcap: float) -> None:
     for lengths, window in ((MIXED, None), (DECODES, 9)):
-        batch = make_ragged(lengths, 8)
+        batch = make_ragged(lengths, 8, (2, 1))
         check(batch, AttentionParams(0.7, window, softcap))
         without = expected_attention(batch, AttentionParams(0.7, window))
         assert (expected_attention(batch, AttentionParams(0.7, window, softcap)) - without).abs().max() > 1e-4
@@ -124,8 +124,8 @@ def test_a_softcap(softcap: float) -> None:
 
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_large_scores_do_not_overflow(softcap: float | None) -> None:
-    for lengths in (DECODES, [(10, 1), (0, 8), (5, 40)]):
-        check(make_ragged(lengths, 4), AttentionParams(50.0, None, softcap), tolerance=2e-4)
+    for lengths in (DECODES[-2:], [(10, 1), (0, 8), (5, 40)]):
+        check(make_ragged(lengths, 4, (2, 1)), AttentionParams(50.0, None, softcap), tolerance=2e-4)
 
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
@@ -141,12 +141,12 @@ def test_scores_that_rise_or_fall_from_tile_to_tile(sign: float, past: int, new:
         check(batch, AttentionParams(0.25), backend(16, 16, segments))
 
 
-@pytest.mark.parametrize("segments", [2, 4, 16, 64])
-def test_keys_in_segments_of_which_some_or_most_are_empty(segments: int) -> None:
-    """One token of K/V in 64 segments, and 101 tokens in two."""
-    for window in (None, 20):
-        check(make_ragged(DECODES, 16, (6, 2)), AttentionParams(0.25, window), backend(16, 16, segments))
-    check(make_ragged([(0, 1)], 16, (6, 2)), AttentionParams(0.25), backend(16, 16, segments))
+@pytest.mark.parametrize("segments", [2, 4, 16])
+@pytest.mark.parametrize("window", [None, 20])
+def test_keys_in_segments_of_which_some_or_most_are_empty(segments: int, window: int | None) -> None:
+    """One token of K/V in 16 segments, and 101 tokens in two."""
+    lengths = [(0, 1), (16, 1), (31, 1), (100, 1)]
+    check(make_ragged(lengths, 16, (3, 1)), AttentionParams(0.25, window), backend(16, 16, segments))
 
 
 def test_enough_programs_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,7 +167,7 @@ def test_enough_programs_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("lengths", [MIXED, DECODES], ids=["mixed", "decodes"])
-@pytest.mark.parametrize("padding", [(1, 1), (9, 0), (0, 5), (11, 4)])
+@pytest.mark.parametrize("padding", [(1, 0), (11, 4)])
 @pytest.mark.parametrize("enough", [1, 10**9])
 def test_padding_changes_no_result_and_comes_out_as_zeros(
     lengths: list[tuple[int, int]], padding: tuple[int, int], enough: int, monkeypatch: pytest.MonkeyPatch
@@ -191,16 +191,17 @@ def as_shape(args: tuple[object, ...]) -> tuple[object, ...]:
 def test_16_bit_formats_within_their_rounding(dtype: torch.dtype, tolerance: float) -> None:
     """The inputs are 16-bit numbers exactly. Output has 11 or 8 bits, and weights are rounded to as many on the way."""
     for lengths in (MIXED, DECODES):
-        check(make_ragged(lengths, 16, (8, 2), 64, dtype=dtype), AttentionParams(0.125), tolerance=tolerance)
+        check(make_ragged(lengths, 16, (4, 1), 64, dtype=dtype), AttentionParams(0.125), tolerance=tolerance)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("capability", [(8, 0), (9, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "capability"), [(torch.float32, (8, 0)), (torch.float16, (8, 0)), (torch.float16, (9, 0))]
+)
 def test_the_configurations_that_are_shipped(head_dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> None:
     ours = TritonBackend(CPU, choose_configs(dtype, head_dim, capability))
-    for lengths in ([(150, 1), (3, 1)], [(0, 70), (130, 3), (20, 1)]):
-        batch = make_ragged(lengths, 16, (4, 2), head_dim, dtype=dtype)
+    for lengths in ([(150, 1)], [(0, 70), (130, 3)]):
+        batch = make_ragged(lengths, 16, (2, 1), head_dim, dtype=dtype)
         check(batch, AttentionParams(head_dim**-0.5), ours, 5e-6 if dtype == torch.float32 else 2e-3)
 
 

@@ -1,4 +1,4 @@
-"""`tools/sweep_kernels.py` on kernels that are interpreted: that it runs, refuses wrong results, and picks the fastest."""
+"""`tools/sweep_kernels.py` on interpreted kernels: that it runs, refuses wrong results, and picks the fastest."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from folovllm.attention.triton_configs import KernelConfig
 
 CPU = torch.device("cpu")
 PATH = Path(__file__).resolve().parents[3] / "tools" / "sweep_kernels.py"
-CANDIDATES = [KernelConfig(16, 16, 4, 2, 2), KernelConfig(32, 32, 4, 2, 4)]
+CANDIDATES = [KernelConfig(16, 16, 4, 2, 2), KernelConfig(64, 32, 4, 2, 4)]
 
 
 @pytest.fixture(scope="module")
@@ -58,8 +58,8 @@ def test_prefill_is_timed_against_sdpa(tool: ModuleType) -> None:
 
 def test_decode_is_timed_against_a_copy_that_reads_and_writes(tool: ModuleType) -> None:
     shape = tool.Shape("tiny", 4, 2, 32)
-    entry = tool.sweep_decode(shape, 3, 40, CANDIDATES, torch.float32, CPU, Clock(), 1, cold_bytes=100_000)
-    assert entry["kv_bytes"] == 3 * 40 * 2 * (2 * 32) * 4
+    entry = tool.sweep_decode(shape, 2, 20, CANDIDATES, torch.float32, CPU, Clock(), 1, cold_bytes=30_000)
+    assert entry["kv_bytes"] == 2 * 20 * 2 * (2 * 32) * 4
     assert entry["copy_s"]["median"] == 1.0
     # A copy of n bytes moves 2 n in one second; a decode reads n in 2, 4 and 8.
     assert [e["share"]["median"] for e in entry["configs"].values()] == [1 / 4, 1 / 8, 1 / 16]
@@ -76,9 +76,9 @@ def test_a_wrong_result_is_left_out_and_a_wrong_shipped_one_stops_the_sweep(
     monkeypatch.setattr(tool.TritonBackend, "attend", sometimes_wrong)
     shape = tool.Shape("tiny", 4, 2, 32)
     arguments = (shape, (24,), CANDIDATES, torch.float32, CPU, Clock(), 1)
-    wrong.add(32)
+    wrong.add(64)
     shipped = tool.choose_configs(torch.float32, 32, (8, 0)).prefill
-    assert shipped.rows != 32
+    assert shipped.rows not in (16, 64)
     entry = tool.sweep_prefill(*arguments)
     assert entry["left_out"] == {tool.label(CANDIDATES[1]): "its result is off by 0.5"}
     wrong.add(shipped.rows)

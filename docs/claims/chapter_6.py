@@ -1,0 +1,248 @@
+"""Claims of chapter 6: what a chunk costs, what it bounds, and what it does not."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from claims.ledger import (
+    Claim,
+    Derived,
+    Form,
+    Measured,
+    Table,
+    binary,
+    digits,
+    fixed,
+    median,
+    plain,
+    power,
+    result,
+    with_range,
+)
+from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
+from folovllm.kv_cache.block_manager import BlockManager
+from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token, linear_params
+from folovllm.request import Request
+from folovllm.runner.interface import RunnerOutput
+from folovllm.sampling_params import SamplingParams
+from folovllm.scheduler.scheduler import Scheduler
+
+CHUNKS = "m4-chunks-folo-tiny"  # by `tools/measure_course.py chunks`
+HERE = "docs/claims/chapter_6.py"
+
+# --- a prompt of 100,000 tokens -----------------------------------------------------------------------------
+
+LONG, PIECE = 100_000, 4096  # tokens
+
+
+def num_chunks(num_tokens: int, piece: int) -> int:
+    """Passes that compute a prompt in pieces of at most so many tokens."""
+    return -(-num_tokens // piece)
+
+
+def mlp_bytes(num_tokens: int) -> int:
+    """What one MLP of Llama-2-7B holds at its widest in 16 bits: gate and up of all tokens of a pass."""
+    return 2 * num_tokens * int(LLAMA_2_7B.intermediate_size) * BYTES_16_BIT
+
+
+# --- what a piece reads -------------------------------------------------------------------------------------
+
+PROMPT, PIECES = 2048, (2048, 1024, 512, 256, 128, 64)
+
+
+def kv_tokens_read(num_tokens: int, piece: int) -> int:
+    """Tokens whose K/V a prefill in pieces reads: each pass reads all up to its own end."""
+    return sum(min(end, num_tokens) for end in range(piece, num_tokens + piece, piece))
+
+
+def piece_rows() -> list[list[str]]:
+    """What a prompt reads from memory on Qwen3-0.6B, computed in pieces of several sizes."""
+    config = bundled("qwen3-0.6b")
+    rows = []
+    for piece in PIECES:
+        passes, read = num_chunks(PROMPT, piece), kv_tokens_read(PROMPT, piece)
+        weights = passes * linear_params(config) * BYTES_16_BIT
+        kv = read * kv_bytes_per_token(config, BYTES_16_BIT)
+        rows.append([plain(piece), plain(passes), plain(read), *(digits(3, "", 2**-30)(b) for b in (kv, weights))])
+    return rows
+
+
+# --- the budget of an example -------------------------------------------------------------------------------
+
+DECODES, PROMPTS = 10, {"A": 100, "B": 200, "C": 500}
+
+
+def steps_of_example(budget: int) -> list[dict[str, int]]:
+    """What the engine's own scheduler gives to ten decodes and to prompts A, B and C, until C is complete."""
+    scheduler = Scheduler(BlockManager(256, 16), 32, budget, chunked_prefill=True)
+
+    def add(name: str, prompt_len: int) -> None:
+        scheduler.add_request(Request(name, [1] * prompt_len, SamplingParams(max_tokens=50), (), max_model_len=1024))
+
+    def step() -> dict[str, int]:
+        plan = scheduler.schedule()
+        sampled = [[1] if share.samples else [] for share in plan.scheduled]
+        scheduler.update(plan, RunnerOutput(sampled, [None] * len(sampled)))
+        return {share.request_id: share.num_tokens for share in plan.scheduled}
+
+    for number in range(DECODES):
+        add(str(number), 1)
+    step()
+    for name, prompt_len in PROMPTS.items():
+        add(name, prompt_len)
+    steps = []
+    while scheduler.requests["C"].num_output_tokens == 0:
+        steps.append(step())
+    return steps
+
+
+def example_rows() -> list[list[str]]:
+    """The steps of that example with its budget, and with a smaller one."""
+    rows = []
+    for budget in (1000, 600):
+        for number, step in enumerate(steps_of_example(budget), start=1):
+            prompts = [step.get(name, 0) for name in PROMPTS]
+            decodes = [tokens == 1 for tokens in prompts]
+            own = [0 if decode else tokens for decode, tokens in zip(decodes, prompts, strict=True)]
+            total = sum(step.values())
+            rows.append([plain(n) for n in (budget, number, total - sum(own), *own, total)])
+    return rows
+
+
+# --- eight streams and a long prompt ------------------------------------------------------------------------
+
+STREAMS = 8
+ARMS = {"m3": "M3, in one piece"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
+
+
+def arm_rows() -> list[list[str]]:
+    """Latencies of every arm, the prompt in ever smaller pieces; medians of the rounds."""
+    rows = []
+    for arm, name in ARMS.items():
+        numbers = result(CHUNKS)["summary"]["arms"][arm]
+        milliseconds = ("itl_p50_s", "itl_p95_s", "itl_max_s", "run_itl_p95_s", "ttft_p50_s", "ttft_p95_s")
+        rows.append(
+            [
+                name,
+                median(plain)(numbers["chunks"]),
+                *(median(digits(3, "", 1e3))(numbers[key]) for key in milliseconds),
+            ]
+        )
+    return rows
+
+
+WAYS = {
+    "chunks_of_16": "chunks of 16",
+    "chunks_of_12": "chunks of 12",
+    "token_by_token": "token by token",
+    "rectangle_of_the_mask": "chunks of 16, the mask's rows given by hand",
+    "sees_its_own_chunk_only": "wrong: a chunk sees itself only",
+    "whole_rectangle": "wrong: no triangle at the end of the rectangle",
+    "positions_begin_again": "wrong: positions begin at 0 in each chunk",
+}
+
+
+def logit_rows() -> list[list[str]]:
+    """How far logits are from those of one pass, done right and done wrong."""
+    found = result(CHUNKS)["logit_differences"]
+    return [[name, power(found[way]) if found[way] < 1e-3 else digits(2)(found[way])] for way, name in WAYS.items()]
+
+
+TABLES: dict[str, Table] = {
+    "piece-reads": Table(
+        f"what a prompt of {PROMPT:,} tokens reads on Qwen3-0.6B in 16 bits",
+        ("tokens per pass", "passes", "K/V read, tokens", "K/V read, GiB", "weights read, GiB"),
+        piece_rows,
+        source=f"{HERE}:kv_tokens_read",
+    ),
+    "budget-split": Table(
+        "ten decodes and prompts of 100, 200 and 500 tokens",
+        ("budget", "step", "decodes", "of A", "of B", "of C", "tokens"),
+        example_rows,
+        source=f"{HERE}:steps_of_example",
+    ),
+    "m4-chunks": Table(
+        "8 streams and a prompt of 2,048 tokens that comes in among them, milliseconds",
+        (
+            *("budget", "passes", "ITL p50", "ITL p95", "ITL max"),
+            *("ITL p95, whole run", "TTFT p50", "TTFT p95"),
+        ),
+        arm_rows,
+        source="tools/measure_chunks.py:chunks",
+        files=(CHUNKS,),
+    ),
+    "chunk-logits": Table(
+        "the logits of a prompt's last chunk, against one pass over all of it",
+        ("way", "largest difference"),
+        logit_rows,
+        source="tools/measure_chunks.py:logit_differences",
+        files=(CHUNKS,),
+    ),
+}
+
+
+def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
+    return Derived(says, lambda: number, form, source)
+
+
+def _arm(says: str, arm: str, number: str, form: Form) -> Claim:
+    return Measured(f"{says}, {ARMS[arm]}, folo-tiny", CHUNKS, ("summary", "arms", arm, number), form)
+
+
+CLAIMS: dict[str, Claim] = {
+    # --- eight streams and a long prompt
+    "streams-usual-itl": _arm(
+        "median ITL of 8 streams in the whole run", "m3", "run_itl_p50_s", median(digits(2, "ms", 1e3))
+    ),
+    "m3-pause": _arm("largest ITL beside a prompt of 2,048", "m3", "itl_max_s", median(digits(2, "ms", 1e3))),
+    "m3-run-p95": _arm("95th percentile of ITL in the whole run", "m3", "run_itl_p95_s", median(digits(2, "ms", 1e3))),
+    **{
+        f"chunk-{budget}-pause": _arm(
+            "largest ITL beside a prompt of 2,048", budget, "itl_max_s", median(digits(2, "ms", 1e3))
+        )
+        for budget in ("256", "64")
+    },
+    **{
+        f"chunk-{budget}-below": _arm(
+            "M3's largest ITL over this one's in the same round", budget, "max_itl_below_m3", with_range(fixed(1))
+        )
+        for budget in ("256", "64")
+    },
+    **{
+        f"chunk-{budget}-ttft": _arm(
+            "TTFT of the long prompt over M3's in the same round", budget, "ttft_over_m3", with_range(fixed(2))
+        )
+        for budget in ("256", "64")
+    },
+    "chunk-256-run-p95": _arm(
+        "95th percentile of ITL in the whole run", "256", "run_itl_p95_s", median(digits(2, "ms", 1e3))
+    ),
+    "chunk-64-passes": _arm("passes that compute the prompt", "64", "chunks", median(plain)),
+    "chunk-64-room": _derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, plain, f"{HERE}:STREAMS"),
+    "chunk-logits-deviation": Measured(
+        "standard deviation of the logits of a prompt, folo-tiny",
+        CHUNKS,
+        ("logit_differences", "logits_standard_deviation"),
+        digits(2),
+    ),
+    # --- a prompt of 100,000 tokens
+    "kv-100k": _derived(
+        "K/V of 100,000 tokens, Llama-2-7B in 16 bits",
+        kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT),
+        binary,
+        "folovllm/kv_cache/formulas.py:kv_bytes",
+    ),
+    "kv-of-a-piece": _derived(
+        "K/V that a piece of 4,096 tokens adds",
+        kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT),
+        binary,
+        "folovllm/kv_cache/formulas.py:kv_bytes",
+    ),
+    "pieces-100k": _derived(
+        "passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), plain, f"{HERE}:num_chunks"
+    ),
+    "mlp-100k": _derived(
+        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, f"{HERE}:mlp_bytes"
+    ),
+    "mlp-of-a-piece": _derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, f"{HERE}:mlp_bytes"),
+}
