@@ -5,6 +5,7 @@
     python tools/measure_course.py engine       # chapter 2: a trace of M1, and the engine beside the bare loop
     python tools/measure_course.py batching     # chapter 3: M2's two ways beside M1 and static batches, and who waits
     python tools/measure_course.py blocks       # chapter 4: where KV memory goes, preemption, sharing (bundled model)
+    python tools/measure_course.py ragged       # chapter 5: padded and ragged, and what packing does to HF's logits
     python tools/measure_course.py chunks       # chapter 6: decodes beside a long prompt (bundled model)
     python tools/measure_course.py prefixes     # chapter 7: requests with one system prompt (bundled model)
 
@@ -29,6 +30,7 @@ import measure_blocks
 import torch
 from measure_batching import batching
 from measure_chunks import chunks, prefixes
+from measure_ragged import ragged
 from measuring import (
     CPU,
     DECODE_CONTEXT,
@@ -340,6 +342,7 @@ PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[st
     "engine": engine,
     "batching": batching,
     "blocks": blocks,
+    "ragged": ragged,
     "chunks": chunks,
     "prefixes": prefixes,
 }

@@ -138,12 +138,16 @@ def forwards(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Callab
         ]
 
     return {
-        "padded": lambda: model(
-            input_ids=rectangle, attention_mask=present, position_ids=columns, use_cache=False, logits_to_keep=last
-        ).logits,
-        "packed": lambda: model(
-            input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=ends
-        ).logits,
+        "padded": lambda: (
+            model(
+                input_ids=rectangle, attention_mask=present, position_ids=columns, use_cache=False, logits_to_keep=last
+            ).logits
+        ),
+        "packed": lambda: (
+            model(
+                input_ids=row, attention_mask=mask, position_ids=positions, use_cache=False, logits_to_keep=ends
+            ).logits
+        ),
         "one_by_one": one_by_one,
         "m3": lambda: llm.generate(texts, one_token, use_tqdm=False),  # a whole step: with schedule, K/V and sampling
     }

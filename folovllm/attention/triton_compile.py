@@ -1,7 +1,7 @@
 """Compile the kernels for GPUs that are not here, and read what they would take there.
 
 Triton's compiler does not ask whether there is a GPU: given an architecture it writes PTX, the assembly of an idealised
-GPU, and lets NVIDIA's `ptxas`, which comes with it, turn that into machine code. What that takes can be read from it:
+GPU, and lets NVIDIA's `ptxas`, which comes with it, turn that into machine code. What that takes can be read from it::
 
     registers        per thread; the threads of a program share the 65,536 of a multiprocessor
     spilled          bytes per thread of what did not fit into registers: written to memory and read back

@@ -6,7 +6,7 @@ fetches a whole tile from an array of pointers, `tl.dot` multiplies two, `tl.max
 `tl.constexpr` is known when the kernel is compiled, so an `if` on it costs nothing when it runs. Sizes of tiles are
 powers of two; what a tile has too much is masked.
 
-Four things are done here, each by a kernel whose text begins with a drawing of its pieces:
+Four things are done here, each by a kernel whose text begins with a drawing of its pieces::
 
     write_kernel       new K/V to their slots               one program per token and chunk of its numbers
     attention_kernel   all queries of a ragged batch        one per block of queries, KV head and segment of the keys
@@ -41,7 +41,7 @@ def write_kernel(
     """Store K and V of new tokens at their slots. Program (t, c) takes chunk c of token t.
 
     The slots may lie anywhere in the pool; the numbers of one token lie side by side, which is what makes the copy
-    fast: neighbouring threads touch neighbouring addresses.
+    fast, since neighbouring threads touch neighbouring addresses::
 
         key     token 0  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[0]]  [ chunk 0 | chunk 1 ]
                 token 1  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[1]]  [ chunk 0 | chunk 1 ]
@@ -61,7 +61,7 @@ def find_request(query_start_loc: tl.tensor, q_block: tl.tensor, num_requests: t
     """The request that block `q_block` of queries belongs to, by binary search.
 
     Request i owns the blocks from query_start_loc[i] // BLOCK_Q + i on. To round up its last block takes at most one
-    block more, which is what the + i makes room for: there may be a block that nobody needs, and never one too few.
+    block more, which is what the + i makes room for: there may be a block that nobody needs, and never one too few::
 
         BLOCK_Q = 4          request 0    request 1    request 2
         new tokens           5            1            7
@@ -105,7 +105,7 @@ def attend_keys(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over keys first <= j < last, tile by tile (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
-    The scores of a row never stand side by side. Three things are carried from tile to tile instead:
+    The scores of a row never stand side by side. Three things are carried from tile to tile instead::
 
                 keys   first     + TILE    + 2 TILE     last
         ROWS of        ┌─────────┬─────────┬─────────┬───┐      maximum [ROWS]     of the scores so far
@@ -194,10 +194,10 @@ def attention_kernel(
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
-    """Attention of one block of queries: of one request, with the heads of one KV head, over one segment of its keys.
+    """Attention of one block of queries of one request, with the heads of one KV head, over one segment of its keys.
 
     Packing. GROUP query heads read the same KV head. They become rows of one tile, so that each key is loaded once for
-    all of them and that even one token fills rows. With GROUP = 2 and ROWS = 8, a tile holds BLOCK_Q = 4 tokens:
+    all of them and that even one token fills rows. With GROUP = 2 and ROWS = 8, a tile holds BLOCK_Q = 4 tokens::
 
         row      0      1      2      3      4      5      6      7
         token    0      0      1      1      2      2      3      3
@@ -206,7 +206,7 @@ def attention_kernel(
     A group with more heads than rows is cut into pieces of HEADS = ROWS, each with programs of its own. Prefills and
     decodes differ in nothing but how many rows there are.
 
-    Visibility. The new tokens are the last of their request. Their rows see a staircase of its keys:
+    Visibility. The new tokens are the last of their request. Their rows see a staircase of its keys::
 
         keys        0                      whole           last
         token 0     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ · · · · · │          up to `whole` there are whole tiles that every row
@@ -299,7 +299,7 @@ def reduce_kernel(
     PADDED_DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ) -> None:
-    """Put the segments of one token and head together. It is the rescale between tiles once more:
+    """Put the segments of one token and head together. It is the rescale between tiles once more::
 
         segment    0        1        2                 m    = the largest of m0, m1, m2
         maximum    m0       m1       m2                sum  = s0 * 2^(m0 - m) + s1 * 2^(m1 - m) + s2 * 2^(m2 - m)
@@ -336,7 +336,7 @@ def copy_kernel(
 ) -> None:
     """Copy blocks within the pool. Program (p, l, c) takes chunk c of pair p in layer l.
 
-    Programs run in any order, so no block that one pair writes may be read or written by another pair.
+    Programs run in any order, so no block that one pair writes may be read or written by another pair::
 
         pairs   [[1, 5], [2, 6]]
 

@@ -2,7 +2,7 @@
 
 A launch is a grid, the numbers of programs along three axes, and arguments. The grid follows from the shapes of the
 step's tensors alone, which are padded to few sizes, never from what stands in them: a launch can be recorded into a
-CUDA graph and played again, and nothing waits for the device. Programs that the step does not need find that out.
+CUDA graph and played again, and nothing waits for the device. Programs that the step does not need end at once::
 
     attention_kernel    (blocks of queries, KV heads * pieces of their group, segments)
 

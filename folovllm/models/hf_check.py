@@ -97,13 +97,21 @@ def rope_parameters(text: PretrainedConfig) -> list[dict[str, Any]]:
 
 @dataclass
 class TrialStep(PagedStep):
-    """A step of the trial, whose pools are made when a layer asks for the first time, in the shape that it brings."""
+    """A step of the trial, whose pools are made when a layer asks for the first time, in the shape that it brings.
+
+    num_blocks, dtype: of each pool.
+    """
 
     pools: dict[int, LayerKV] = field(default_factory=dict)
     num_blocks: int = 0
+    dtype: torch.dtype = torch.float32
 
     def layer_kv(self, layer: int, key: Tensor, value: Tensor) -> LayerKV:
         """See `PagedStep`. Raises ValueError where keys and values, or two layers, differ in shape."""
+        if key.dtype != self.dtype or value.dtype != self.dtype:
+            raise ValueError(
+                f"layer {layer} has keys in {key.dtype} and values in {value.dtype}; allowed: {self.dtype}"
+            )
         shape = (self.num_blocks, BLOCK_SIZE, *key.shape[1:])
         first = next(iter(self.pools.values()), None)
         if key.shape != value.shape or (first is not None and first.keys.shape != shape):
@@ -119,7 +127,7 @@ class TrialStep(PagedStep):
 def checked(model: PreTrainedModel, backend: AttentionBackend, max_positions: int) -> HFPagedModel:
     """A model in eager attention, made to attend over blocks and tried out. Raises ValueError if it cannot be right."""
     text = model.config.get_text_config()
-    lengths = [min(n, max_positions) for n in LENGTHS]
+    lengths = [min(n, getattr(text, "max_position_embeddings", n)) for n in LENGTHS]
     generator = torch.Generator().manual_seed(0)
     texts = [torch.randint(text.vocab_size, (n,), generator=generator).tolist() for n in lengths]
     register()
@@ -168,12 +176,13 @@ def try_out(
         shares = [
             ScheduledRequest(str(i), texts[i][a:b], a, False, BlockPlan("", a, b - a, (), tables[i]))
             for i, (a, b) in enumerate(part)
+            if a < b
         ]
         batch = buffers.fill(shares)
-        step = TrialStep([], batch.metadata, backend, pools=pools, num_blocks=1 + len(texts) * num_blocks)
+        step = TrialStep([], batch.metadata, backend, [], pools, 1 + len(texts) * num_blocks, model.dtype)
         hidden = paged.run(batch.token_ids, batch.positions, step)  # [T, E]
-        for rows, found in zip(hidden.split([share.num_tokens for share in shares]), logits, strict=True):
-            found.append(paged.logits(rows))
+        for share, rows in zip(shares, hidden.split([share.num_tokens for share in shares]), strict=True):
+            logits[int(share.request_id)].append(paged.logits(rows))
     _, _, num_kv_heads, head_dim = pools[0].keys.shape
     paged.config = KVShape(num_layers, num_kv_heads, head_dim)
     return paged, [torch.cat(found) for found in logits]

@@ -333,16 +333,13 @@ class Scheduler:
             self._followers.remove(request)
         self._wake(request)
         self._fork_done(request)
-        if self._forks.due(request.request_id):
-            if self._forks.has_parked(request.request_id):
-                self.waiting.prepend(self._forks.promote(request))
-            else:
-                if request.num_tokens_to_compute > 1:  # it was catching up: nobody may wait for the rest
-                    self._forget(request)
-                self._held.add(request.request_id)  # `_fork_done` of the last child releases it
-                return
-        elif request.hold and request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED):
-            self._held.add(request.request_id)
+        complete = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
+        if self._forks.has_parked(request.request_id):
+            self.waiting.prepend(self._forks.promote(request))
+        elif self._forks.due(request.request_id) or (request.hold and complete):
+            if request.num_tokens_to_compute > 1:  # it was catching up, and nobody may wait for the rest
+                self._forget(request)
+            self._held.add(request.request_id)  # `let_go`, or `_fork_done` of the last child, releases it
             return
         self._release(request)
 

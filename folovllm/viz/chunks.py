@@ -222,6 +222,7 @@ def latency_by_chunk(
         highest = max(1e3 * spread["max"] for spreads in lines.values() for spread in spreads)
         ax.set_ylim(0, highest * (1.08 + 0.085 * len(lines)))  # room for the legend
         ax.grid(axis="y")
-        ax.legend(loc="upper left" if len(lines) > 2 else "upper right")
+        first = next(iter(lines.values()))
+        ax.legend(loc="upper left" if first[-1]["median"] > first[0]["median"] else "upper right")
     axes[0].set_ylabel("milliseconds")
     return figure

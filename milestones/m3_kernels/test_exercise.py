@@ -25,7 +25,7 @@ from torch import Tensor
 from folovllm.grading.checks import Call, WrongAnswer, show
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}  # of float32 sums, taken in any order
-BORDER = 16  # numbers of foreign memory on both sides of an output
+BORDER = 1024  # numbers of foreign memory on both sides: what goes astray lands here, and not in Python's own
 few = settings(max_examples=12)
 
 

@@ -29,7 +29,9 @@ M3_KERNELS = {
         "empty requests let through": changed("query_start_loc", ("length < 1", "length < 0")),
     },
     "ragged_mask": {
-        "everybody sees everybody before": changed("ragged_mask", ("column : column + length", ": column + length")),
+        "everybody sees everybody before": changed(
+            "ragged_mask", ("column : column + length] = causal[length - new :]", ": column + length] = True")
+        ),
         "columns counted by new tokens": changed("ragged_mask", ("column + length\n", "column + new\n")),
         "anti-causal": changed("ragged_mask", (".tril()", ".triu()")),
         "the first rows of the triangle": changed("ragged_mask", ("causal[length - new :]", "causal[:new]")),

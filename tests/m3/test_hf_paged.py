@@ -403,6 +403,37 @@ class Recorder(ReferenceBackend):
         return super().attend(query, kv, meta, params)
 
 
+@pytest.mark.parametrize(("max_positions", "max_model_len"), [(128, 1), (128, 4), (7, None)])
+def test_short_lengths_do_not_stop_the_check(max_positions: int, max_model_len: int | None, tmp_path: Path) -> None:
+    make_model("gpt2", max_position_embeddings=max_positions).save_pretrained(tmp_path)
+    llm = make_llm(tmp_path, max_model_len=max_model_len)
+    assert llm.engine.max_model_len == (max_model_len or max_positions)
+
+
+class Cast(nn.Module):
+    """Takes and gives other formats than those of its weights."""
+
+    def __init__(self, inner: nn.Module, takes: torch.dtype, gives: torch.dtype) -> None:
+        super().__init__()
+        self.inner, self.takes, self.gives = inner, takes, gives
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.inner(x.to(self.takes)).to(self.gives)
+        return out
+
+
+def test_keys_in_another_format_than_the_pool_are_refused() -> None:
+    """The model itself runs well, with attention in float32 between layers in bfloat16."""
+    model = make_model("llama").to(torch.bfloat16)
+    for layer in model.model.layers:
+        for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
+            gives = torch.bfloat16 if name == "o_proj" else torch.float32
+            setattr(layer.self_attn, name, Cast(getattr(layer.self_attn, name), torch.bfloat16, gives))
+    message = "layer 0 has keys in torch.float32, values in torch.float32; allowed: torch.bfloat16"
+    with pytest.raises(ValueError, match=message):
+        checked(model, TorchBackend(), 128)
+
+
 def test_what_a_layer_asks_for_reaches_the_backend() -> None:
     """Scale, window and softcap of each layer, as the config says."""
     recorder = Recorder()

@@ -507,8 +507,10 @@ def test_a_leader_that_samples_nothing_leaves_no_follower_behind() -> None:
     """Its logits leave no token to choose, so it ends in error in the step in which it caught up."""
     engine = cached_engine(budget=8, long_prefill_token_threshold=4)
     add(engine, "leader", COMMON[:8], 5)
-    runner_of(engine).failing.add("leader")
     wanted = {"follower": add(engine, "follower", COMMON[:12], 2)}
+    step(engine)
+    assert followers(engine) == {"follower": "leader"}
+    runner_of(engine).failing.add("leader")
     finish(engine, wanted)
     assert pieces(engine, "follower")[0] == (8, 4)
 
@@ -571,7 +573,8 @@ def test_an_urgent_follower_is_not_held_up_by_a_leader_that_gave_way() -> None:
     assert followers(engine) == {"urgent": "leader"}
     give_way(engine, "leader")
     step(engine)
-    assert followers(engine) == {"leader": "urgent"} and shares(engine)[-1] == {"urgent": 4}
+    assert followers(engine) == {} and shares(engine)[-1] == {"urgent": 4, "leader": 4}
+    assert pieces(engine, "urgent") == [(8, 4)] and pieces(engine, "leader")[-1] == (12, 4)
     finish(engine, wanted)
     assert engine.stats.prompt_tokens_computed == 20 + 1
 

@@ -1,0 +1,299 @@
+"""Claims of chapter 5: what padding costs beside one row, what a step says of its tokens, and online softmax."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+
+from claims.ledger import (
+    Claim,
+    Derived,
+    Form,
+    Measured,
+    Table,
+    digits,
+    fixed,
+    median,
+    percent,
+    plain,
+    power,
+    result,
+    with_range,
+)
+from claims.models import bundled
+from folovllm.attention.online_softmax import online_softmax
+from folovllm.attention.reference import visible_tokens
+from folovllm.kv_cache.fragmentation import translate
+from folovllm.viz.ragged import tile_kinds
+
+RAGGED = "m3-ragged-folo-tiny"  # by `tools/measure_course.py ragged`
+HERE = "docs/claims/chapter_5.py"
+SOFTMAX = "folovllm/attention/online_softmax.py:online_softmax"
+TILES = "folovllm/viz/ragged.py:tile_kinds"
+NAMES = "abc"
+
+# --- padded and ragged ------------------------------------------------------------------------------------
+
+UNEQUAL, NEARLY_EQUAL = (12, 300, 40), (36, 37, 36)
+
+
+def score_cells(lengths: Sequence[int]) -> dict[str, int]:
+    """Pairs of a query and a key per head: of a padded and of a packed dense mask, and those that see each other."""
+    return {
+        "padded": len(lengths) * max(lengths) ** 2,
+        "packed": sum(lengths) ** 2,
+        "needed": sum(n * (n + 1) // 2 for n in lengths),
+    }
+
+
+def prefill(lengths: str) -> dict[str, Any]:
+    """The summary of one set of lengths."""
+    found: dict[str, Any] = result(RAGGED)["summary"][lengths]
+    return found
+
+
+WAYS = {
+    "padded": "padded rectangle, Hugging Face",
+    "packed": "one row and a 4-D mask, Hugging Face",
+    "one_by_one": "a forward per text, Hugging Face",
+    "m3": "one row, M3",
+}
+
+
+def prefill_rows() -> list[list[str]]:
+    """Both sets of lengths in every way."""
+    rows = []
+    for key, lengths in (("unequal", UNEQUAL), ("nearly_equal", NEARLY_EQUAL)):
+        numbers = prefill(key)
+        for way, name in WAYS.items():
+            cells = len(lengths) * max(lengths) if way == "padded" else sum(lengths)
+            rows.append(
+                [", ".join(map(str, lengths)), name, plain(cells), median(digits(3, "", 1e3))(numbers[way])]
+            )
+    return rows
+
+
+# --- the trap ---------------------------------------------------------------------------------------------
+
+PACKINGS = {
+    "mask": "4-D mask, positions that begin again",
+    "mask_with_cache": "the same, `use_cache=True`",
+    "mask_counted_through": "4-D mask, positions counted through",
+    "positions": "positions that begin again, no mask, `use_cache=False`",
+    "positions_with_cache": "the same, `use_cache=True`",
+    "nothing": "neither",
+}
+
+
+def difference(number: float) -> str:
+    """A difference of logits: rounding as a power of ten that bounds it."""
+    return power(number) if number < 0.1 else fixed(1)(number)
+
+
+def packing_rows() -> list[list[str]]:
+    """Per way, the largest difference of a logit from the text alone, for each of the three."""
+    found = result(RAGGED)["packing"]["differences"]
+    return [[name, *map(difference, found[way])] for way, name in PACKINGS.items()]
+
+
+def packing(way: str) -> float:
+    """The largest difference over the three texts."""
+    return float(max(result(RAGGED)["packing"]["differences"][way]))
+
+
+# --- what a step says of its tokens -----------------------------------------------------------------------
+
+BLOCK_SIZE = 4
+MIXED = ((3, 1, 1), (3, 6, 9))  # new tokens and K/V lengths: a prefill of three beside two decodes
+BLOCK_TABLES = ((7,), (5, 2), (1, 6, 4))
+LONG_STEP = ((1, 1, 1, 1, 1, 1, 1, 200), (500, 500, 500, 500, 500, 500, 500, 200))
+
+
+def query_start_loc(query_lens: Sequence[int]) -> list[int]:
+    """Where each request's tokens begin, and the end."""
+    return [0, *accumulate(query_lens)]
+
+
+def slot_mapping(
+    query_lens: Sequence[int], seq_lens: Sequence[int], tables: Sequence[Sequence[int]], block_size: int
+) -> list[int]:
+    """The slot of every new token."""
+    return [
+        translate(position, block_size, table)
+        for new, length, table in zip(query_lens, seq_lens, tables, strict=True)
+        for position in range(length - new, length)
+    ]
+
+
+def step_rows() -> list[list[str]]:
+    """The metadata of the mixed step."""
+    query_lens, seq_lens = MIXED
+    values = {
+        "query_start_loc": ("R + 1", query_start_loc(query_lens), "where each request's tokens begin, and the end"),
+        "seq_lens": ("R", list(seq_lens), "keys of each request, the new ones included"),
+        "slot_mapping": ("T", slot_mapping(query_lens, seq_lens, BLOCK_TABLES, BLOCK_SIZE), "where K/V is written"),
+        "block_table": ("R x B", [list(table) for table in BLOCK_TABLES], "where K/V is read"),
+    }
+    return [[f"`{name}`", shape, str(numbers), about] for name, (shape, numbers, about) in values.items()]
+
+
+def visible_pairs(query_lens: Sequence[int], seq_lens: Sequence[int]) -> int:
+    """Pairs of a new token and a key that see each other."""
+    return sum(int(visible_tokens(new, n, None).sum()) for new, n in zip(query_lens, seq_lens, strict=True))
+
+
+# --- online softmax ---------------------------------------------------------------------------------------
+
+SCORES = [0.2, 1.0, 0.5, -0.3, 1.2, 0.1, 0.4, 0.9, 2.8, 1.5, 0.3, 2.0, 0.6, 1.1, 1.9, 0.2]
+VALUES = [0.9, 0.8, 1.0, 0.7, 0.6, 0.9, 0.5, 0.8, 0.1, 0.2, 0.4, 0.0, 0.3, 0.2, 0.1, 0.5]
+TILE = 4
+
+
+def softmax_rows() -> list[list[str]]:
+    """The states after each tile, with the rescale, and the sum and the attention without it."""
+    scores = torch.tensor(SCORES, dtype=torch.float64)
+    values = torch.tensor(VALUES, dtype=torch.float64)[:, None]
+    right, wrong = (online_softmax(scores, values, TILE, rescale=rescale) for rescale in (True, False))
+    three = fixed(3)
+    return [
+        [
+            plain(index + 1),
+            fixed(1)(state.maximum),
+            "-" if index == 0 else three(state.rescale),
+            three(state.total),
+            three(float(state.attention[0])),
+            three(other.total),
+            three(float(other.attention[0])),
+        ]
+        for index, (state, other) in enumerate(zip(right, wrong, strict=True))
+    ]
+
+
+# --- the kernel -------------------------------------------------------------------------------------------
+
+KERNEL_STEP = ((12, 7, 1), (12, 23, 17))
+BLOCK_Q, KEY_TILE = 4, 8
+
+
+def tiles(code: int | None = None) -> int:
+    """Tiles that the kernel loads in that step, or those of one kind (1: with a mask, 2: without)."""
+    kinds = [tile_kinds(new, length, BLOCK_Q, KEY_TILE) for new, length in zip(*KERNEL_STEP, strict=True)]
+    return sum(int((k == code).sum() if code is not None else (k > 0).sum()) for k in kinds)
+
+
+QWEN = bundled("qwen3-0.6b")
+GROUP = QWEN.num_attention_heads // QWEN.num_key_value_heads
+SEGMENTS = 8
+
+
+def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
+    return Derived(says, lambda: number, form, source)
+
+
+TABLES: dict[str, Table] = {
+    "padded-and-ragged": Table(
+        "one forward that reads the last logits of three texts, padded and in one row",
+        ("tokens", "way", "rows of tokens", "ms"),
+        prefill_rows,
+        source="tools/measure_ragged.py:forwards",
+        files=(RAGGED,),
+    ),
+    "packing": Table(
+        "three packed texts: the largest difference of any logit from the text alone",
+        ("what the model is told", "a", "b", "c"),
+        packing_rows,
+        source="tools/measure_ragged.py:packing",
+        files=(RAGGED,),
+    ),
+    "step-metadata": Table(
+        "what attention is told of a prefill of three tokens beside two decodes, in blocks of four",
+        ("name", "shape", "here", "says"),
+        step_rows,
+        source=f"{HERE}:slot_mapping",
+    ),
+    "online-softmax": Table(
+        "sixteen scores in tiles of four: what is carried from tile to tile",
+        ("tile", "maximum", "rescale", "sum", "attention so far", "sum without it", "attention without it"),
+        softmax_rows,
+        source=SOFTMAX,
+    ),
+}
+
+CLAIMS: dict[str, Claim] = {
+    # --- padded and ragged
+    "ragged-tokens": _derived("tokens of 12, 300 and 40", sum(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
+    "padded-cells": _derived(
+        "cells of these as a rectangle", len(UNEQUAL) * max(UNEQUAL), plain, f"{HERE}:UNEQUAL"
+    ),
+    "score-cells-padded": _derived(
+        "pairs of a query and a key, padded", score_cells(UNEQUAL)["padded"], plain, f"{HERE}:score_cells"
+    ),
+    "score-cells-packed": _derived(
+        "pairs in a mask over the whole row", score_cells(UNEQUAL)["packed"], plain, f"{HERE}:score_cells"
+    ),
+    "score-cells-needed": _derived(
+        "pairs that see each other", score_cells(UNEQUAL)["needed"], plain, f"{HERE}:score_cells"
+    ),
+    **{
+        f"padded-over-{way}-{name}": Measured(
+            f"time of a padded forward over that {of}, {name.replace('-', ' ')} lengths",
+            RAGGED,
+            ("summary", name.replace("-", "_"), f"padded_over_{way}"),
+            with_range(fixed(2)),
+        )
+        for way, of in (("packed", "of one row with a 4-D mask"), ("m3", "of M3's step"))
+        for name in ("unequal", "nearly-equal")
+    },
+    "one-by-one-over-packed": Measured(
+        "time of a forward per text over that of one row, unequal lengths",
+        RAGGED,
+        ("summary", "unequal", "one_by_one_over_packed"),
+        with_range(fixed(2)),
+    ),
+    # --- the trap
+    "packed-right": Derived(
+        "largest difference of a logit with a 4-D mask", lambda: packing("mask"), power, f"{HERE}:packing"
+    ),
+    "packed-wrong": Derived(
+        "largest difference of a logit with positions that begin again and a cache",
+        lambda: packing("positions_with_cache"),
+        fixed(1),
+        f"{HERE}:packing",
+    ),
+    "packed-spread": Measured(
+        "standard deviation of these logits", RAGGED, ("packing", "logits_standard_deviation"), fixed(1)
+    ),
+    # --- a step
+    "mixed-slot": _derived(
+        "slot of token 5 with the table 5, 2 in blocks of 4",
+        translate(5, BLOCK_SIZE, BLOCK_TABLES[1]),
+        plain,
+        "folovllm/kv_cache/fragmentation.py:translate",
+    ),
+    "long-step-tokens": _derived(
+        "new tokens of a prompt of 200 beside seven decodes", sum(LONG_STEP[0]), plain, f"{HERE}:LONG_STEP"
+    ),
+    "long-step-keys": _derived("keys of that step", sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"),
+    "long-step-cells": _derived(
+        "cells of its mask", sum(LONG_STEP[0]) * sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"
+    ),
+    "long-step-visible": _derived(
+        "share of them that is True",
+        visible_pairs(*LONG_STEP) / (sum(LONG_STEP[0]) * sum(LONG_STEP[1])),
+        percent(1),
+        f"{HERE}:visible_pairs",
+    ),
+    # --- the kernel
+    "tiles-loaded": _derived("tiles of keys that the kernel loads in the figure's step", tiles(), plain, TILES),
+    "tiles-unmasked": _derived("of these without a mask", tiles(2), plain, TILES),
+    "qwen3-group": _derived("query heads per KV head of Qwen3-0.6B", GROUP, plain, f"{HERE}:GROUP"),
+    "qwen3-programs": _derived(
+        "programs of a decode of one request of Qwen3-0.6B", QWEN.num_key_value_heads, plain, f"{HERE}:QWEN"
+    ),
+    "qwen3-programs-split": _derived(
+        "programs with eight segments", QWEN.num_key_value_heads * SEGMENTS, plain, f"{HERE}:SEGMENTS"
+    ),
+}
