@@ -7,7 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
-DEMO ?= examples/m1_inference.py --stream
+DEMO ?= examples/m4_inference.py --watch
 
 PY := $(VENV)/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -24,7 +24,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
-demo: $(VENV)/.installed-base  ## watch the bundled model answer, token by token
+demo: $(VENV)/.installed-base  ## watch the bundled model answer, step by step, and compare M1 to M4
 	@$(PY) $(DEMO)
 
 test: $(VENV)/.installed-test  ## run the tests that need no GPU

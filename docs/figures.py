@@ -15,6 +15,7 @@ from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4
 from claims.ledger import RESULTS, ROOT, result
 from claims.models import BYTES_16_BIT, bundled
 from figures_m4 import FIGURES as OF_M4
+from figures_ragged import FIGURES as OF_RAGGED
 from matplotlib.figure import Figure
 from traces import steps_of, traced_requests
 
@@ -389,7 +390,9 @@ FIGURES: dict[str, Callable[[], Figure]] = {
     "preemption-timeline": draw_preemptions,
     "slots-over-steps": draw_slots,
     "m3-ratio-bars": draw_m3_ratios,
-} | OF_M4
+    **OF_RAGGED,
+    **OF_M4,
+}
 
 
 def svg(name: str) -> bytes:

@@ -10,7 +10,7 @@ from claims.chapter_5 import NAMES
 from matplotlib.figure import Figure
 
 from folovllm.attention.online_softmax import online_softmax
-from folovllm.viz import batching, ragged
+from folovllm.viz import ragged
 
 
 def draw_padded_and_ragged() -> Figure:
@@ -44,13 +44,6 @@ def draw_online_softmax() -> Figure:
 def draw_kernel_tiles() -> Figure:
     """Which tiles of keys the Triton kernel loads for a prefill, a chunk and a decode."""
     return ragged.kernel_tiles(*chapter_5.KERNEL_STEP, chapter_5.BLOCK_Q, chapter_5.KEY_TILE, NAMES)
-
-
-def draw_prefill_ratios() -> Figure:
-    """The time of a padded prefill over that of a ragged one."""
-    names = {"unequal": "12, 300 and 40 tokens", "nearly_equal": "36, 37 and 36 tokens"}
-    ratios = {name: chapter_5.prefill(key)["padded_over_packed"] for key, name in names.items()}
-    return batching.ratio_bars(ratios, "ragged")
 
 
 FIGURES: dict[str, Callable[[], Figure]] = {

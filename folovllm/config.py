@@ -187,7 +187,7 @@ class SchedulerConfig:
     max_num_seqs: requests that run at once; None takes the milestone's. max_num_batched_tokens: tokens one step may
     compute; None is 2048, or max_model_len where that is longer and prompts are not split. enable_chunked_prefill:
     split them, so that a prompt may be longer than a step; None is as the milestone says. long_prefill_token_threshold:
-    then no request gets more tokens of a step, so that others fit beside it; 0 for no such limit. scheduling_policy: the
+    then no request gets more tokens of a step, so that others fit beside it; 0 for no limit. scheduling_policy: the
     order of those that wait: "fcfs", "priority" (the lowest first) or "sjf" (the fewest tokens left first).
     """
 

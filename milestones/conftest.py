@@ -50,6 +50,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "exercise(name, optional=False): the exercise that these tests check")
+    config.addinivalue_line("markers", "late: a long check, left out once a plain one of the same exercise has failed")
     config.stash[HUNG] = set()
     config.stash[NOT_STARTED] = set()
     config.stash[FAILED] = set()
@@ -95,7 +96,8 @@ def pytest_runtest_setup(item: pytest.Item) -> None:
     if exercise in stash[HUNG]:
         pytest.skip("an earlier check of this exercise ran into the time limit")
     drawn = getattr(getattr(item, "obj", None), "is_hypothesis_test", False)
-    if drawn and exercise in stash[FAILED] and exercise not in stash[NOT_STARTED]:
+    late = drawn or item.get_closest_marker("late") is not None
+    if late and exercise in stash[FAILED] and exercise not in stash[NOT_STARTED]:
         pytest.skip("a plain case fails: no need to look for another one among many")
 
 

@@ -33,6 +33,7 @@ SEED = 0  # of the random queries, keys and values
 import math
 import os
 import time
+from itertools import pairwise
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported: kernels run on the CPU
 
@@ -57,7 +58,9 @@ from folovllm.viz.ragged import (
 
 try:
     from folovllm.attention.triton_paged import TritonBackend
-except ImportError:  # macOS, Windows: section 6 then has torch's backend in the kernel's place
+except (
+    ImportError
+):  # macOS, Windows: section 6 then has torch's backend in the kernel's place
     TritonBackend = None
 
 torch.set_num_threads(THREADS)
@@ -287,9 +290,11 @@ for name, numbers in mixed.items():
 
 # %%
 starts, seq_lens = mixed["query_start_loc"], mixed["seq_lens"]
-query_lens = [end - start for start, end in zip(starts, starts[1:], strict=False)]
+query_lens = [end - start for start, end in pairwise(starts)]
 T, S = sum(query_lens), sum(seq_lens)
-seen = sum(int(visible_tokens(q, s, None).sum()) for q, s in zip(query_lens, seq_lens))
+seen = sum(
+    int(visible_tokens(q, s, None).sum()) for q, s in zip(query_lens, seq_lens, strict=True)
+)
 print(f"T = {T} new tokens, S = {S} keys: {seen} of {T * S} pairs see each other")
 ragged_masks(
     {"prefill of three": ((3, 7, 5), (3, 7, 5)), "a mixed step": ((1, 5, 1), (8, 5, 6))},
@@ -345,8 +350,8 @@ slot_arrows(
 # its mask goes by places in the table: scrambled, its first rows see keys that they should not.
 #
 # And 3 breaks the decode as well. Which slots count as empty is decided at the end of the *last* entry, so two true
-# keys are cut off, and two slots are read that hold nothing of this text. A control arm that should fail must be chosen with care: with 1 and a decode
-# alone it would not have failed, and the test would be worth nothing.
+# keys are cut off, and two slots are read that hold nothing of this text. A control arm that should fail must be
+# chosen with care: with 1 and a decode alone it would not have failed, and the test would be worth nothing.
 # </details>
 
 # %%
@@ -522,7 +527,7 @@ MarkdownTable(["block size", "query heads / KV heads", "largest difference"], ro
 # %% [markdown]
 # ## 7. Cut a long past into pieces
 #
-# A decode of one request with 8 KV heads is 8 programs, and a GPU runs hundreds at once. **Split-KV** cuts the past
+# A decode of one request with 8 KV heads is 8 programs, and a GPU has room for many more. **Split-KV** cuts the past
 # into segments, a program for each, and puts the results together.
 #
 # **Predict.** Each segment brings its maximum, its sum and its output. What has to be done before they can be added?

@@ -148,8 +148,8 @@ hash_tree(books.snapshot(), texts, tails, title="Four prompts in one pool")
 # <details><summary>Unfold after you have run the cell</summary>
 #
 # The third finds A, and rightly nothing more: nobody has computed Q after A. Without the comparison it takes the block
-# that was computed after B, and its text goes on from a mixture of two pasts: no error, and sometimes wrong tokens. With
-# the comparison it stays right, but there is room for one Q in the index, and the fourth finds that its own was
+# that was computed after B, and its text goes on from a mixture of two pasts: no error, and sometimes wrong tokens.
+# With the comparison it stays right, but there is room for one Q in the index, and the fourth finds that its own was
 # replaced. So the chained key makes a cache *good*, and the comparison makes it *safe*. The engine has both.
 # </details>
 
@@ -228,7 +228,7 @@ for size in progress((4, 16), "block sizes"):
     for shared in LENGTHS:
         llm.reset_prefix_cache()
         begin = tokens(shared)
-        prompts = [begin + ([i] + tokens(64))[: 64 - shared] for i in range(20)]
+        prompts = [begin + [i, *tokens(64)][: 64 - shared] for i in range(20)]
         rates[size].append(sum(answers(llm, prompts, 1)[1]) / (20 * 64))
 hit_rate_by_prefix(LENGTHS, rates, 64, 20, title="Twenty prompts of 64 tokens")
 
@@ -358,9 +358,10 @@ step_composition(
 #
 # They compute the same 64 tokens side by side, four times, and then the next ones: none is ever ahead of the others, so
 # what is written helps nobody. To know what this forward writes helps a little: the second finds the first one's piece
-# and goes on from there, until the pieces run out. M4 lets three of them *follow*. They wait until the first has got as
-# far as they share, and then they are next in line, in that same step. In the picture they are grey while they follow.
-# Note the last column: nobody is slower for having waited.
+# and goes on from there. But a request looks up its prompt once, when it is admitted, and from then on they compute
+# side by side. M4 lets three of them *follow*. They wait until the first has got as far as they share, and then they
+# are next in line, in that same step. In the picture they are grey while they follow. Note the last column: nobody is
+# slower for having waited.
 # </details>
 
 # %%
@@ -432,8 +433,8 @@ lru_order(
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# Tail first, b0 is left, so 4 tokens are found. Head first, b0 was the first to go. A block of b's is still in the pool,
-# the later one, but a lookup begins at the beginning and finds nothing. It holds room, and can never be found again.
+# Tail first, b0 is left, so 4 tokens are found. Head first, b0 was the first of its blocks to go. b2 is still in the
+# pool, but a lookup begins at the beginning and finds nothing. It holds room, and can never be found again.
 # </details>
 
 
@@ -493,8 +494,8 @@ MarkdownTable(["prompt", "tokens", "found"], rows)
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# They are free, and still cached, until somebody takes them; the tail goes first. What is left is found, output included,
-# so fewer tokens are computed again. The pool has no room to spare here, and still some of the blocks survive.
+# They are free, and still cached, until somebody takes them; the tail goes first. What is left is found, output
+# included, so fewer tokens are computed again. The pool has no room to spare here, and still some blocks survive.
 # </details>
 
 # %%
@@ -514,8 +515,8 @@ MarkdownTable(["engine", "gave way", "tokens computed", "steps"], rows)
 # %% [markdown]
 # ## Three things to try
 #
-# 1. In section 3, put a word that is different for everybody in *front* of the system prompt: `f"{i}. " + SYSTEM`. What is
-#    left of the hits, and where should such a word stand?
+# 1. In section 3, put a word that is different for everybody in *front* of the system prompt: `f"{i}. " + SYSTEM`.
+#    What is left of the hits, and where should such a word stand?
 # 2. In section 5, send `a` once more between `c` and `d`. What is lost now, in which order, and why?
-# 3. In section 4, let the first request be aborted after two steps (`llm.engine.abort_request`). Who leads then, and how
-#    many prompt tokens are computed in all?
+# 3. In section 4, let the first request be aborted after two steps (`llm.engine.abort_request`). Who leads then, and
+#    how many prompt tokens are computed in all?

@@ -7,8 +7,8 @@ packing            three texts of `lengths` tokens, one behind the other, in one
                    cache), positions_with_cache, nothing
   logits_standard_deviation, same_top_token (per way and text: the share of its tokens whose largest logit is the same)
 generate_batch     same_tokens: whether Hugging Face's own continuous batching gives the tokens of each text alone
-prefill            unequal, nearly_equal -> lengths, and cells: rows of tokens that a padded and a packed forward compute.
-                   In summary and rounds: seconds of one forward that reads the last logits of all three texts: padded
+prefill            unequal, nearly_equal -> lengths, and cells: rows of tokens of a padded and of a packed forward. In
+                   summary and rounds: seconds of one forward that reads the last logits of all three texts: padded
                    (a left-padded rectangle), packed (one row, a 4-D mask), one_by_one (a forward each), m3 (our
                    decoder); and padded_over_packed, one_by_one_over_packed, padded_over_m3, out of the same round
 """
@@ -94,7 +94,7 @@ def packing(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Any]:
     """Logits of packed texts beside those of each alone."""
     texts = texts_of(lengths, model.config.vocab_size)
     alone = [model(input_ids=torch.tensor([text]), use_cache=False).logits[0] for text in texts]  # each [L, V]
-    ids = torch.tensor([sum(texts, [])])  # [1, T]
+    ids = torch.tensor([[token for text in texts for token in text]])  # [1, T]
     mask, positions = block_diagonal(lengths), begin_again(lengths)
     ways: dict[str, dict[str, Any]] = {
         "mask": {"attention_mask": mask, "position_ids": positions, "use_cache": False},
@@ -125,7 +125,11 @@ def forwards(model: PreTrainedModel, lengths: Sequence[int]) -> dict[str, Callab
     rectangle = torch.tensor([[0] * (longest - len(text)) + text for text in texts])  # [B, L]
     present = torch.tensor([[0] * (longest - len(text)) + [1] * len(text) for text in texts])  # [B, L]
     columns = (present.cumsum(1) - 1).clamp(min=0)  # [B, L]
-    row, mask, positions = torch.tensor([sum(texts, [])]), block_diagonal(lengths), begin_again(lengths)
+    row, mask, positions = (
+        torch.tensor([[token for text in texts for token in text]]),
+        block_diagonal(lengths),
+        begin_again(lengths),
+    )
     ends = torch.tensor(lengths).cumsum(0) - 1  # [B]
     last = torch.tensor([longest - 1])
     llm = LLM(MODEL, milestone="m3", dtype="float32", max_model_len=1024, num_kv_blocks=128)

@@ -9,10 +9,20 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_6, chapter_7
+from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_5, chapter_6, chapter_7, m4_bench
 from claims.ledger import Claim, ClaimError, Table, text
 
-CHAPTERS: tuple[ModuleType, ...] = (chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_6, chapter_7)
+CHAPTERS: tuple[ModuleType, ...] = (
+    chapter_0,
+    chapter_1,
+    chapter_2,
+    chapter_3,
+    chapter_4,
+    chapter_5,
+    chapter_6,
+    chapter_7,
+    m4_bench,
+)
 
 __all__ = [
     "CHAPTERS",

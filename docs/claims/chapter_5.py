@@ -26,7 +26,7 @@ from claims.ledger import (
 from claims.models import bundled
 from folovllm.attention.online_softmax import online_softmax
 from folovllm.attention.reference import visible_tokens
-from folovllm.kv_cache.fragmentation import translate
+from folovllm.kv_cache.fragmentation import num_blocks, translate
 from folovllm.viz.ragged import tile_kinds
 
 RAGGED = "m3-ragged-folo-tiny"  # by `tools/measure_course.py ragged`
@@ -70,9 +70,7 @@ def prefill_rows() -> list[list[str]]:
         numbers = prefill(key)
         for way, name in WAYS.items():
             cells = len(lengths) * max(lengths) if way == "padded" else sum(lengths)
-            rows.append(
-                [", ".join(map(str, lengths)), name, plain(cells), median(digits(3, "", 1e3))(numbers[way])]
-            )
+            rows.append([", ".join(map(str, lengths)), name, plain(cells), median(digits(3, "", 1e3))(numbers[way])])
     return rows
 
 
@@ -143,6 +141,12 @@ def step_rows() -> list[list[str]]:
 def visible_pairs(query_lens: Sequence[int], seq_lens: Sequence[int]) -> int:
     """Pairs of a new token and a key that see each other."""
     return sum(int(visible_tokens(new, n, None).sum()) for new, n in zip(query_lens, seq_lens, strict=True))
+
+
+def step_integers(query_lens: Sequence[int], seq_lens: Sequence[int], block_size: int) -> int:
+    """Numbers in all arrays of a step: three per token, and per request a length, a start and a row of the table."""
+    width = max(num_blocks(length, block_size) for length in seq_lens)
+    return 3 * sum(query_lens) + 2 * len(seq_lens) + 1 + len(seq_lens) * width
 
 
 # --- online softmax ---------------------------------------------------------------------------------------
@@ -225,9 +229,7 @@ TABLES: dict[str, Table] = {
 CLAIMS: dict[str, Claim] = {
     # --- padded and ragged
     "ragged-tokens": _derived("tokens of 12, 300 and 40", sum(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
-    "padded-cells": _derived(
-        "cells of these as a rectangle", len(UNEQUAL) * max(UNEQUAL), plain, f"{HERE}:UNEQUAL"
-    ),
+    "padded-cells": _derived("cells of these as a rectangle", len(UNEQUAL) * max(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
     "score-cells-padded": _derived(
         "pairs of a query and a key, padded", score_cells(UNEQUAL)["padded"], plain, f"{HERE}:score_cells"
     ),
@@ -277,14 +279,18 @@ CLAIMS: dict[str, Claim] = {
         "new tokens of a prompt of 200 beside seven decodes", sum(LONG_STEP[0]), plain, f"{HERE}:LONG_STEP"
     ),
     "long-step-keys": _derived("keys of that step", sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"),
-    "long-step-cells": _derived(
-        "cells of its mask", sum(LONG_STEP[0]) * sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"
-    ),
+    "long-step-cells": _derived("cells of its mask", sum(LONG_STEP[0]) * sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"),
     "long-step-visible": _derived(
         "share of them that is True",
         visible_pairs(*LONG_STEP) / (sum(LONG_STEP[0]) * sum(LONG_STEP[1])),
         percent(1),
         f"{HERE}:visible_pairs",
+    ),
+    "long-step-integers": _derived(
+        "integers in the six arrays of that step, in blocks of 16",
+        step_integers(*LONG_STEP, 16),
+        plain,
+        f"{HERE}:step_integers",
     ),
     # --- the kernel
     "tiles-loaded": _derived("tiles of keys that the kernel loads in the figure's step", tiles(), plain, TILES),

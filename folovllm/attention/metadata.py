@@ -129,8 +129,8 @@ class AttentionMetadata:
 class Tails:
     """K/V of M decodes that is theirs alone, as tables of one width.
 
-    rows: [M], where their queries stand. blocks: [M * B], the null block where one has fewer. empty: which of the M * S
-    slots hold no K/V of the request; somebody else's may be there, even NaN. mask: [M, 1, 1, S], -inf for these, else 0.
+    rows: [M], where their queries stand. blocks: [M * B], the null block where one has fewer. empty: those of the M * S
+    slots without K/V of the request, where somebody else's may be, even NaN. mask: [M, 1, 1, S], -inf there, else 0.
     """
 
     rows: Tensor

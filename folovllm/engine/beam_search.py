@@ -36,6 +36,7 @@ class Search:
     prompt_len: int
     max_tokens: int
     beams: list[Beam]
+    cache_salt: str = ""
     ended: list[tuple[float, Beam, str]] = field(default_factory=list)
     running: bool = True
     kv_saved: float = 0.0
@@ -57,9 +58,9 @@ def beam_search(
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=num_candidates, ignore_eos=True)
     searches = []
     for prompt in prompts:
-        tokens = engine.prepare(engine.next_request_id(), prompt, sampling).user.prompt_token_ids
-        room = engine.max_model_len - len(tokens)
-        searches.append(Search(len(tokens), min(params.max_tokens, room), [Beam(tokens, 0.0)]))
+        (request,) = engine.prepare(engine.next_request_id(), prompt, sampling).requests
+        tokens, room = request.prompt_token_ids, engine.max_model_len - request.num_prompt_tokens
+        searches.append(Search(len(tokens), min(params.max_tokens, room), [Beam(tokens, 0.0)], request.cache_salt))
         check_last_round(engine, searches[-1], sampling)
     held: list[str] = []
     try:
@@ -99,12 +100,11 @@ def run_round(
     A parent whose K/V was given up for lack of room is no parent any more: its children compute their prompt alone.
     """
     submissions, parents = [], list(held)
-    for beam in (beam for search in searches for beam in search.beams):
+    for beam, salt in [(beam, search.cache_salt) for search in searches for beam in search.beams]:
         parent = beam.request_id if beam.request_id and engine.core.scheduler.is_held(beam.request_id) else None
         beam.request_id = engine.next_request_id()
-        submissions.append(
-            engine.prepare(beam.request_id, {"prompt_token_ids": beam.tokens}, sampling, parent_id=parent, hold=True)
-        )
+        prompt: Prompt = {"prompt_token_ids": beam.tokens, "cache_salt": salt}
+        submissions.append(engine.prepare(beam.request_id, prompt, sampling, parent_id=parent, hold=True))
     engine.submit(submissions)
     engine.core.let_go(parents)
     held[:] = [s.user.request_id for s in submissions]

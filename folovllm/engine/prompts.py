@@ -50,6 +50,7 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab
             )
         if not isinstance(cache_salt, str):
             raise ValueError(f"cache_salt={cache_salt!r} is not valid; allowed: a string")
+        check_text("cache_salt", cache_salt)
         (content,) = given.values()
     if isinstance(content, str):
         if tokenizer is None:
@@ -75,11 +76,16 @@ def check_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
 
 def encode(tokenizer: PreTrainedTokenizerBase, name: str, value: str, add_special_tokens: bool = True) -> list[int]:
     """Text as token ids. Raises ValueError, naming the argument, for text that is not valid Unicode."""
+    check_text(name, value)
+    return list(cast("list[int]", tokenizer(value, add_special_tokens=add_special_tokens)["input_ids"]))
+
+
+def check_text(name: str, value: str) -> None:
+    """Raise ValueError for text that is not valid Unicode, which has no bytes."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise ValueError(f"{name}={value!r} is not valid; allowed: text without lone surrogates") from error
-    return list(cast("list[int]", tokenizer(value, add_special_tokens=add_special_tokens)["input_ids"]))
 
 
 def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:

@@ -102,6 +102,15 @@ class EngineStats:
     copied_tokens: int = 0
     max_running: int = 0
 
+    @property
+    def hit_rate(self) -> float | None:
+        """The share of prompt tokens that were found in the prefix cache; None before any prompt was read.
+
+        Prompt tokens that are computed again after a preemption count as not found.
+        """
+        total = self.cached_tokens + self.prompt_tokens_computed
+        return self.cached_tokens / total if total else None
+
     def add(self, step: StepTrace) -> None:
         """Count one step."""
         self.steps += 1

@@ -73,7 +73,8 @@ MaxNumSeqs = Annotated[
 MaxNumBatchedTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that one step may compute; if not given, 2048, or the longest sequence where that is more."
+        help="Tokens that one step may compute; if not given, 2048, or the longest sequence where that is more and "
+        "prompts are not split."
     ),
 ]
 Batching = Annotated[
@@ -92,9 +93,26 @@ NumKVBlocks = Annotated[
 ]
 Preemption = Annotated[
     str,
+    typer.Option(help=f"What becomes of the K/V of who gives way when blocks run out: {', '.join(PREEMPTION_MODES)}."),
+]
+ChunkedPrefill = Annotated[
+    bool | None,
     typer.Option(
-        help=f"What m3 does with the K/V of who gives way when blocks run out: {', '.join(PREEMPTION_MODES)}."
+        "--enable-chunked-prefill/--no-enable-chunked-prefill",
+        help="Compute prompts in chunks beside the decodes; as the milestone says if not given.",
+        show_default=False,
     ),
+]
+PrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Take over K/V of prompts that begin alike; as the milestone says if not given.",
+        show_default=False,
+    ),
+]
+LongPrefill = Annotated[
+    int, typer.Option(help="With chunks, the most tokens of one prompt in a step; 0 is as many as there is room for.")
 ]
 TracePath = Annotated[
     Path | None,
@@ -140,6 +158,9 @@ def generate(
     block_size: BlockSize = 16,
     num_kv_blocks: NumKVBlocks = None,
     preemption_mode: Preemption = "recompute",
+    enable_chunked_prefill: ChunkedPrefill = None,
+    long_prefill_token_threshold: LongPrefill = 0,
+    enable_prefix_caching: PrefixCaching = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
@@ -165,6 +186,7 @@ def generate(
     Try: `folovllm generate "What is a KV cache?"`, then the same with `--temperature 0.8 --seed 1 -n 3 --no-stream`.
     To see requests queue, join and leave: `folovllm generate --num-prompts 12 --max-num-seqs 4 --watch`.
     To see blocks run out: `folovllm generate --num-prompts 12 --num-kv-blocks 32 --watch`.
+    To see prompts computed in chunks: `folovllm generate --num-prompts 6 --max-num-batched-tokens 16 --watch`.
     """
     console = Console()
     with clean_exit(console):
@@ -197,6 +219,9 @@ def generate(
             block_size=block_size,
             num_kv_blocks=num_kv_blocks,
             preemption_mode=preemption_mode,
+            enable_chunked_prefill=enable_chunked_prefill,
+            long_prefill_token_threshold=long_prefill_token_threshold,
+            enable_prefix_caching=enable_prefix_caching,
         )
         titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
         stream = stream and n == 1 and not watch_steps

@@ -29,11 +29,11 @@ class Kernel:
         raise RuntimeError(MISSING)
 
 
-class triton:  # noqa: N801  named as the module that it stands for
+class triton:  # named as the module that it stands for
     """`triton`, as far as a file of kernels needs it to be loaded."""
 
     jit = Kernel
 
 
-class tl:  # noqa: N801  named as the module that it stands for
+class tl:  # named as the module that it stands for
     """`triton.language`: its names are used only inside of kernels."""

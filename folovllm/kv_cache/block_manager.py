@@ -76,6 +76,7 @@ class BlockManager(KVCacheManager):
         self._tables: dict[str, BlockTable] = {}
         self._filled = [0] * (num_blocks + 1)  # slots written, per block that is held
         self._used = 0
+        self._num_evicted = 0  # cached blocks that were given to somebody else, so far
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
@@ -180,12 +181,16 @@ class BlockManager(KVCacheManager):
 
     def release(self, request: Request) -> None:
         """Let go of all blocks, the last first: so a request's tail is taken by others before its head."""
-        if self.cache is not None:
-            self.cache.forget(request.request_id)
+        self.withdraw(request)
         table = self._tables.pop(request.request_id, None)
         if table is not None:
             self._release(self.pool.release(reversed(table.blocks)))
             self.host_pool.release(reversed(table.host_blocks))
+
+    def withdraw(self, request: Request) -> None:
+        """Its promises go, and so do entries of blocks that it has not written."""
+        if self.cache is not None:
+            self.cache.forget(request.request_id)
 
     def swap_out(self, request: Request) -> tuple[KVOp, ...] | None:
         """Move the request's K/V to the host; None, with the books unchanged, if there is none or no room for it."""
@@ -193,8 +198,7 @@ class BlockManager(KVCacheManager):
         needed = self.blocks_for(table.computed)
         if not 0 < needed <= self.host_pool.num_free:
             return None
-        if self.cache is not None:
-            self.cache.forget(request.request_id)
+        self.withdraw(request)
         host_blocks = self.host_pool.allocate(needed)
         ops = tuple(SwapOut(b, h) for b, h in zip(table.blocks, host_blocks, strict=False))
         self._release(self.pool.release(reversed(table.blocks)))
@@ -231,6 +235,7 @@ class BlockManager(KVCacheManager):
             self.pool.num_free,
             tuple(self.pool.free_blocks()),
             cached,
+            self._num_evicted,
         )
 
     def check(self) -> None:
@@ -270,8 +275,10 @@ class BlockManager(KVCacheManager):
         """Free blocks, those first that nobody has used for longest. What was cached in them is lost."""
         blocks = self.pool.allocate(count)
         if self.cache is not None:
+            num_cached = len(self.cache)
             for block in blocks:
                 self.cache.evict(block)
+            self._num_evicted += num_cached - len(self.cache)
         return blocks
 
     def _take(self, hits: list[int]) -> None:

@@ -122,7 +122,7 @@ class BlockSnapshot:
     tables, host_tables: request id -> its blocks on the device, or on the host. ref_counts, filled: per block, how many
     tables name it and how many of its slots are written; a free block that is cached counts as written. free: the free
     blocks, in the order in which they will be taken. cached: blocks that a request may find by their tokens -> the one
-    before each, None for the first of a prompt.
+    before each, None for the first of a prompt. num_evicted: cached blocks that were given to somebody else, so far.
     """
 
     block_size: int
@@ -133,6 +133,7 @@ class BlockSnapshot:
     num_free: int
     free: tuple[int, ...] = ()
     cached: dict[int, int | None] = field(default_factory=dict)
+    num_evicted: int = 0
 
 
 class KVCacheManager(ABC):
@@ -171,6 +172,10 @@ class KVCacheManager(ABC):
     @abstractmethod
     def release(self, request: Request) -> None:
         """Everything the request holds is free again. A request that holds nothing may be released too."""
+
+    def withdraw(self, request: Request) -> None:
+        """The request will compute no more: nobody is to wait for it, or to find what it has not written."""
+        return
 
     def swap_out(self, request: Request) -> tuple[KVOp, ...] | None:
         """Move the request's K/V to the host by these operations; None, with the books unchanged, if that cannot be."""

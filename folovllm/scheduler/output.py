@@ -41,13 +41,17 @@ class ScheduledRequest:
 
 @dataclass
 class SchedulerOutput:
-    """One step's work. `kv_ops` are done in order before the forward; `finished_ids` may be forgotten altogether."""
+    """One step's work. `kv_ops` are done in order before the forward; `finished_ids` may be forgotten altogether.
+
+    preempted_ids: those that gave way. resumed_ids: those that gave way in an earlier step and run again from this one.
+    """
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     new_requests: list[NewRequest] = field(default_factory=list)
     kv_ops: list[KVOp] = field(default_factory=list)
     finished_ids: list[str] = field(default_factory=list)
     preempted_ids: list[str] = field(default_factory=list)
+    resumed_ids: list[str] = field(default_factory=list)
     total_num_scheduled_tokens: int = 0
 
     def add(self, share: ScheduledRequest) -> None:

@@ -142,8 +142,9 @@ class Scheduler:
             self.waiting.remove(request)
             self._forget(request)
             self.waiting.prepend(request)
-        for share in step.scheduled:  # nobody may fork or find what was to be written or moved
-            self._forget(self.requests[share.request_id])
+        for share in step.scheduled:  # nobody may fork what was to be moved, or found where this step was to write it
+            if share.plan.ops or share.start == 0 or share.request_id in step.resumed_ids:
+                self._forget(self.requests[share.request_id])
         # The last one first: a leader leaves its place at the front of the line to a child, so the first is then ahead.
         return self.abort([share.request_id for share in reversed(step.scheduled)])
 
@@ -268,6 +269,8 @@ class Scheduler:
             request.num_cached_tokens = 0 if leader is not None else start
             params, stop_ids = request.sampling_params, request.stop_token_ids
             step.new_requests.append(NewRequest(request.request_id, request.prompt_token_ids, params, stop_ids))
+        else:
+            step.resumed_ids.append(request.request_id)
         request.set_status(RequestStatus.RUNNING)
         request.num_computed_tokens = start
         self.running.append(request)
@@ -337,8 +340,7 @@ class Scheduler:
         if self._forks.has_parked(request.request_id):
             self.waiting.prepend(self._forks.promote(request))
         elif self._forks.due(request.request_id) or (request.hold and complete):
-            if request.num_tokens_to_compute > 1:  # it was catching up, and nobody may wait for the rest
-                self._forget(request)
+            self.kv.withdraw(request)
             self._held.add(request.request_id)  # `let_go`, or `_fork_done` of the last child, releases it
             return
         self._release(request)

@@ -174,7 +174,7 @@ def step_composition(runs: Mapping[str, Composition], *, share_scale: bool = Fal
         near = run.budget <= NEAR * highest
         if near:
             ax.axhline(run.budget, color=BLACK, ls="--", lw=1.2, label="budget")
-        ax.set_title(f"{name}: {len(x)} steps" + ("" if near else f", a budget of {run.budget:,}"))
+        ax.set_title(f"{name}: {len(x)} step{'s' * (len(x) != 1)}" + ("" if near else f", a budget of {run.budget:,}"))
         ax.set_ylim(0, 1.22 * max(highest, run.budget if near else 0))
         ax.set_ylabel("tokens")
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))

@@ -240,14 +240,14 @@ def _lane(state: LiveState, lane: Lane) -> list[RenderableType]:
     share = lane.share
     prompt, most = share.prompt_len, share.max_output
     computed = f"{prompt}" if share.num_computed >= prompt else f"{share.num_computed} of {prompt}"
-    cached = f", {share.num_cached} cached" if share.num_cached else ""
+    cached = f", {lane.num_cached} cached" if lane.num_cached else ""
     output = Bar([(share.num_output, "decode")], most)
     name = Text(no_wrap=True)
     if share.request_id in state.owners:
         name.append(*swatch(state.owners[share.request_id])).append(" ")
     cells: list[RenderableType] = [
         name.append(share.request_id),
-        lane.state,
+        f"chunk of {share.num_scheduled}" if lane.state == "chunk" else lane.state,
         computed + cached,
         output if share.num_computed >= prompt else Bar([(share.num_computed, "prefill")], prompt),
         f"{share.num_output} of {most}",

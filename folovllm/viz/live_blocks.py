@@ -4,6 +4,7 @@ A cell is a block and two characters wide, so that it reads without colour:
 
     "A "   full, and held by request A alone        "a▄"   held by A alone, half of its slots are written
     "A3"   named by three tables, A's among them    "· "   free
+    "◦ "   free, and found by whoever begins with its tokens, until it is given to somebody else
 
 A pool with more blocks than there is room for is shown with several blocks in a cell of one character, as high as the
 share of them that is held.
@@ -21,8 +22,9 @@ from folovllm.viz.live_state import LiveState
 
 LEVELS, LEVELS_ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#9D8DF1")
-SHARED, FREE = "white", "bright_black"
+SHARED, FREE, CACHED = "white", "bright_black", "bright_white"
 MOST_NAMED = 5  # of those that gave way; the others are counted
+MOST_NEXT = 3  # of the cached blocks that are evicted next
 
 Cell = tuple[str, str]  # text and style
 
@@ -63,10 +65,15 @@ def free_cell(ascii_only: bool) -> Cell:
     return ("_ " if ascii_only else "· "), FREE
 
 
+def cached_cell(ascii_only: bool) -> Cell:
+    """The cell of a block that nobody holds and that is in the prefix cache."""
+    return ("o " if ascii_only else "◦ "), CACHED
+
+
 def device_cell(blocks: BlockSnapshot, block: int, owner: int | None, ascii_only: bool) -> Cell:
     """The cell of a block of the pool."""
     if owner is None:
-        return free_cell(ascii_only)
+        return cached_cell(ascii_only) if block in blocks.cached else free_cell(ascii_only)
     holders, filled = blocks.ref_counts[block], blocks.filled[block]
     text, style = swatch(owner)
     if holders > 1:
@@ -77,10 +84,14 @@ def device_cell(blocks: BlockSnapshot, block: int, owner: int | None, ascii_only
     return text, style
 
 
-def crowded_cell(held: Sequence[int | None], size: int, ascii_only: bool) -> Cell:
-    """The cell of `size` blocks. held: for each that is held, its owner, or None if several tables name it."""
+def crowded_cell(held: Sequence[int | None], size: int, ascii_only: bool, any_cached: bool = False) -> Cell:
+    """The cell of `size` blocks. held: for each that is held, its owner, or None if several tables name it.
+
+    any_cached: whether any of the others is in the prefix cache.
+    """
     if not held:
-        return free_cell(ascii_only)[0][0], FREE
+        text, style = cached_cell(ascii_only) if any_cached else free_cell(ascii_only)
+        return text[0], style
     (most, _), *_ = Counter(held).most_common(1)
     return level(len(held), size, ascii_only), SHARED if most is None else COLORS[most % len(COLORS)]
 
@@ -124,9 +135,14 @@ def device_map(
     held: list[list[int | None]] = [[] for _ in range(0, num_blocks, size)]
     for block, owner in holders.items():
         held[(block - 1) // size].append(owner if blocks.ref_counts[block] == 1 else None)
+    cached = {(block - 1) // size for block in blocks.cached}  # cells that have any
     last = num_blocks - size * (len(held) - 1)  # blocks of the last cell
-    cells = [crowded_cell(owners, size, ascii_only) for owners in held[:-1]]
-    return rows_of([*cells, crowded_cell(held[-1], last, ascii_only)], per_row(width), size, digits), size
+    sizes = [size] * (len(held) - 1) + [last]
+    cells = [
+        crowded_cell(owners, count, ascii_only, index in cached)
+        for index, (owners, count) in enumerate(zip(held, sizes, strict=True))
+    ]
+    return rows_of(cells, per_row(width), size, digits), size
 
 
 def host_line(blocks: BlockSnapshot, owners: Mapping[str, int], width: int) -> Text:
@@ -176,18 +192,27 @@ def gave_way_line(state: LiveState, blocks: BlockSnapshot) -> Text:
     return line.append(f"; and {more} more" if more else "")
 
 
-def legend_line(size: int, ascii_only: bool) -> Text:
+def cache_line(state: LiveState, blocks: BlockSnapshot) -> Text:
+    """How much of the prompts was found so far, what was lost, and which of the free blocks are lost next."""
+    rate, idle = state.stats.hit_rate or 0.0, [block for block in blocks.free if block in blocks.cached]
+    line = Text(f"{rate:.0%} of prompts found; {state.num_evicted:,} evicted; {len(idle):,} free")
+    return line.append(f", next {', '.join(map(str, idle[:MOST_NEXT]))}" if idle else "")
+
+
+def legend_line(size: int, ascii_only: bool, uses_cache: bool = False) -> Text:
     """What the cells mean."""
-    dot = free_cell(ascii_only)
+    dot, cached = free_cell(ascii_only), cached_cell(ascii_only)
     if size > 1:
         low, high = level(1, size * 8, ascii_only), level(1, 1, ascii_only)
         head = f"cells of {size:,} blocks: {low} to {high} held, "
-        return Text.assemble(head, (dot[0][0], dot[1]), " none; colour: who holds most")
+        idle: list[str | tuple[str, str]] = [(cached[0][0], cached[1]), " only cached, "] if uses_cache else []
+        return Text.assemble(head, *idle, (dot[0][0], dot[1]), " none; colour: who holds most")
     parts: Iterable[tuple[Cell, str]] = (
         (("A ", f"black on {COLORS[0]}"), " full  "),
         (("a" + part_mark(8, 16, ascii_only), COLORS[0]), " partly filled  "),
         (("A3", f"bold black on {SHARED}"), " shared by 3  "),
         (dot, "free"),
+        *([(("  ", ""), ""), (cached, "free, cached")] if uses_cache else []),
     )
     return Text.assemble(*(piece for cell, words in parts for piece in (cell, words)))
 
@@ -208,4 +233,6 @@ def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> lis
     ]
     if state.uses_host:
         lines.append(("host", host_line(blocks, state.owners, width)))
-    return [*lines, ("", legend_line(size, ascii_only))]
+    if state.uses_cache:
+        lines.append(("cache", cache_line(state, blocks)))
+    return [*lines, ("", legend_line(size, ascii_only, state.uses_cache))]

@@ -21,11 +21,12 @@ class Lane:
     """The row of a running request, which it keeps until the step after its last.
 
     share: its share of the newest step that ran it. state: see `state_word`, or "skipped": it runs, and the newest step
-    had no room for it, since a long prompt had the step to itself.
+    had no room for it, since a long prompt had the step to itself. num_cached: prompt tokens that it found computed.
     """
 
     share: RequestStep
     state: str
+    num_cached: int = 0
 
     @property
     def ended(self) -> bool:
@@ -58,6 +59,8 @@ class LiveState:
         self.gave_way: list[str] = []  # ids that were preempted and have not come back
         self.owners: dict[str, int] = {}  # a small number for each request that holds blocks or has given way
         self.uses_host = False  # whether any blocks were ever on the host
+        self.uses_cache = False  # whether any block was ever in a prefix cache
+        self.num_evicted = 0  # cached blocks that were given to somebody else, since the first step
         self._num_requests = num_requests
 
     @property
@@ -92,7 +95,7 @@ class LiveState:
 
     def observe(self, step: StepTrace) -> None:
         """Take in the next step."""
-        self.step = step
+        before, self.step = self.blocks, step
         self.stats.add(step)
         prefill = sum(share.num_prompt for share in step.requests)
         self.history.append((prefill, step.num_scheduled_tokens - prefill))
@@ -103,6 +106,8 @@ class LiveState:
         self._move_lanes(shares, {*step.aborted, *step.preempted})
         if step.blocks is not None:
             self._number_owners(step.blocks)
+            self.uses_cache = self.uses_cache or bool(step.blocks.cached)
+            self.num_evicted += 0 if before is None else step.blocks.num_evicted - before.num_evicted
 
     def _move_lanes(self, shares: dict[str, RequestStep], gone: set[str]) -> None:
         """Every running request keeps its lane, and those that this step admitted take the free ones."""
@@ -111,13 +116,13 @@ class LiveState:
                 self.lanes[index] = None
             elif lane.share.request_id in shares:
                 share = shares.pop(lane.share.request_id)
-                self.lanes[index] = Lane(share, state_word(share))
+                self.lanes[index] = Lane(share, state_word(share), lane.num_cached)
             else:
                 lane.state = "skipped"
         for share in shares.values():
             if None not in self.lanes:
                 self.lanes.append(None)
-            self.lanes[self.lanes.index(None)] = Lane(share, state_word(share))
+            self.lanes[self.lanes.index(None)] = Lane(share, state_word(share), share.num_cached)
 
     def _number_owners(self, blocks: BlockSnapshot) -> None:
         """Each new owner takes the smallest number that is free, and keeps it for as long as it lives."""
@@ -130,13 +135,16 @@ class LiveState:
 
 
 def state_word(share: RequestStep) -> str:
-    """What a step did for a request, or how it ended it: "prefill", "decode", "again", "done: stop", ...
+    """What a step did for a request, or how it ended it: "prefill", "chunk", "decode", "again", "done: stop", ...
 
-    "again": it had given way, and K/V of its output so far is computed along with that of its prompt.
+    "chunk": a piece of its prompt that is not the last. "again": it had given way, and K/V of its output so far is
+    computed along with that of its prompt.
     """
     reason = RequestStatus[share.status].finish_reason
     if reason is not None:
         return f"done: {reason}"
     if share.num_scheduled > 1 and share.num_output > share.num_sampled:
         return "again"
+    if share.num_prompt and share.num_computed < share.prompt_len:
+        return "chunk"
     return "prefill" if share.num_prompt else "decode"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import accumulate, pairwise
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -293,7 +294,7 @@ def online_softmax_steps(
     arms = (("with the rescale", states, BLUE, "o", "-"), ("without it", without_rescale, VERMILLION, "s", "--"))
     centres = [(start + end) / 2 for start, end in pairwise(edges)]
     for label, arm, color, marker, dash in arms:
-        look = {"color": color, "marker": marker, "linestyle": dash, "label": label}
+        look: dict[str, Any] = {"color": color, "marker": marker, "linestyle": dash, "label": label}
         middle.plot(centres, [s.total for s in arm], **look)
         bottom.plot(centres, [float(s.attention[0]) for s in arm], **look)
     for ax, number in ((middle, exact_total), (bottom, exact)):

@@ -47,11 +47,13 @@ def milliseconds(seconds: float | None) -> str:
 def request_table(outputs: Sequence[RequestOutput]) -> Table:
     """One row per request: how much went in and came out, how it ended, and its latencies.
 
-    TTFT: arrival to first token, waiting included. TPOT: mean time per token after the first.
+    TTFT: arrival to first token, waiting included. TPOT: mean time per token after the first. Prompt tokens that came
+    from a cache have a column if there are any.
     """
-    table = new_table("Requests")
+    cached = any(output.num_cached_tokens for output in outputs)
+    table = new_table("Requests", gap=1 if cached else 2)
     table.add_column("id", justify="right")
-    for name in ("prompt", "output"):
+    for name in ("prompt", *(["cached"] if cached else []), "output"):
         table.add_column(f"{name}\ntokens", justify="right")
     table.add_column("finish")
     for name in ("queue", "TTFT", "TPOT", "total"):
@@ -65,6 +67,7 @@ def request_table(outputs: Sequence[RequestOutput]) -> Table:
         table.add_row(
             output.request_id,
             str(len(output.prompt_token_ids)),
+            *([str(output.num_cached_tokens)] if cached else []),
             str(tokens),
             ", ".join(dict.fromkeys(c.finish_reason or "running" for c in output.outputs)),
             milliseconds(metrics.queue_time),
@@ -164,4 +167,6 @@ def stats_table(stats: EngineStats) -> Table:
         value = getattr(stats, name)
         if value:
             table.add_row(label, f"{value:,}")
+        if value and name == "cached_tokens":
+            table.add_row("share of prompt tokens from a cache", f"{stats.hit_rate:.1%}")
     return table

@@ -502,12 +502,14 @@ class TestBlockManager:
         session.pool.table("a").clear()
         session.check()
 
+    @pytest.mark.late
     def test_any_operations(self, impl: ModuleType) -> None:
         """Any operations in any order, with a memory beside the books: no token is ever lost."""
         run_state_machine_as_test(
             any_sequence_of_operations(impl), settings=settings(max_examples=100, stateful_step_count=30)
         )
 
+    @pytest.mark.late
     def test_in_the_real_engine(self, impl: ModuleType) -> None:
         """Your class keeps the blocks of the real engine: every answer is M1's."""
         engine = engine_with(impl, num_blocks=80)
@@ -515,6 +517,7 @@ class TestBlockManager:
         must_be_the_same(run(engine, prompts, params), answers_of_m1())
         must_be_free(engine)
 
+    @pytest.mark.late
     def test_in_the_real_engine_in_too_few_blocks(self, impl: ModuleType) -> None:
         """In a pool for hardly two of six requests, they give way, come back, and say what M1 says."""
         engine = engine_with(impl, num_blocks=18)
@@ -524,6 +527,7 @@ class TestBlockManager:
             raise WrongAnswer("Nobody had to give way, though six requests do not fit 18 blocks. Is `append` refusing?")
         must_be_free(engine)
 
+    @pytest.mark.late
     def test_in_the_real_engine_with_samples(self, impl: ModuleType) -> None:
         """Four samples of each prompt share its blocks and part by copies, in too few blocks: all are M1's."""
         engine = engine_with(impl, num_blocks=26)

@@ -1,4 +1,4 @@
-"""M3, second part: ragged batches and kernels. Write your answers here, and check them with `folovllm grade m3-kernels`.
+"""M3, second part: ragged batches and kernels. Write your answers here, and check them: `folovllm grade m3-kernels`.
 
 The first three exercises are plain Python: what a step tells attention about its tokens. The others are Triton kernels,
 a ladder whose last rung is paged decode. They run in Triton's interpreter, on the CPU: no GPU is needed, `print` works

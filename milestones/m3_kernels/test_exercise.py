@@ -11,6 +11,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from types import ModuleType
 from typing import Any
 
@@ -186,7 +187,9 @@ def check(what: str, outs: Sequence[tuple[str, Sheet, Tensor]], why: str = "") -
         if bool(wrong.any()):
             row, column = wrong.nonzero()[0].tolist()
             shown, right = float(got[row, column]), float(want.reshape(got.shape)[row, column])
-            problem = f"First difference in {name} at row {row}, column {column}: {shown:.6g}, it should be {right:.6g}."
+            problem = (
+                f"First difference in {name} at row {row}, column {column}: {shown:.6g}, it should be {right:.6g}."
+            )
             if math.isnan(shown):
                 problem += "\nNaN: it was never written, or what lies beyond the end, or unused, was read."
         elif not bool(out.foreign().isnan().all()):
@@ -429,8 +432,9 @@ def check_paged(
            case.seq_lens, case.table.shape[1], case.scale, NUM_HEADS=heads, DIM=4, BLOCK_SIZE=block_size,
            TILE=tile)  # fmt: skip
     what = (
-        f"paged_decode_kernel[({len(lengths)}, {heads})] with seq_lens={list(lengths)}, DIM=4, BLOCK_SIZE={block_size}, "
-        f"TILE={tile}, block_table={case.table.tolist()}\n(a row of out is a head of a request)"
+        f"paged_decode_kernel[({len(lengths)}, {heads})] with seq_lens={list(lengths)}, DIM=4, "
+        f"BLOCK_SIZE={block_size}, TILE={tile}, block_table={case.table.tolist()}\n"
+        "(a row of out is a head of a request)"
     )
     check(what, [("out", out, case.want.reshape(-1, 4))], why)
 
@@ -513,7 +517,7 @@ def check_merge(impl: ModuleType, scores: Tensor, cuts: Sequence[int], power_of_
     rows, length = scores.shape
     values = numbers(rows, length, 4, seed=5)
     bounds = [0, *cuts, length]
-    parts = [(scores[:, a:b], values[:, a:b]) for a, b in zip(bounds, bounds[1:], strict=False)]
+    parts = [(scores[:, a:b], values[:, a:b]) for a, b in pairwise(bounds)]
     maxima = torch.stack([s.max(1).values if s.shape[1] else torch.full((rows,), -math.inf) for s, _ in parts], 1)
     weights = [torch.exp(s - m[:, None]) if s.shape[1] else s for (s, _), m in zip(parts, maxima.T, strict=True)]
     totals = torch.stack([w.sum(1) for w in weights], 1)

@@ -611,9 +611,9 @@ class TestPrefixIndex:
 
     def test_in_the_real_engine_in_too_few_blocks(self, impl: ModuleType) -> None:
         """In a small pool, where cached blocks are evicted all the time, every answer is still M1's."""
-        engine = engine_with(impl.PrefixIndex, 52)
+        engine = engine_with(impl.PrefixIndex, 22)
         must_be_the_same(run(engine), answers_of_m1())
-        must_have_found(engine, written_out(52))
+        must_have_found(engine, written_out(22))
 
 
 # --- the index: in the real engine ------------------------------------------------------------------------

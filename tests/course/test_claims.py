@@ -105,9 +105,51 @@ EXPECTED = {
     "watermark": "1 %",
     "recompute-flops": "13.0 GFLOPs",  # 2 x 6,476,005,376
     "swap-bytes": "1 MiB",
+    "ragged-tokens": "352",
+    "padded-cells": "900",
+    "score-cells-padded": "270,000",  # 3 x 300^2
+    "score-cells-packed": "123,904",  # 352^2
+    "score-cells-needed": "46,048",  # 12 x 13 / 2 + 300 x 301 / 2 + 40 x 41 / 2
+    "mixed-slot": "9",  # 2 x 4 + 1
+    "long-step-tokens": "207",
+    "long-step-keys": "3,700",
+    "long-step-cells": "765,900",
+    "long-step-visible": "3.1 %",  # 7 x 500 + 200 x 201 / 2 = 23,600
+    "long-step-integers": "894",  # 3 x 207 + 9 + 8 + 8 x 32
+    "tiles-loaded": "13",  # 1 + 1 + 2, 3 + 3, 3
+    "tiles-unmasked": "7",  # 0 + 0 + 1, 2 + 2, 2
+    "qwen3-group": "2",
+    "qwen3-programs": "8",
+    "qwen3-programs-split": "64",
     "recompute-over-swap": "12,400",  # 12,952,010,752 / 1,048,576 = 12,352
+    "chunk-64-room": "56",
+    "kv-100k": "48.8 GiB",  # 100,000 x 512 KiB
+    "kv-of-a-piece": "2 GiB",
+    "pieces-100k": "25",  # 24.4
+    "mlp-100k": "4.1 GiB",  # 100,000 x 2 x 11,008 x 2 = 4,403,200,000
+    "mlp-of-a-piece": "172 MiB",  # 4096 x 44,032
+    "alike-tokens": "6",
+    "hit-of-64": "48",  # three blocks: the fourth ends with the last token
+    "left-of-64": "16",
+    "left-of-65": "1",
+    "collision-chance": "below 1e-26",  # 5e11 pairs of 3.4e38 values
+    "w3-alone": "6,400",  # 16 x (384 + 16)
+    "w3-shared": "640",  # 384 + 16 x 16
 }
 EXPECTED_TABLES = {
+    "step-metadata": [
+        ["`query_start_loc`", "R + 1", "[0, 3, 4, 5]", "where each request's tokens begin, and the end"],
+        ["`seq_lens`", "R", "[3, 6, 9]", "keys of each request, the new ones included"],
+        ["`slot_mapping`", "T", "[28, 29, 30, 9, 16]", "where K/V is written"],
+        ["`block_table`", "R x B", "[[7], [5, 2], [1, 6, 4]]", "where K/V is read"],
+    ],
+    # With the rescale: softmax over the keys so far. Without it: weights e^(score - maximum when its tile came).
+    "online-softmax": [
+        ["1", "1.0", "-", "2.328", "0.860", "2.328", "0.860"],
+        ["2", "1.2", "0.819", "4.429", "0.758", "4.851", "0.766"],
+        ["3", "2.8", "0.202", "2.698", "0.321", "6.655", "0.587"],
+        ["4", "2.8", "1.000", "3.473", "0.292", "7.430", "0.546"],
+    ],
     "recompute-ratios": [["10", "5.5", "7"], ["100", "50.5", "67"], ["1,000", "500.5", "667"]],
     "kv-sizes": [
         ["Llama-2-7B", "MHA", "32", "32", "32", "128", "524,288"],
@@ -132,6 +174,27 @@ EXPECTED_TABLES = {
         ["512", "17,179", "410", "205"],
         ["4,096", "137,438", "1,370", "683"],
     ],
+    "piece-reads": [  # 112 KiB of K/V per token; 440,401,920 weights in linear layers
+        ["2,048", "1", "2,048", "0.219", "0.820"],
+        ["1,024", "2", "3,072", "0.328", "1.64"],  # 1024 + 2048
+        ["512", "4", "5,120", "0.547", "3.28"],
+        ["256", "8", "9,216", "0.984", "6.56"],  # 256 x (1 + ... + 8)
+        ["128", "16", "17,408", "1.86", "13.1"],
+        ["64", "32", "33,792", "3.61", "26.2"],
+    ],
+    "budget-split": [
+        ["1,000", "1", "10", "100", "200", "500", "810"],
+        ["600", "1", "10", "100", "200", "290", "600"],
+        ["600", "2", "12", "0", "0", "210", "222"],
+    ],
+    "full-hits": [
+        ["15", "0", "0", "15"],
+        ["16", "1", "0", "16"],
+        ["17", "1", "1", "1"],
+        ["63", "3", "3", "15"],
+        ["64", "4", "3", "16"],
+        ["65", "4", "4", "1"],
+    ],
     "batching-steps": [
         ["10, 20, 30, 100", "160", "100", "40 %", "100", "1.00"],
         # The long ones start in steps 0, 30, 70 and 110.
@@ -141,9 +204,13 @@ EXPECTED_TABLES = {
 }
 # Derived from what stands in a results file: the prompt's length, the ceilings, requests, counts of passes and steps.
 FROM_RESULTS = {"m0-flop-ratio-tiny", "m0-flop-ratio-qwen3", "machine-ridge", "w2-prefill-padding", "w2-kv-padding"}
+FROM_RESULTS |= {"packed-right", "packed-wrong"}
 FROM_RESULTS |= {"m1-w2-passes", "m2-loop-passes", "m2-padded-passes", "m2-fcfs-steps", "m2-sjf-steps"}
 FROM_RESULTS |= {"w2-longest", "m2-used-of-held", "m3-used-of-held", "empty-share-16", "empty-share-256"}
 FROM_RESULTS |= {"m3-over-static-w1", "m3-over-static-w2", "m3-over-continuous-w2", "m2-over-static-w2"}
+FROM_RESULTS |= {"sharers-hit-rate"}
+FROM_RESULTS |= {"m4-over-static-w3", "m4-over-m3-w3", "m4-over-m3-w2", "m4-prompt-tokens-w3"}
+FROM_RESULTS |= {"m4-longest-itl", "m4-late-ttft"}
 
 
 @pytest.mark.parametrize(("claim_id", "text"), EXPECTED.items())
@@ -176,6 +243,27 @@ def test_flop_ratios_of_the_measured_runs() -> None:
 def test_the_ridge_is_the_quotient_of_the_ceilings_on_the_page() -> None:
     peak, bandwidth = (float(claims.claim_text(f"machine-{name}").split()[0]) for name in ("peak", "bandwidth"))
     assert float(claims.claim_text("machine-ridge")) == pytest.approx(peak / bandwidth, rel=0.01)
+
+
+def test_what_chapters_6_and_7_say_of_qwen3_holds_in_its_results() -> None:
+    data = ledger.result("m4-qwen3-0.6b")
+    runs = [current["runs"] for current in data["rounds"]]
+    for current in runs:
+        # The prefix once, and everybody's own: 384 + 16 * 16. M3 computes everybody's whole prompt.
+        assert current["w3"]["m4"]["engine"]["stats"]["prompt_tokens_computed"] == 384 + 16 * 16
+        assert current["w3"]["m3"]["engine"]["stats"]["prompt_tokens_computed"] == 16 * (384 + 16)
+        assert current["w3"]["m4"]["wall_s"] < current["w3"]["m3"]["wall_s"]
+        assert current["w3"]["m4"]["kv_reserved_bytes"] < current["w3"]["m3"]["kv_reserved_bytes"]
+    assert claims.claim_text("m4-prompt-tokens-w3") == claims.claim_text("w3-shared")
+    ratios = [current["w3"]["hf:static"]["wall_s"] / current["w3"]["m4"]["wall_s"] for current in runs]
+    assert float(claims.claim_text("m4-over-static-w3")) == pytest.approx(statistics.median(ratios), rel=0.01)
+
+    mixed = [current["runs"]["mixed"] for current in ledger.result("m4-mixed-qwen3-0.6b")["rounds"]]
+    small, large = "m4:budget=256", "m4:budget=4096"
+    pauses = [run[large]["itl_s"]["max"] / run[small]["itl_s"]["max"] for run in mixed]
+    assert float(claims.claim_text("m4-longest-itl")) == pytest.approx(statistics.median(pauses), rel=0.05)
+    waits = [run[small]["ttft_s"]["max"] / run[large]["ttft_s"]["max"] for run in mixed]
+    assert float(claims.claim_text("m4-late-ttft")) == pytest.approx(statistics.median(waits), rel=0.01)
 
 
 # --- sources ----------------------------------------------------------------------------------------------
@@ -313,11 +401,86 @@ def test_what_chapter_4_says_of_blocks_holds_in_its_results() -> None:
     assert data["sharing"]["prompt_lens"][0] == 16
 
 
+def test_what_chapter_5_says_of_packing_and_padding_holds_in_its_results() -> None:
+    data = ledger.result("m3-ragged-folo-tiny")
+    found = data["packing"]["differences"]
+    wrong = {"positions_with_cache", "nothing"}
+    assert data["packing"]["lengths"] == data["prefill"]["unequal"]["lengths"] == [12, 300, 40]
+    for way, differences in found.items():
+        assert differences[0] < 1e-3  # the first text is right in every line
+        for difference in differences[1:]:
+            assert difference > data["packing"]["logits_standard_deviation"] if way in wrong else difference < 1e-3
+    assert data["generate_batch"]["same_tokens"]
+    assert data["prefill"]["unequal"]["cells"] == {"padded": 900, "packed": 352}
+    unequal, alike = data["summary"]["unequal"], data["summary"]["nearly_equal"]
+    assert unequal["padded_over_packed"]["min"] > 1.5 and unequal["padded_over_m3"]["min"] > 1.5
+    assert alike["padded_over_packed"]["min"] < 1.1  # "there is nothing to save"
+    assert unequal["one_by_one_over_packed"]["median"] > 1
+
+
 def test_the_forward_of_chapter_4_makes_as_many_passes_as_steps() -> None:
-    for run in ledger.result("m3-w2-qwen3-0.6b")["rounds"][0]["runs"].values():
+    for run in ledger.result("m4-qwen3-0.6b")["rounds"][0]["runs"].values():
         stats = run["m3"]["engine"]["stats"]
         assert stats["forwards"] == stats["steps"]
         assert stats["padding_tokens"] == stats["padding_kv_tokens"] == stats["preemptions"] == 0
+
+
+def test_what_chapter_6_says_of_chunks_holds_in_its_results() -> None:
+    data = ledger.result("m4-chunks-folo-tiny")
+    assert data["same_tokens"]
+    streams, long, room = data["streams"], data["long"]["prompt_len"], {}
+    for arm, numbers in data["summary"]["arms"].items():
+        room[arm] = long if arm == "m3" else min(long, int(arm) - streams["number"])
+        assert numbers["chunks"]["median"] == -(-long // room[arm])
+        fill = data["fills"][arm]
+        beside = [i for i, tokens in enumerate(fill["prefills"]) if tokens and fill["decodes"][i] == streams["number"]]
+        assert sum(fill["prefills"][i] for i in beside) == long  # the streams decode from its first chunk to its last
+        assert len(beside) == numbers["chunks"]["median"]
+        assert max(map(sum, zip(fill["decodes"], fill["prefills"], strict=True))) <= fill["budget"]
+    arms = data["summary"]["arms"]
+    pauses = [arms[arm]["itl_max_s"]["median"] for arm in ("64", "128", "256", "512", "1024")]
+    assert pauses == sorted(pauses)
+    assert arms["256"]["max_itl_below_m3"]["min"] > 2
+    # "It ranks them the wrong way round": over the whole run, M3's p95 is the lower one.
+    assert arms["m3"]["run_itl_p95_s"]["median"] < arms["256"]["run_itl_p95_s"]["median"]
+    assert arms["m3"]["itl_max_s"]["median"] > 10 * arms["m3"]["run_itl_p95_s"]["median"]
+    found = data["logit_differences"]
+    right = ("chunks_of_16", "chunks_of_12", "token_by_token", "rectangle_of_the_mask")
+    assert max(found[way] for way in right) < 1e-3
+    wrong = ("sees_its_own_chunk_only", "whole_rectangle", "positions_begin_again")
+    assert min(found[way] for way in wrong) > found["logits_standard_deviation"]
+
+
+def test_what_chapter_7_says_of_prefixes_holds_in_its_results() -> None:
+    data = ledger.result("m4-prefixes-folo-tiny")
+    assert data["same_tokens"] and data["preemption"]["same_tokens"]
+    of = data["requests"]
+    number, prefix, own = of["number"], of["prefix_len"], of["own_len"]
+    alone, once = number * (prefix + own), prefix + number * own
+    counts = {
+        arm: (numbers["prompt_tokens_computed"]["median"], numbers["cached_tokens"]["median"])
+        for arm, numbers in data["summary"]["arms"].items()
+    }
+    last = (prefix + own) % 16  # of a full hit, the tokens after the last full block
+    assert counts == {
+        "m3": (alone, 0),
+        "no_cache": (alone, 0),
+        "together": (once, alone - once),
+        "again": (number * last, alone - number * last),
+    }
+    for limits, row in data["rules"].items():
+        assert row["none"] == alone and row["follow"] == once
+        assert row["follow"] <= row["forward"] <= row["written"] <= row["none"]
+        if int(limits.split("/")[0]) >= alone:
+            assert row["written"] == alone  # "finds nothing"
+    hits = data["hit_rate"]
+    for size, rates in hits["rates"].items():
+        for shared, rate in zip(hits["shared"], rates, strict=True):
+            found = min(shared, hits["prompt_len"] - 1) // int(size) * int(size)
+            assert rate == pytest.approx((hits["number"] - 1) * found / (hits["number"] * hits["prompt_len"]))
+    giving_way = data["preemption"]
+    assert giving_way["cache"]["preemptions"] == giving_way["no_cache"]["preemptions"] > 0
+    assert giving_way["cache"]["tokens_scheduled"] < giving_way["no_cache"]["tokens_scheduled"]
 
 
 def test_the_mistakes_of_chapter_1_show_and_the_right_ways_agree() -> None:

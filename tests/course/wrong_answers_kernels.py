@@ -1,4 +1,4 @@
-"""Wrong answers to the exercises of M3's second part. Each is the solution with one mistake, which a check must find."""
+"""Wrong answers to the exercises of M3's second part. Each is the solution with one mistake."""
 
 from __future__ import annotations
 
@@ -74,9 +74,13 @@ M3_KERNELS = {
         "every head the first": changed("attention_kernel", ("(head * length + tokens)", "tokens")),
     },
     "paged_decode_kernel": {
-        "no table": changed("paged_decode_kernel", ("blocks * BLOCK_SIZE + tokens % BLOCK_SIZE", "BLOCK_SIZE + tokens")),
+        "no table": changed(
+            "paged_decode_kernel", ("blocks * BLOCK_SIZE + tokens % BLOCK_SIZE", "BLOCK_SIZE + tokens")
+        ),
         "one table for all": changed("paged_decode_kernel", ("request * max_blocks + ", "")),
-        "one block per tile": changed("paged_decode_kernel", ("+ tokens // BLOCK_SIZE, mask", "+ start // BLOCK_SIZE, mask")),
+        "one block per tile": changed(
+            "paged_decode_kernel", ("+ tokens // BLOCK_SIZE, mask", "+ (start + 0 * tokens) // BLOCK_SIZE, mask")
+        ),
         "heads outside of slots": changed(
             "paged_decode_kernel", ("(slots * NUM_HEADS + head)", "(head * BLOCK_SIZE + slots)")
         ),

@@ -229,12 +229,12 @@ def test_a_prompt_in_chunks_shows_how_far_it_is_and_what_a_cache_gave():
     state = LiveState(2, max_running=2)
     state.observe(step_of(0, [share("a", 16, 16, 24, 0, 40, cached=8)]))
     row = row_of(drawn(LiveView(state), 80), "a")
-    assert " ".join(row[1:6]) == "prefill 24 of 40, 8" and row[6] == "cached"
-    bar = row[7]
+    assert " ".join(row[1:8]) == "chunk of 16 24 of 40, 8" and row[8] == "cached"
+    bar = row[9]
     assert set(bar) == {"▓", "░"} and bar.count("▓") == 24 * len(bar) // 40
     state.observe(step_of(1, [share("a", 16, 16, 40, 1, 40), share("b", 6, 6, 6, 1)]))
     lines = drawn(LiveView(state), 80)
-    assert row_of(lines, "a")[1:3] == ["prefill", "40"] and row_of(lines, "b")[1:3] == ["prefill", "6"]
+    assert row_of(lines, "a")[1:5] == ["prefill", "40,", "8", "cached"] and row_of(lines, "b")[1:3] == ["prefill", "6"]
     assert "▓ 22 prefill, █  0 decode, of 32" in lines[2]
 
 

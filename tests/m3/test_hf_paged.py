@@ -341,9 +341,11 @@ class BlindInDecode(TorchBackend):
         return super().attend(query, kv, meta, params)
 
 
-def test_the_check_looks_at_stored_keys_and_values_too() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_check_looks_at_stored_keys_and_values_too(dtype: torch.dtype) -> None:
+    """In 16 bits as well, where the median row decides: most rows come second."""
     with pytest.raises(ValueError, match="away from its own"):
-        checked(make_model("llama"), BlindInDecode(), 128)
+        checked(make_model("llama").to(dtype), BlindInDecode(), 128)
 
 
 def test_numbers_that_overflow_are_no_match() -> None:

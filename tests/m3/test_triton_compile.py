@@ -26,7 +26,6 @@ if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets here and compiles nothing", allow_module_level=True)
 
 from folovllm.attention.triton_compile import (
-    MAX_SHARED,
     Compiled,
     compile_attention,
     compile_copy,
@@ -104,20 +103,20 @@ def test_the_other_kernels_fit(capability: int) -> None:
 
 
 def test_a_tile_that_does_not_fit_into_registers_is_noticed() -> None:
-    """256 rows of 256 numbers are 512 per thread of 4 warps."""
-    found = compile_attention(KernelConfig(256, 16, 4, 1), 80, FLOAT16, 256).problems()
+    """The output alone is 128 rows of 256 numbers: 256 for each of 128 threads."""
+    found = compile_attention(KernelConfig(128, 16, 4, 1), 80, FLOAT16, 256).problems()
     assert any("registers are spilled" in problem for problem in found)
 
 
 def test_more_stages_than_shared_memory_holds_are_noticed() -> None:
-    compiled = compile_attention(KernelConfig(64, 128, 8, 6), 90, FLOAT16, 128)
-    assert compiled.shared > MAX_SHARED[90]
-    assert compiled.problems() == [f"{compiled.shared} bytes of shared memory, of {227 * 1024}"]
+    """A tile of keys and one of values take 32 KiB, and there are several of both."""
+    found = compile_attention(KernelConfig(64, 64, 4, 17), 90, FLOAT16, 128).problems()
+    assert any("bytes of shared memory" in problem for problem in found)
 
 
 def test_products_without_tensor_cores_are_noticed() -> None:
     """float32 is multiplied number by number: exactly, and slowly."""
-    compiled = compile_attention(shipped("decode", FLOAT32, 64, 80), 80, FLOAT32, 64)
+    compiled = compile_attention(KernelConfig(16, 16, 4, 1), 80, FLOAT32, 16)
     assert compiled.problems() == []
     assert compiled.problems(tensor_cores=True) == ["no product is made by tensor cores"]
 

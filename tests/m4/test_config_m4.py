@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -233,23 +234,26 @@ def test_where_there_is_no_cache_there_is_nothing_to_empty(milestone: str) -> No
 # ---------------------------------------------------------------------- the command line
 
 
-def test_the_command_runs_m4_and_says_what_was_found() -> None:
-    result = CliRunner().invoke(
-        app,
-        [
-            "generate",
-            "What is a block?",
-            "What is a block?",
-            "--max-tokens",
-            "3",
-            "--dtype",
-            "float32",
-            "--device",
-            "cpu",
-        ],
-    )
+def test_the_command_runs_m4_where_a_question_asked_twice_is_computed_once() -> None:
+    question, llm = "What is a block?", LLM("folo-tiny", dtype="float32", device="cpu", num_kv_blocks=9)
+    (prompt,) = llm.chat_prompts([[{"role": "user", "content": question}]])
+    length = len(prompt["prompt_token_ids"])  # type: ignore[call-overload]
+    options = [
+        "--max-tokens",
+        "3",
+        "--dtype",
+        "float32",
+        "--device",
+        "cpu",
+        "--block-size",
+        "4",
+        "--num-kv-blocks",
+        "99",
+    ]
+    result = CliRunner().invoke(app, ["generate", question, question, *options])
     assert result.exit_code == 0, result.output
-    assert "cached" in result.output
+    computed = re.search(r"tokens computed\s+(\d+)", result.output)
+    assert computed and int(computed[1]) == length + length - (length - 1) // 4 * 4
 
 
 def test_the_command_takes_a_budget_smaller_than_a_prompt_at_m4_only() -> None:
@@ -260,6 +264,8 @@ def test_the_command_takes_a_budget_smaller_than_a_prompt_at_m4_only() -> None:
         "2",
         "--max-num-batched-tokens",
         "4",
+        "--num-kv-blocks",
+        "99",
         "--device",
         "cpu",
     ]

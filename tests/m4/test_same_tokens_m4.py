@@ -15,7 +15,7 @@ import torch
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from tests.m3.cases import MODELS
 from tests.m3.helpers import check_all_free, manager_of
-from tests.m3.test_beam_search import Searched, check_beams
+from tests.m3.test_beam_search import EOS_SETS, PROMPTS, Searched, check_beams
 from tests.m4.cases import SHAPES, SharedCase, forget_nothing
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens
 
@@ -331,8 +331,6 @@ def test_beams_are_hugging_faces_the_first_time_and_the_second(
     family: str, eos: str, settings: dict[str, Any], tmp_path: Path, oracle_stats: OracleStats
 ) -> None:
     """The second search finds what the first has left. Beams that are let go leave cached blocks behind."""
-    from tests.m3.test_beam_search import EOS_SETS, PROMPTS
-
     case = Searched(family, EOS_SETS[eos], tmp_path)
     llm = LLM(case.path, milestone="m4", dtype="float32", device="cpu", **{"num_kv_blocks": 400, **settings})
     search = (4, 12, 1.0)
