@@ -24,7 +24,8 @@ from rich.table import Table
 from folovllm import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from folovllm.config import check_float, check_int
 from folovllm.engine.trace import StepTrace
-from folovllm.entrypoints.cli import clean_exit, load_llm, make_prompts, print_samples, show_ids
+from folovllm.entrypoints.cli import clean_exit, load_llm
+from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
 from folovllm.outputs import BeamSearchOutput
 from folovllm.runner.paged_runner import PagedRunner
 from folovllm.viz.live import watch, watching

@@ -34,7 +34,8 @@ from rich.table import Table
 from folovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from folovllm.config import MILESTONES, check_choice, check_float, check_int
 from folovllm.engine.prompts import Prompt
-from folovllm.entrypoints.cli import clean_exit, load_llm, print_samples, show_ids
+from folovllm.entrypoints.cli import clean_exit, load_llm
+from folovllm.entrypoints.terminal import print_samples, show_ids
 from folovllm.glossary import default_prompts, load_prose
 from folovllm.viz.live import watching
 from folovllm.viz.tables import milliseconds, new_table, request_table, stats_table, step_table

@@ -73,8 +73,8 @@ DECODES = ((1, 8192), (8, 4096), (64, 2048), (256, 1024))  # requests, tokens of
 
 def prefill_candidates() -> list[KernelConfig]:
     """What may be fast on a card with tensor cores."""
-    cuts = product((64, 128), (32, 64, 128), (4, 8), (2, 3, 5))
-    return [KernelConfig(rows, tile, warps, stages) for rows, tile, warps, stages in cuts]
+    cuts = product((64, 128), (32, 64, 128), (4, 8), (2, 3, 5), (True, False))
+    return [KernelConfig(rows, tile, warps, stages, two_loops=two) for rows, tile, warps, stages, two in cuts]
 
 
 def decode_candidates() -> list[KernelConfig]:
@@ -276,7 +276,7 @@ def why_not(config: KernelConfig, shape: Shape, dtype: torch.dtype, device: torc
 
 def label(config: KernelConfig) -> str:
     """The configuration as its call would be written."""
-    return "KernelConfig(" + ", ".join(str(value) for value in asdict(config).values()) + ")"
+    return "KernelConfig(" + ", ".join(f"{name}={value}" for name, value in asdict(config).items()) + ")"
 
 
 def capability_of(device: torch.device) -> tuple[int, int]:

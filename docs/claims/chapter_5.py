@@ -78,10 +78,10 @@ def prefill_rows() -> list[list[str]]:
 
 PACKINGS = {
     "mask": "4-D mask, positions that begin again",
-    "mask_with_cache": "the same, `use_cache=True`",
+    "mask_with_cache": "the same, use_cache=True",
     "mask_counted_through": "4-D mask, positions counted through",
-    "positions": "positions that begin again, no mask, `use_cache=False`",
-    "positions_with_cache": "the same, `use_cache=True`",
+    "positions": "positions that begin again, no mask, use_cache=False",
+    "positions_with_cache": "the same, use_cache=True",
     "nothing": "neither",
 }
 
@@ -135,7 +135,7 @@ def step_rows() -> list[list[str]]:
         "slot_mapping": ("T", slot_mapping(query_lens, seq_lens, BLOCK_TABLES, BLOCK_SIZE), "where K/V is written"),
         "block_table": ("R x B", [list(table) for table in BLOCK_TABLES], "where K/V is read"),
     }
-    return [[f"`{name}`", shape, str(numbers), about] for name, (shape, numbers, about) in values.items()]
+    return [[name, shape, str(numbers), about] for name, (shape, numbers, about) in values.items()]
 
 
 def visible_pairs(query_lens: Sequence[int], seq_lens: Sequence[int]) -> int:

@@ -34,7 +34,8 @@ class KernelConfig:
     rows: query tokens times packed heads in a tile. tile: keys in a tile. warps: of 32 threads, per program. stages:
     how far ahead of the products the compiler may fetch. Where K/V is must be fetched before K/V itself, so 2 fetches
     one tile ahead, 3 also what the block table says of the next, and only 5 two tiles. segments: pieces that K/V is
-    split into where there would be too few programs; 1 for never.
+    split into where there would be too few programs; 1 for never. two_loops: one for the tiles that every row sees, one
+    for those that need a mask. That is twice the code, and pays where tensor cores make a mask seem long.
     """
 
     rows: int
@@ -42,6 +43,7 @@ class KernelConfig:
     warps: int
     stages: int
     segments: int = 1
+    two_loops: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (("rows", 16, 256), ("tile", 16, 256), ("warps", 1, 16), ("segments", 1, 256)):
@@ -62,21 +64,21 @@ class KernelConfigs:
 
 # Largest head size -> configurations. For 16-bit formats on cards with 99 KiB of shared memory or more (from sm_80 on),
 AMPERE = {
-    64: KernelConfigs(KernelConfig(128, 64, 8, 3), KernelConfig(16, 64, 4, 3, 16)),
-    128: KernelConfigs(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
-    256: KernelConfigs(KernelConfig(64, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
+    64: KernelConfigs(KernelConfig(128, 64, 8, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
+    128: KernelConfigs(KernelConfig(128, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
+    256: KernelConfigs(KernelConfig(64, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
 }
 # on data centre cards with 227 KiB (sm_90, sm_100),
 HOPPER = {
-    64: KernelConfigs(KernelConfig(128, 64, 4, 3), KernelConfig(16, 64, 4, 3, 16)),
-    128: KernelConfigs(KernelConfig(128, 64, 8, 3), KernelConfig(16, 64, 4, 3, 16)),
-    256: KernelConfigs(KernelConfig(128, 32, 8, 3), KernelConfig(16, 32, 4, 3, 16)),
+    64: KernelConfigs(KernelConfig(128, 64, 4, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
+    128: KernelConfigs(KernelConfig(128, 64, 8, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
+    256: KernelConfigs(KernelConfig(128, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
 }
 # and for float32 on any.
 FLOAT32 = {
     64: KernelConfigs(KernelConfig(32, 32, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
     128: KernelConfigs(KernelConfig(32, 16, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
-    256: KernelConfigs(KernelConfig(16, 32, 8, 2), KernelConfig(16, 16, 8, 2, 16)),
+    256: KernelConfigs(KernelConfig(16, 32, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
 }
 
 

@@ -190,6 +190,7 @@ def attention_kernel(
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
     SEGMENTS: tl.constexpr,
+    TWO_LOOPS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
     WIDEN: tl.constexpr,
@@ -212,6 +213,9 @@ def attention_kernel(
         token 0     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ · · · · · │          up to `whole` there are whole tiles that every row
         token 1     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ · · · · │          sees, so no mask is needed; beyond `last` nobody
         token 2     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ ■ · · · │          sees anything, so nothing is loaded
+
+    With TWO_LOOPS the first of them goes up to `whole` without masks, which saves time where products are fast. Else,
+    as with a window, which takes keys away on the left too, one loop masks everything.
 
     Segments. With SEGMENTS > 1 the keys are cut into so many pieces, a program for each, and `reduce_kernel` puts them
     together. Else one decode with a long past would be the work of a single program per head, on a GPU that runs
@@ -254,7 +258,7 @@ def attention_kernel(
         first = first + segment * length
         last = tl.minimum(last, first + length)
     whole = first
-    if WINDOW == 0:
+    if TWO_LOOPS:
         seen_by_all = tl.minimum(past + first_token + 1, last)
         whole = first + tl.maximum(seen_by_all - first, 0) // TILE * TILE
 
@@ -265,7 +269,7 @@ def attention_kernel(
     keys += kv_head * HEAD_DIM
     values += kv_head * HEAD_DIM
     table = block_table + request.to(tl.int64) * stride_table
-    if WINDOW == 0:
+    if TWO_LOOPS:
         acc, maximum, total = attend_keys(
             acc, maximum, total, q, positions, keys, values, table, first, whole, stride_slot, scale, softcap,
             HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, WIDEN,

@@ -135,6 +135,7 @@ def attention_constants(
         "BLOCK_SIZE": block_size,
         "ROWS": config.rows,
         "TILE": config.tile,
+        "TWO_LOOPS": config.two_loops and params.sliding_window is None,
         "WINDOW": params.sliding_window or 0,
         "SOFTCAP": params.softcap is not None,
         # The interpreter computes with bfloat16 as if it were an integer, and says nothing.

@@ -25,11 +25,10 @@ from folovllm.config import (
     check_int,
 )
 from folovllm.entrypoints.llm import LLM, Message
-from folovllm.glossary import default_prompts
+from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
 from folovllm.grading.command import grade
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
-from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.viz.console import print_stream
 from folovllm.viz.live import watch
@@ -366,45 +365,6 @@ def info(
 def head_dim(text_config: Any) -> int:
     """Numbers in one head's key."""
     return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
-
-
-def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:
-    """Titles to show and prompts to run.
-
-    Questions go through the chat template where the model has one; a model without a tokenizer gets token ids.
-    """
-    tokenizer = llm.engine.tokenizer
-    if tokenizer is None:
-        if prompts:
-            raise ValueError(
-                f"prompts={prompts!r} are text and the model has no tokenizer; allowed: none, random ids are used"
-            )
-        generator = torch.Generator().manual_seed(0)
-        length = min(128, llm.engine.max_model_len - 1)
-        ids = torch.randint(llm.engine.vocab_size, (num_prompts, length), generator=generator).tolist()  # [N, length]
-        return [f"{length} random token ids" for _ in ids], ids
-    titles = prompts or default_prompts(num_prompts)
-    for i, title in enumerate(titles):
-        if not title.strip():
-            raise ValueError(f"prompts[{i}]={title!r} is empty; allowed: text")
-    if raw or not tokenizer.chat_template:
-        return titles, list(titles)
-    return titles, llm.chat_prompts([[{"role": "user", "content": title}] for title in titles])
-
-
-def show_ids(llm: LLM) -> bool:
-    """Whether outputs have to be shown as token ids, because there is no text."""
-    return llm.engine.tokenizer is None
-
-
-def print_samples(console: Console, title: str, output: RequestOutput, as_ids: bool = False) -> None:
-    """A prompt and all its samples."""
-    console.print("> " + title, style="bold cyan", markup=False, highlight=False)
-    for completion in output.outputs:
-        prefix = f"[{completion.index}] " if len(output.outputs) > 1 else ""
-        text = str(completion.token_ids) if as_ids else completion.text
-        console.print(prefix + text, markup=False, highlight=False)
-    console.print()
 
 
 app.command()(grade)

@@ -1,7 +1,7 @@
 """Whether a Hugging Face model computes the same on ragged tokens in blocks as by itself: found out before any request.
 
 transformers does not say which models hand all of their attention to the registered function. Those that do not are
-worse than broken: their text is fluent, and wrong. So two short texts go through the model in both ways:
+worse than broken: their text is fluent, and wrong. So two short texts go through the model in both ways::
 
     reference:  Hugging Face's own "eager" attention, each text alone
     ours:       step 1  | a third of a | a third of b |           one forward each, K/V in blocks of 4,

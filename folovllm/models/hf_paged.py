@@ -1,7 +1,7 @@
 """Any Hugging Face decoder on flattened tokens and K/V in blocks (vLLM: `vllm/model_executor/models/transformers`).
 
 transformers lets one replace the attention of its models: a function is registered under a name, and every attention
-layer calls it with its queries, keys and values, positions already applied. All else stays the model's own code:
+layer calls it with its queries, keys and values, positions already applied. All else stays the model's own code::
 
     token ids [T] -> embedding, norms, MLPs of the model -> hidden states [T, E] -> its own head -> logits [N, V]
                             |                  ^

@@ -138,10 +138,10 @@ EXPECTED = {
 }
 EXPECTED_TABLES = {
     "step-metadata": [
-        ["`query_start_loc`", "R + 1", "[0, 3, 4, 5]", "where each request's tokens begin, and the end"],
-        ["`seq_lens`", "R", "[3, 6, 9]", "keys of each request, the new ones included"],
-        ["`slot_mapping`", "T", "[28, 29, 30, 9, 16]", "where K/V is written"],
-        ["`block_table`", "R x B", "[[7], [5, 2], [1, 6, 4]]", "where K/V is read"],
+        ["query_start_loc", "R + 1", "[0, 3, 4, 5]", "where each request's tokens begin, and the end"],
+        ["seq_lens", "R", "[3, 6, 9]", "keys of each request, the new ones included"],
+        ["slot_mapping", "T", "[28, 29, 30, 9, 16]", "where K/V is written"],
+        ["block_table", "R x B", "[[7], [5, 2], [1, 6, 4]]", "where K/V is read"],
     ],
     # With the rescale: softmax over the keys so far. Without it: weights e^(score - maximum when its tile came).
     "online-softmax": [

@@ -16,7 +16,8 @@ from typer.testing import CliRunner
 
 from folovllm import LLM, SamplingParams
 from folovllm.engine.trace import RequestStep, StepTrace
-from folovllm.entrypoints.cli import app, make_prompts
+from folovllm.entrypoints.cli import app
+from folovllm.entrypoints.terminal import make_prompts
 from folovllm.glossary import default_prompts, load_glossary
 from folovllm.kv_cache.interface import KVUsage
 

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from folovllm import LLMEngine, SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import HashBlock, PrefixCache, hash_block
 from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import SchedulerOutput
-from tests.m3.helpers import check_all_free, manager_of, run_to_the_end
+from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
+from tests.m3.helpers import check_all_free, manager_of
 from tests.mock import PagedMockRunner, mock_tokens, paged_mock_engine
+
+COMMON = [(11 * i + 5) % 64 for i in range(40)]  # what prompts begin with; `other` ones have nothing of it
 
 
 class PrefixRunner(PagedMockRunner):
@@ -141,8 +145,93 @@ def expected(prompt: list[int], params: SamplingParams, max_model_len: int = 64)
 
 
 def finish(engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]], max_model_len: int = 64) -> None:
-    """Run to the end: each request says what it has to say, and nothing is left."""
-    done = run_to_the_end(engine)
+    """Run to the end, looking at books and cache after each step: all say what they must, and nothing is left."""
+    done: dict[str, list[list[int]]] = {}
+    while engine.has_unfinished_requests():
+        done |= {o.request_id: [c.token_ids for c in o.outputs] for o in engine.step() if o.finished}
+        manager_of(engine).check()
+        check_cache(engine)
     for request_id, (prompt, params) in wanted.items():
-        assert done[request_id][0] == expected(prompt, params, max_model_len), request_id
+        assert done[request_id] == expected(prompt, params, max_model_len), request_id
     check_nothing_is_left(engine)
+
+
+# ---------------------------------------------------------------------- driving a mock engine
+
+
+def other(length: int, first: int = 1) -> list[int]:
+    return [(first + 2 * i) % 64 for i in range(length)]
+
+
+def add(
+    engine: LLMEngine, name: str, prompt: list[int], max_tokens: int, priority: int = 0, salt: str = "", **kwargs: Any
+) -> tuple[list[int], SamplingParams]:
+    """Queue a request; what `finish` wants to know of it."""
+    params = greedy(max_tokens, **kwargs)
+    engine.add_request(name, {"prompt_token_ids": prompt, "cache_salt": salt}, params, priority)
+    return prompt, params
+
+
+def shares(engine: LLMEngine) -> list[dict[str, int]]:
+    """Per step: request id -> tokens computed, in the order of the step."""
+    return [{r.request_id: r.num_scheduled for r in record.requests} for record in engine.trace]
+
+
+def pieces(engine: LLMEngine, name: str) -> list[tuple[int, int]]:
+    """Start and number of tokens of each share of a request."""
+    return [(s.start, s.num_tokens) for s in all_shares(engine, name)]
+
+
+def all_shares(engine: LLMEngine, name: str) -> list[ScheduledRequest]:
+    return [s for given in runner_of(engine).steps for s in given.scheduled if s.request_id == name]
+
+
+def followers(engine: LLMEngine) -> dict[str, str]:
+    """Who waits for whom."""
+    return dict(engine.core.scheduler._followers._leaders)
+
+
+def run(engine: LLMEngine, name: str, prompt: list[int], max_tokens: int = 1, **kwargs: Any) -> int:
+    """One request, alone, from start to end; its number of cached tokens."""
+    params = greedy(max_tokens)
+    engine.add_request(name, {"prompt_token_ids": prompt, **kwargs}, params)
+    cached = -1
+    while engine.has_unfinished_requests():
+        for output in engine.step():
+            if output.request_id != name:
+                continue
+            cached = output.num_cached_tokens
+            if output.finished:
+                assert [c.token_ids for c in output.outputs] == expected(prompt, params)
+        check_cache(engine)
+    return cached
+
+
+def step(engine: LLMEngine, count: int = 1) -> None:
+    """Run steps. What they finish is handed over later, to `finish`."""
+    for _ in range(count):
+        engine.step_for((), final_only=True)
+
+
+def give_way(engine: LLMEngine, name: str) -> None:
+    """As for want of room, between two steps; its K/V is to be computed again."""
+    engine.core.scheduler._preempt(engine.core.scheduler.requests[name], SchedulerOutput())
+
+
+def fail_once(engine: LLMEngine, after: bool = False) -> None:
+    """One step that fails, with the slots it was to write scrubbed, or all done."""
+    runner, execute = runner_of(engine), runner_of(engine).execute
+
+    def failing(given: SchedulerOutput) -> Any:
+        if after:
+            execute(given)
+        else:
+            for share in given.scheduled:
+                for p in range(share.start, share.start + share.num_tokens):
+                    runner.device[share.plan.block_table[p // runner.block_size]][p % runner.block_size] = None  # type: ignore[attr-defined]
+        raise KeyError("the runner")
+
+    runner.execute = failing  # type: ignore[method-assign]
+    with pytest.raises(KeyError, match="the runner"):
+        step(engine)
+    runner.execute = execute  # type: ignore[method-assign]

@@ -27,7 +27,8 @@ DECODES = [(0, 1), (14, 1), (15, 1), (16, 1), (17, 1), (63, 1), (100, 1)]
 
 def backend(rows: int = 16, tile: int = 16, segments: int = 4) -> TritonBackend:
     """Small tiles, so that small batches have several of them, full ones and others."""
-    prefill, decode = KernelConfig(rows, tile, 4, 2), KernelConfig(rows, tile, 4, 2, segments)
+    prefill = KernelConfig(rows, tile, 4, 2, two_loops=True)
+    decode = KernelConfig(rows, tile, 4, 2, segments, two_loops=segments % 4 == 0)
     return TritonBackend(CPU, KernelConfigs(prefill, decode))
 
 
