@@ -84,7 +84,7 @@ def paged_attention(
         raise ValueError("its attention layers do not say which layer they are, or do not hand on keyword arguments")
     if s_aux is not None:
         raise ValueError("its attention has sinks (s_aux), which no attention_backend has")
-    if is_causal is False:
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("its attention is not causal (is_causal=False)")
     for name, given in others.items():
         if name not in IGNORED and given is not None and given is not False:

@@ -369,5 +369,7 @@ def looks_per_step(policy: str, num_waiting: int) -> list[int]:
 @pytest.mark.parametrize("policy", ["fcfs", "priority", "sjf"])
 def test_a_step_looks_at_as_many_requests_with_10_waiting_as_with_10_000(policy: str) -> None:
     """Steps that admit, steps that only decode, steps in which requests finish, and an abort from the middle."""
-    few = looks_per_step(policy, 10)
-    assert few == looks_per_step(policy, 10_000) and all(looks > 0 for looks in few)
+    few, many = looks_per_step(policy, 10), looks_per_step(policy, 10_000)
+    assert len(few) == len(many) and all(looks > 0 for looks in few)
+    # The record of a step names a handful of those who come next; with 10 waiting there may be fewer of them.
+    assert all(abs(a - b) <= 5 for a, b in zip(few, many, strict=True))

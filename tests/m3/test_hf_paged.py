@@ -242,6 +242,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
         "keys of [4, 16] and values of [4, 24] per token",
     ),
     "qwen3_5_text": ({}, "layers of type ['linear_attention'], allowed: full_attention, sliding_attention"),
+    "roc_bert": ({"intermediate_size": 96}, "its attention is not causal"),  # it can be a decoder; this one is none
     "stablelm": ({}, "do not hand on keyword arguments"),
     "diffllama": ({"num_key_value_heads": 2}, "4 times, from 2 layers; allowed: once from each of its 2 layers"),
 }  # fmt: skip
@@ -431,7 +432,7 @@ def test_keys_in_another_format_than_the_pool_are_refused() -> None:
         for name in ("q_proj", "k_proj", "v_proj", "o_proj"):
             gives = torch.bfloat16 if name == "o_proj" else torch.float32
             setattr(layer.self_attn, name, Cast(getattr(layer.self_attn, name), torch.bfloat16, gives))
-    message = "layer 0 has keys in torch.float32, values in torch.float32; allowed: torch.bfloat16"
+    message = "layer 0 has keys in torch.float32 and values in torch.float32; allowed: torch.bfloat16"
     with pytest.raises(ValueError, match=message):
         checked(model, TorchBackend(), 128)
 

@@ -235,7 +235,7 @@ def test_where_there_is_no_cache_there_is_nothing_to_empty(milestone: str) -> No
 
 
 def test_the_command_runs_m4_where_a_question_asked_twice_is_computed_once() -> None:
-    question, llm = "What is a block?", LLM("folo-tiny", dtype="float32", device="cpu", num_kv_blocks=9)
+    question, llm = "Why is decoding memory-bound?", LLM("folo-tiny", dtype="float32", device="cpu", num_kv_blocks=9)
     (prompt,) = llm.chat_prompts([[{"role": "user", "content": question}]])
     length = len(prompt["prompt_token_ids"])  # type: ignore[call-overload]
     options = ["--max-tokens", "3", "--dtype", "float32", "--device", "cpu"]

@@ -279,9 +279,10 @@ def test_generate_says_what_came_from_the_cache() -> None:
     llm = LLM(milestone="m1", dtype="float32")
     length = len(llm.chat_prompts([{"role": "user", "content": QUESTION}])[0]["prompt_token_ids"])  # type: ignore[index,call-overload]
     hits = (length - 1) // 4 * 4
-    rows = {match[1]: match[2].split() for match in re.finditer(r"^ +(\d) +(.*)$", result.output, re.MULTILINE)}
+    table = result.output.partition("Requests")[2].partition("Steps")[0]
+    rows = {match[1]: match[2].split() for match in re.finditer(r"^ +(\d) +(.*)$", table, re.MULTILINE)}
     assert [row[:2] for row in rows.values()] == [[str(length), "0"], [str(length), str(hits)]]
-    assert re.search(rf"prompt tokens from a cache +{hits}\n", result.output)
+    assert re.search(rf"prompt tokens from a cache +{hits} *\n", result.output)
     assert re.search(rf"share of prompt tokens from a cache +{hits / (2 * length):.1%}", result.output)
     without = invoke(*GENERATE, QUESTION, QUESTION, "--no-stream", "--no-enable-prefix-caching")
     assert without.exit_code == 0 and "cache" not in without.output.partition("Requests")[2]
@@ -295,7 +296,7 @@ def test_generate_splits_prompts_or_does_not() -> None:
     refused = invoke(*GENERATE, QUESTION, "--max-num-batched-tokens", "4", "--no-enable-chunked-prefill")
     assert refused.exit_code == 2 and "or enable_chunked_prefill" in flat(refused.output)
     bounded = invoke(*GENERATE, QUESTION, "--no-stream", "--long-prefill-token-threshold", "4")
-    steps = [int(re.search(r" steps +(\d+)\n", result.output)[1]) for result in (chunked, bounded)]  # type: ignore[index]
+    steps = [int(re.search(r" steps +(\d+) *\n", result.output)[1]) for result in (chunked, bounded)]  # type: ignore[index]
     length = len(LLM().chat_prompts([{"role": "user", "content": QUESTION}])[0]["prompt_token_ids"])  # type: ignore[index,call-overload]
     assert steps == [-(-length // 4) + 7] * 2
 

