@@ -5,6 +5,7 @@
     python tools/measure_course.py engine       # chapter 2: a trace of M1, and the engine beside the bare loop
     python tools/measure_course.py batching     # chapter 3: M2's two ways beside M1 and static batches, and who waits
     python tools/measure_course.py blocks       # chapter 4: where KV memory goes, preemption, sharing (bundled model)
+    python tools/measure_course.py attention    # chapter 4: ways to attend over blocks, at the shape of Qwen3-0.6B
     python tools/measure_course.py ragged       # chapter 5: padded and ragged, and what packing does to HF's logits
     python tools/measure_course.py chunks       # chapter 6: decodes beside a long prompt (bundled model)
     python tools/measure_course.py prefixes     # chapter 7: requests with one system prompt (bundled model)
@@ -28,6 +29,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # before torch: on a busy m
 
 import measure_blocks
 import torch
+from measure_attention import attention
 from measure_batching import batching
 from measure_chunks import chunks, prefixes
 from measure_ragged import ragged
@@ -342,6 +344,7 @@ PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[st
     "engine": engine,
     "batching": batching,
     "blocks": blocks,
+    "attention": attention,
     "ragged": ragged,
     "chunks": chunks,
     "prefixes": prefixes,

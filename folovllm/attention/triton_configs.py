@@ -12,8 +12,9 @@ Tensor cores multiply at least 16 rows. A decode has as many rows as heads share
 waits for memory anyway. A prefill has tokens enough for 64 or 128. float32 has no tensor cores here (they would round
 its inputs to 10 bits), so its products are made one by one and its tiles are small.
 
-The tables hold what compiles for every head size without a spill, which tests check without a GPU. Which of those that
-fit is fastest, only a GPU can tell: `python tools/sweep_kernels.py` tries them.
+The tables hold what compiles for every head size without a spill, which tests check without a GPU, for the pinned
+Triton: another release places registers differently. Which of those that fit is fastest, only a GPU can tell:
+`python tools/sweep_kernels.py` tries them.
 """
 
 from __future__ import annotations
@@ -72,13 +73,13 @@ AMPERE = {
 HOPPER = {
     64: KernelConfigs(KernelConfig(128, 64, 4, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
     128: KernelConfigs(KernelConfig(128, 64, 8, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
-    256: KernelConfigs(KernelConfig(128, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
+    256: KernelConfigs(KernelConfig(64, 64, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
 }
 # and for float32 on any.
 FLOAT32 = {
-    64: KernelConfigs(KernelConfig(32, 32, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
-    128: KernelConfigs(KernelConfig(32, 16, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
-    256: KernelConfigs(KernelConfig(16, 32, 8, 2), KernelConfig(16, 32, 8, 2, 16)),
+    64: KernelConfigs(KernelConfig(32, 32, 8, 2), KernelConfig(16, 16, 8, 2, 16)),
+    128: KernelConfigs(KernelConfig(16, 32, 8, 1), KernelConfig(16, 16, 8, 1, 16)),
+    256: KernelConfigs(KernelConfig(16, 32, 8, 1), KernelConfig(16, 32, 8, 1, 16)),
 }
 
 
