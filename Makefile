@@ -7,6 +7,7 @@ VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
+MUSEUM_ARGS ?=
 DEMO ?= examples/m4_inference.py --watch
 
 PY := $(VENV)/bin/python
@@ -19,7 +20,7 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11 python; do \
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format types notebooks docs tags bench clean distclean
+.PHONY: help demo test mutants lint format types notebooks docs tags bench clean distclean
 
 help:  ## show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,6 +30,9 @@ demo: $(VENV)/.installed-base  ## watch the bundled model answer, step by step, 
 
 test: $(VENV)/.installed-test  ## run the tests that need no GPU
 	@$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+
+mutants: $(VENV)/.installed-test  ## check that the tests see every bug in the museum
+	@$(PY) -m folovllm museum run $(MUSEUM_ARGS)
 
 lint: $(VENV)/.installed-dev  ## check style, formatting and types
 	@failed=0; \
@@ -60,7 +64,7 @@ bench: $(VENV)/.installed-base  ## measure on this machine (BENCH_ARGS="--help" 
 	@$(PY) -m folovllm.bench $(BENCH_ARGS)
 
 clean:  ## delete caches and build outputs
-	rm -rf build dist docs/_build .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
+	rm -rf build dist docs/_build docs/labs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info
 	find . -path ./$(VENV) -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
 
 distclean: clean  ## delete the virtual environment as well

@@ -109,6 +109,7 @@ def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     for index, step in enumerate(steps):
         step["step"] = index
         step["finished"] = [number[i] for i in step["finished"]]
+        del step["prompts"]  # whoever measures says what was asked
         for request in step["requests"]:
             request["request_id"] = number[request["request_id"]]
         step["phases"] = {name: [since(start), since(end)] for name, (start, end) in step["phases"].items()}

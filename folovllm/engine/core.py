@@ -17,6 +17,7 @@ from folovllm.scheduler.output import CoreOutput, SchedulerOutput
 from folovllm.scheduler.scheduler import Scheduler
 
 NEXT_IN_LINE = 6  # ids of the queue that a record keeps
+LONG_LINE = 64  # and that it keeps beside the state of every block
 
 
 class EngineCore:
@@ -127,6 +128,7 @@ class EngineCore:
                     request.status.name,
                     request.num_prompt_tokens,
                     request.max_output_tokens,
+                    tuple(sampled),
                 )
             )
         trace = StepTrace(
@@ -141,6 +143,7 @@ class EngineCore:
             finished=[r.request_id for r in requests if r.is_finished],
             preempted=step.preempted_ids,
             aborted=self._aborted,
+            prompts={new.request_id: new.prompt_token_ids for new in step.new_requests},
             **self._after_step(),
         )
         self._aborted = []
@@ -150,10 +153,11 @@ class EngineCore:
     def _after_step(self) -> dict[str, Any]:
         """The fields of a record that say how things stand."""
         scheduler = self.scheduler
+        in_line = scheduler.waiting.first(LONG_LINE if self.trace_blocks else NEXT_IN_LINE)
         return {
             "num_waiting": scheduler.num_waiting,
             "num_running": len(scheduler.running),
-            "next_in_line": [request.request_id for request in scheduler.waiting.first(NEXT_IN_LINE)],
+            "next_in_line": [request.request_id for request in in_line],
             "kv": scheduler.kv.usage(),
             "blocks": scheduler.kv.snapshot() if self.trace_blocks else None,
         }

@@ -23,7 +23,8 @@ class RequestStep:
 
     num_scheduled: tokens computed, of which num_prompt are of the prompt. num_cached: prompt tokens that were found
     computed when the request was admitted in this step. num_computed and num_output: totals after the step.
-    prompt_len, max_output: tokens of the whole prompt, and the most that the output may have.
+    prompt_len, max_output: tokens of the whole prompt, and the most that the output may have. sampled_ids: the tokens
+    that `num_sampled` counts.
     """
 
     request_id: str
@@ -36,6 +37,7 @@ class RequestStep:
     status: str
     prompt_len: int = 0
     max_output: int = 0
+    sampled_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,8 +48,9 @@ class StepTrace:
     GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
     padding_tokens, padding_kv_tokens: as in `RunnerOutput`. num_waiting, num_running, kv: after the step. finished and
     preempted: ids, in this step. aborted: ids that were ended from outside since the step before. next_in_line: the
-    first ids of the queue after the step; samples that wait for the prompt they share are in no line yet. blocks: the
-    state of the pool after the step, if snapshots were asked for.
+    first ids of the queue after the step; samples that wait for the prompt they share are in no line yet. prompts: the
+    token ids of each prompt whose request runs for the first time. blocks: the state of the pool after the step, if
+    snapshots were asked for.
     """
 
     step: int
@@ -66,6 +69,7 @@ class StepTrace:
     padding_kv_tokens: int = 0
     next_in_line: list[str] = field(default_factory=list)
     blocks: BlockSnapshot | None = None
+    prompts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
     def num_scheduled_tokens(self) -> int:

@@ -1,10 +1,9 @@
-"""The `folovllm` command: generate, chat, info. Every option that it shares with `LLM` has the same meaning there."""
+"""The `folovllm` command and its parts. Every option that it shares with `LLM` has the same meaning there."""
 
 from __future__ import annotations
 
 import platform
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,10 +24,13 @@ from folovllm.config import (
     check_int,
 )
 from folovllm.entrypoints.llm import LLM, Message
-from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
+from folovllm.entrypoints.terminal import check_parent, clean_exit, make_prompts, print_samples, show_ids
 from folovllm.grading.command import grade
+from folovllm.grading.museum_command import museum
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
+from folovllm.replay.command import replay
+from folovllm.replay.record import recording
 from folovllm.sampling_params import SamplingParams
 from folovllm.viz.console import print_stream
 from folovllm.viz.live import watch
@@ -41,7 +43,7 @@ app = typer.Typer(
     help=(
         "An LLM inference engine that teaches how it works.\n\n"
         "Start with `folovllm generate`: it answers questions with a model that came with the package. "
-        "Then add `--trace trace.json` and open the file in Perfetto to see what each step did."
+        "Then add `--trace trace.json`, and `folovllm replay trace.json` makes a page of it that shows every step."
     ),
 )
 
@@ -115,22 +117,11 @@ LongPrefill = Annotated[
 ]
 TracePath = Annotated[
     Path | None,
-    typer.Option(help="Write what each step did as Chrome trace events, for ui.perfetto.dev or chrome://tracing."),
+    typer.Option(
+        help="Record every step in this file. `folovllm replay` makes a page of it; ui.perfetto.dev and "
+        "chrome://tracing open it, too."
+    ),
 ]
-
-
-@contextmanager
-def clean_exit(console: Console) -> Iterator[None]:
-    """One line for a mistake (status 2) or Ctrl-C (status 130) instead of a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
-        raise SystemExit(2) from None
-    except KeyboardInterrupt:
-        console.print("\ninterrupted")
-        raise SystemExit(130) from None
 
 
 def load_llm(console: Console, model: str, **options: Any) -> LLM:
@@ -189,8 +180,8 @@ def generate(
     """
     console = Console()
     with clean_exit(console):
-        if trace is not None and not trace.parent.is_dir():
-            raise ValueError(f"trace={str(trace)!r} is not valid; allowed: a file in a folder that exists")
+        if trace is not None:
+            check_parent("trace", trace)
         check_int("num_prompts", num_prompts, 1)
         check_float("pace", pace, 0, 60)
         params = SamplingParams(
@@ -224,22 +215,24 @@ def generate(
         )
         titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
         stream = stream and n == 1 and not watch_steps
-        if stream or watch_steps:
-            ids = llm.enqueue(inputs, params)
-            by_id = dict(zip(ids, titles, strict=True))
-            if stream:
-                outputs = print_stream(console, llm.follow(ids), by_id, show_ids(llm))
+        with nullcontext() if trace is None else recording(llm.engine) as recorder:
+            if stream or watch_steps:
+                ids = llm.enqueue(inputs, params)
+                by_id = dict(zip(ids, titles, strict=True))
+                if stream:
+                    outputs = print_stream(console, llm.follow(ids), by_id, show_ids(llm))
+                else:
+                    outputs = watch(console, llm.engine, ids, by_id, pace)
             else:
-                outputs = watch(console, llm.engine, ids, by_id, pace)
-        else:
-            outputs = llm.generate(inputs, params)
+                outputs = llm.generate(inputs, params)
         if not stream:
             for title, output in zip(titles, outputs, strict=True):
                 print_samples(console, title, output, show_ids(llm))
         steps, stats = llm.engine.trace, llm.engine.stats
         console.print(request_table(outputs), step_table(steps), phase_table(steps), stats_table(stats))
-        if trace is not None:
-            console.print(f"Trace of {len(llm.engine.trace)} steps: {llm.engine.trace.save(trace, chrome=True)}")
+        if trace is not None and recorder is not None:
+            console.print(f"Trace of {len(steps)} steps: {recorder.save(trace)}", soft_wrap=True)
+            console.print(f"To see them: folovllm replay {trace}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
@@ -318,6 +311,7 @@ def answer(console: Console, llm: LLM, messages: list[Message], params: Sampling
     return text
 
 
+app.command()(replay)
 app.command()(bench)
 
 
@@ -368,3 +362,4 @@ def head_dim(text_config: Any) -> int:
 
 
 app.command()(grade)
+app.add_typer(museum, name="museum")

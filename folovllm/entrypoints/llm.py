@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, cast
 
 from jinja2 import TemplateError
@@ -14,6 +15,7 @@ from folovllm.engine.beam_search import beam_search
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.prompts import Prompt, as_prompt_list, broadcast_params, encode
 from folovllm.outputs import BeamSearchOutput, RequestOutput
+from folovllm.replay.record import record
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 Message = dict[str, str]
@@ -126,6 +128,13 @@ class LLM:
     def reset_prefix_cache(self) -> None:
         """Let no later request find what was computed so far. Requests that run keep what they have."""
         self.engine.core.scheduler.kv.reset_prefix_cache()
+
+    def save_trace(self, path: str | Path) -> Path:
+        """Write what each step did, for `folovllm replay` and for Perfetto. Returns the path.
+
+        The state of the blocks is in it if the engine recorded that: `LLM(..., trace_blocks=True)`.
+        """
+        return record(self.engine).save(path)
 
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0

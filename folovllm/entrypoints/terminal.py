@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +13,26 @@ from rich.console import Console
 from folovllm.entrypoints.llm import LLM
 from folovllm.glossary import default_prompts
 from folovllm.outputs import RequestOutput
+
+
+@contextmanager
+def clean_exit(console: Console) -> Iterator[None]:
+    """One line for a mistake (status 2) or Ctrl-C (status 130) instead of a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        console.print("[bold red]error:[/]", end=" ")
+        console.print(str(error), markup=False, highlight=False)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        console.print("\ninterrupted")
+        raise SystemExit(130) from None
+
+
+def check_parent(name: str, path: Path) -> None:
+    """Raise ValueError unless a file could be written at `path`: its folder is there, and it is no folder itself."""
+    if not path.parent.is_dir() or path.is_dir():
+        raise ValueError(f"{name}={str(path)!r} is not valid; allowed: a file in a folder that exists")
 
 
 def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:

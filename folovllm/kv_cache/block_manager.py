@@ -76,7 +76,7 @@ class BlockManager(KVCacheManager):
         self._tables: dict[str, BlockTable] = {}
         self._filled = [0] * (num_blocks + 1)  # slots written, per block that is held
         self._used = 0
-        self._num_evicted = 0  # cached blocks that were given to somebody else, so far
+        self._evictions = [0] * (num_blocks + 1)  # how often each block was given away with cached tokens in it
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
@@ -235,7 +235,7 @@ class BlockManager(KVCacheManager):
             self.pool.num_free,
             tuple(self.pool.free_blocks()),
             cached,
-            self._num_evicted,
+            tuple(self._evictions),
         )
 
     def check(self) -> None:
@@ -275,10 +275,10 @@ class BlockManager(KVCacheManager):
         """Free blocks, those first that nobody has used for longest. What was cached in them is lost."""
         blocks = self.pool.allocate(count)
         if self.cache is not None:
-            num_cached = len(self.cache)
             for block in blocks:
+                num_cached = len(self.cache)
                 self.cache.evict(block)
-            self._num_evicted += num_cached - len(self.cache)
+                self._evictions[block] += num_cached - len(self.cache)
         return blocks
 
     def _take(self, hits: list[int]) -> None:

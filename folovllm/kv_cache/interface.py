@@ -122,7 +122,8 @@ class BlockSnapshot:
     tables, host_tables: request id -> its blocks on the device, or on the host. ref_counts, filled: per block, how many
     tables name it and how many of its slots are written; a free block that is cached counts as written. free: the free
     blocks, in the order in which they will be taken. cached: blocks that a request may find by their tokens -> the one
-    before each, None for the first of a prompt. num_evicted: cached blocks that were given to somebody else, so far.
+    before each, None for the first of a prompt. evictions: per block, how often it was given to somebody else while
+    it was cached, so far.
     """
 
     block_size: int
@@ -133,7 +134,12 @@ class BlockSnapshot:
     num_free: int
     free: tuple[int, ...] = ()
     cached: dict[int, int | None] = field(default_factory=dict)
-    num_evicted: int = 0
+    evictions: tuple[int, ...] = ()
+
+    @property
+    def num_evicted(self) -> int:
+        """Cached blocks that were given to somebody else, so far."""
+        return sum(self.evictions)
 
 
 class KVCacheManager(ABC):

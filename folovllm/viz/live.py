@@ -343,6 +343,8 @@ def watching(
 
         def on_step(step: StepTrace) -> None:
             state.observe(step)
+            if watcher is not None:
+                watcher(step)
             if not keeps_blocks:
                 core.trace.amend_last(blocks=None)
             show()

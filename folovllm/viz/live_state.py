@@ -14,6 +14,7 @@ from folovllm.kv_cache.interface import BlockSnapshot
 from folovllm.request import RequestStatus
 
 HISTORY = 400  # steps kept for the sparkline: more than a terminal is wide
+MOST_IN_LINE = 6  # of those who wait are named; the others are counted
 
 
 @dataclass
@@ -81,7 +82,7 @@ class LiveState:
     @property
     def next_in_line(self) -> list[str]:
         """The first ids of the queue, after the newest step."""
-        return [] if self.step is None else self.step.next_in_line
+        return [] if self.step is None else self.step.next_in_line[:MOST_IN_LINE]
 
     @property
     def blocks(self) -> BlockSnapshot | None:
