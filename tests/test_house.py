@@ -140,7 +140,7 @@ def test_importing_the_package_loads_neither_triton_nor_matplotlib() -> None:
 # --- make and CI ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("target", ["demo", "test", "lint", "notebooks", "docs", "tags", "bench", "help"])
+@pytest.mark.parametrize("target", ["demo", "test", "mutants", "lint", "notebooks", "docs", "tags", "bench", "help"])
 def test_make_knows_the_target(target: str) -> None:
     done = subprocess.run(["make", "--dry-run", target], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

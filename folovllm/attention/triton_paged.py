@@ -1,8 +1,9 @@
 """Paged attention in Triton, the default on a GPU: how the kernels of `triton_kernels` are launched.
 
 A launch is a grid, the numbers of programs along three axes, and arguments. The grid follows from the shapes of the
-step's tensors alone, which are padded to few sizes, never from what stands in them: a launch can be recorded into a
-CUDA graph and played again, and nothing waits for the device. Programs that the step does not need end at once::
+step's tensors, which are padded to few sizes, and from whether the step only decodes, never from what stands in the
+tensors. So a launch can be recorded into a CUDA graph and played again for another step of its size and kind, and
+nothing waits for the device. Programs that the step does not need end at once::
 
     attention_kernel    (blocks of queries, KV heads * pieces of their group, segments)
 
@@ -72,7 +73,8 @@ class TritonBackend(AttentionBackend):
         q_blocks = num_tokens // (config.rows // constants["HEADS"]) + num_requests
         heads = num_kv_heads * triton.cdiv(constants["GROUP"], constants["HEADS"])
         segments = config.segments if q_blocks * heads < ENOUGH_PROGRAMS else 1
-        padded = num_tokens > meta.num_tokens
+        # A recorded launch may be played for a step of fewer tokens.
+        padded = num_tokens > meta.num_tokens or (query.is_cuda and torch.cuda.is_current_stream_capturing())
         query = side_by_side(query)
         shape, device = (num_tokens, num_heads, dim), query.device
         keys, values = kv.flat()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Annotated
 
@@ -13,16 +12,18 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from folovllm.grading.progress import load_progress, progress_file, record, reset, standings
+from folovllm.grading.progress_page import BAR_WIDTH, near, progress_page
 from folovllm.grading.runner import Check, Exercise, Milestone, Report, find_milestones, run_checks
 
 COLOURS = {"passed": "green", "failed": "red", "not started": "dim", "not reached": "yellow"}
-BAR_WIDTH = 24
 PRINTED_LINES = 8  # of what an answer printed in a failed check
 
 
 def grade(
     milestone: Annotated[
-        str | None, typer.Argument(help="m0, m1, ...; without one, all milestones and how far each is.")
+        str | None,
+        typer.Argument(help="m0, m1, ..., or all: every one with new answers. Without one: your progress."),
     ] = None,
     impl: Annotated[
         Path | None, typer.Option(help="The file with your answers; the milestone's exercise.py if not given.")
@@ -32,19 +33,31 @@ def grade(
     ] = None,
     hint: Annotated[str | None, typer.Option(help="Show the hint for this exercise, and check nothing.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which a check is stopped.")] = 20.0,
+    forget: Annotated[
+        bool, typer.Option("--reset", help="Forget the results so far (of one milestone, if named), not the answers.")
+    ] = False,
 ) -> None:
-    """Check your answers to the exercises of a milestone.
+    """Check your answers to the exercises of a milestone, or see how far you are.
 
     Write them in `milestones/mN_*/exercise.py`, or in a copy of it that you name with `--impl`. The status is 0 if all
     exercises pass, 1 if not, and 2 if something about the command is wrong. An optional exercise may be left alone.
+
+    Results are remembered in `.folovllm/progress.json` in the repository; FOLOVLLM_PROGRESS names another file.
     """
     console = Console()
     try:
         found = find_milestones()
-        if milestone is None:
+        if forget:
+            if impl is not None or only or hint is not None:
+                raise ValueError("--impl, --only and --hint mean nothing beside --reset")
+            console.print(reset(progress_file(), None if milestone is None else choose(found, milestone).name))
+            return
+        if milestone is None or milestone == "all":
             if impl is not None or only or hint is not None:
                 raise ValueError(f"--impl, --only and --hint need a milestone; allowed: {', '.join(found)}")
-            show_progress(console, list(found.values()))
+            if milestone == "all":
+                check_what_is_new(console, found, time_limit)
+            console.print(progress_page(found, load_progress(progress_file())))
             return
         chosen = choose(found, milestone)
         if hint is not None:
@@ -54,14 +67,37 @@ def grade(
         path = chosen.exercise_file if impl is None else impl
         with console.status(Text(f"Checking {near(path)} ...")):
             report = run_checks(chosen, path, only or (), time_limit)
-    except (ValueError, RuntimeError) as error:
+    except (ValueError, RuntimeError, OSError) as error:
         console.print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False)
         raise typer.Exit(2) from None
     except KeyboardInterrupt:
         console.print("\ninterrupted")
         raise typer.Exit(130) from None
     console.print(report_view(chosen, path, report, whole=not only))
+    remember(console, chosen, path, report)
     raise typer.Exit(0 if report.all_passed else 1)
+
+
+def remember(console: Console, milestone: Milestone, path: Path, report: Report) -> None:
+    """Write the results down, or say why that cannot be done: the grade itself stands."""
+    try:
+        record(milestone, path, report.exercises, progress_file())
+    except (ValueError, OSError) as error:
+        console.print(Text(f"Not remembered: {error}", "yellow"), highlight=False)
+
+
+def check_what_is_new(console: Console, found: dict[str, Milestone], time_limit: float) -> None:
+    """Grade every milestone with answers that are new or have changed since they were checked."""
+    progress = load_progress(progress_file())
+    for milestone in found.values():
+        own = standings(milestone, progress.get(milestone.name, {}))
+        for path in dict.fromkeys(s.file for s in own if s.is_new):
+            only = [s.name for s in own if s.file == path]
+            with console.status(Text(f"Checking {near(path)} ...")):
+                report = run_checks(milestone, path, only, time_limit)
+            if report.not_loaded is not None:
+                console.print(failure_view(f"{path.name} cannot be loaded", report.not_loaded, path))
+            remember(console, milestone, path, report)
 
 
 def choose(found: dict[str, Milestone], name: str) -> Milestone:
@@ -70,14 +106,6 @@ def choose(found: dict[str, Milestone], name: str) -> Milestone:
         if name.lower() in (milestone.name, milestone.folder.name):
             return milestone
     raise ValueError(f"milestone={name!r} has no exercises; allowed: {', '.join(found)}")
-
-
-def near(path: Path) -> str:
-    """A path as one would type it here: relative if it lies below the working directory."""
-    try:
-        return os.fspath(path.resolve().relative_to(Path.cwd()))
-    except ValueError:
-        return os.fspath(path)
 
 
 def report_view(milestone: Milestone, path: Path, report: Report, whole: bool = True) -> RenderableType:
@@ -161,22 +189,3 @@ def advice(milestone: Milestone, report: Report, stuck: Exercise | None, whole: 
     hint = f"folovllm grade {milestone.name} --hint {open_one.name}"
     chapters = ", ".join(near(file) for file in milestone.chapters(open_one.name))
     return Text(f"Read: {chapters}\nHint: {hint}", "dim")
-
-
-def show_progress(console: Console, milestones: list[Milestone]) -> None:
-    """Every milestone and how far its exercise file is."""
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
-    table.add_column("milestone", no_wrap=True)
-    table.add_column("exercises in its exercise.py")
-    for milestone in milestones:
-        state: RenderableType = Text(f"not started, {len(milestone.exercises())} exercises", "dim")
-        if not milestone.is_untouched():
-            with console.status(Text(f"Checking {near(milestone.exercise_file)} ...")):
-                report = run_checks(milestone)
-            state = Text("exercise.py cannot be loaded", "red")
-            if report.not_loaded is None:
-                state = progress_line(report.exercises)
-        table.add_row(milestone.title, state)
-    console.print(table)
-    names = ", ".join(m.name for m in milestones)
-    console.print(Text(f"More: folovllm grade NAME, with NAME one of {names}", "dim"))

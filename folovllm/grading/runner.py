@@ -50,17 +50,27 @@ class Milestone:
         """Names of the exercises, in the order of the page: those of functions and classes in the exercise file."""
         return re.findall(r"^### `(\w+)`", self.readme, re.MULTILINE)
 
-    def is_untouched(self) -> bool:
-        """Whether every exercise in the exercise file does nothing yet but raise NotImplementedError."""
+    def optional(self) -> list[str]:
+        """Names of the exercises that may be left alone: those whose text on the page begins with that word."""
+        return [name for name in self.exercises() if re.match(r"\s*Optional\b", self.section(name))]
+
+    def written(self, file: Path | None = None) -> list[str]:
+        """Names of the exercises that do anything in a file but raise NotImplementedError.
+
+        file: the answers; the exercise file if None. All of them, if it cannot be read as Python: somebody has begun.
+        """
         try:
-            tree = ast.parse(self.exercise_file.read_bytes())
+            tree = ast.parse((self.exercise_file if file is None else file).read_bytes())
+        except OSError:
+            return []
         except (SyntaxError, ValueError):
-            return False
-        names = self.exercises()
-        parts = [node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef)) and node.name in names]
-        functions = [node for part in parts for node in ast.walk(part) if isinstance(node, ast.FunctionDef)]
-        untouched = all(ast.unparse(f.body[-1]).startswith("raise NotImplementedError(") for f in functions)
-        return len(parts) == len(names) and untouched
+            return self.exercises()
+        parts = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        return [name for name in self.exercises() if name in parts and not _only_raises(parts[name])]
+
+    def is_untouched(self) -> bool:
+        """Whether nobody has written any answer in the exercise file."""
+        return not self.written()
 
     def section(self, exercise: str) -> str:
         """What the page says of one exercise, as Markdown. Raises ValueError for an unknown exercise."""
@@ -136,6 +146,11 @@ class Report:
         """Whether everything that is not optional passed, and nothing optional that was started failed."""
         done = all(e.status == "passed" or (e.optional and e.status == "not started") for e in self.exercises)
         return done and self.not_loaded is None
+
+
+def _only_raises(part: ast.FunctionDef | ast.ClassDef) -> bool:
+    functions = [node for node in ast.walk(part) if isinstance(node, ast.FunctionDef)]
+    return all(ast.unparse(f.body[-1]).startswith("raise NotImplementedError(") for f in functions)
 
 
 def find_milestones(root: Path | None = None) -> dict[str, Milestone]:

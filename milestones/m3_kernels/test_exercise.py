@@ -1,8 +1,8 @@
 """The checks behind `folovllm grade m3-kernels`. Reading them is allowed: they say what, never how.
 
 Kernels run in Triton's interpreter, which has to be asked for before Triton is imported. What they return is held
-against float64. Around everything that they may touch lies memory that they may not: numbers there are NaN before, and
-must be the same afterwards.
+against float64. Around everything that they may touch lies memory that they may not: around inputs it holds NaN, which
+no result survives, and around outputs a number that must be the same afterwards.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ from torch import Tensor
 from folovllm.grading.checks import Call, WrongAnswer, show
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}  # of float32 sums, taken in any order
+NOT_YOURS = -7777.0  # around outputs, where a copy of the NaN around an input would be seen
 BORDER = 1024  # numbers of foreign memory on both sides: what goes astray lands here, and not in Python's own
 few = settings(max_examples=12)
 
@@ -160,11 +161,11 @@ class Sheet:
 
 
 def sheet(rows: int, columns: int, stride: int | None = None, content: Tensor | None = None) -> Sheet:
-    """A sheet of NaN, or with content in it."""
+    """An input with content in it, and NaN around it; or an output of NaN, with `NOT_YOURS` around it."""
     stride = columns if stride is None else stride
-    made = Sheet(torch.full((rows * stride + 2 * BORDER,), math.nan), rows, columns, stride)
-    if content is not None:
-        made.content()[:] = content
+    around = NOT_YOURS if content is None else math.nan
+    made = Sheet(torch.full((rows * stride + 2 * BORDER,), around), rows, columns, stride)
+    made.content()[:] = math.nan if content is None else content
     return made
 
 
@@ -192,7 +193,7 @@ def check(what: str, outs: Sequence[tuple[str, Sheet, Tensor]], why: str = "") -
             )
             if math.isnan(shown):
                 problem += "\nNaN: it was never written, or what lies beyond the end, or unused, was read."
-        elif not bool(out.foreign().isnan().all()):
+        elif not bool((out.foreign() == NOT_YOURS).all()):
             problem = f"{name} is right, and memory beside it that is somebody else's was written. Is there a mask?"
         if problem:
             small = got.numel() <= 24

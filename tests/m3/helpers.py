@@ -25,8 +25,14 @@ def run_to_the_end(engine: LLMEngine) -> Finished:
             if output.finished:
                 tokens = [c.token_ids for c in output.outputs]
                 done[output.request_id] = (tokens, [c.finish_reason for c in output.outputs])
+        check_progress(engine)
         manager_of(engine).check()
     return done
+
+
+def check_progress(engine: LLMEngine) -> None:
+    """The newest step computed something. One that did not would be followed by others like it, for ever."""
+    assert engine.trace[-1].requests, "a step without work, and somebody waits"
 
 
 def check_all_free(engine: LLMEngine) -> None:

@@ -13,7 +13,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams
 from folovllm.attention.reference import ReferenceBackend, visible_tokens
-from folovllm.attention.torch_compiled import decode_attention
 from folovllm.attention.torch_paged import TorchBackend
 from tests.m3.ragged import attend, expected_attention, make_ragged
 
@@ -219,29 +218,6 @@ def test_a_request_gets_the_same_alone_and_in_company(name: str) -> None:
             alone.kv.keys[block], alone.kv.values[block] = batch.keys[index][position], batch.values[index][position]
         close(attend(backend, alone, params), together[start : start + new].double(), 1e-6)
         start += new
-
-
-@settings(max_examples=60, deadline=None, derandomize=True)
-@given(
-    pasts=st.lists(st.integers(0, 60), min_size=1, max_size=6),
-    block_size=st.sampled_from([1, 3, 16, 256]),
-    kv_heads=st.integers(1, 3),
-    group=st.integers(1, 4),
-    head_dim=st.sampled_from([16, 24, 80]),
-    window=st.one_of(st.just(0), st.integers(1, 50)),
-)
-def test_the_function_that_is_compiled_on_request(
-    pasts: list[int], block_size: int, kv_heads: int, group: int, head_dim: int, window: int
-) -> None:
-    """As it is written: what the compiler makes of it is the compiler's business."""
-    batch = make_ragged([(past, 1) for past in pasts], block_size, (kv_heads * group, kv_heads), head_dim)
-    for pool in (batch.kv.keys, batch.kv.values):
-        pool.nan_to_num_(3.0)  # it multiplies what nobody may see with 0, so that must be finite
-    TorchBackend().write(batch.kv, batch.new(batch.keys), batch.new(batch.values), batch.meta)
-    meta, scale = batch.meta, head_dim**-0.5
-    tables = (meta.block_table, meta.seq_lens)
-    found = decode_attention(batch.query, batch.kv.keys, batch.kv.values, *tables, scale, window)
-    close(found, expected_attention(batch, AttentionParams(scale, window or None)), 5e-6)
 
 
 def test_a_softcap_is_refused_by_name_where_there_is_none() -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -25,6 +26,9 @@ if importlib.util.find_spec("triton") is None:
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets here and compiles nothing", allow_module_level=True)
 
+import triton
+
+from folovllm.attention import triton_compile
 from folovllm.attention.triton_compile import (
     Compiled,
     compile_attention,
@@ -97,6 +101,30 @@ def test_the_other_kernels_fit(capability: int) -> None:
             assert compile_reduce(decode, capability, dtype, dim).problems() == []
         assert compile_write(capability, dtype, 8 * 128).problems() == []
         assert compile_copy(capability, dtype, 256 * 8 * 128).problems() == []
+
+
+def test_where_a_row_begins_is_worked_out_in_64_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large pool has more numbers than 32 bits can count. Within a row they do."""
+    written: list[str] = []
+    compile_it = triton.compile
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        compiled = compile_it(*args, **kwargs)
+        written.append(compiled.asm["ttir"])
+        return compiled
+
+    monkeypatch.setattr(triton_compile.triton, "compile", watched)
+    compile_attention(KernelConfig(64, 32, 4, 2, two_loops=True), 80, BFLOAT16, 64)
+    compile_attention(KernelConfig(16, 32, 4, 2, segments=8), 80, BFLOAT16, 64)
+    compile_write(80, BFLOAT16, 1024)
+    compile_copy(80, BFLOAT16, 4096)
+    rows, one = r"tensor<(?:\d+x1|1x\d+)x!tt\.ptr<\w+>>, tensor<\w+x(i\d+)>", r"!tt\.ptr<bf16>, (i\d+)"
+    found = [
+        re.findall(rf"= tt\.addptr .* : {kind}", text)
+        for kind, text in zip((rows, rows, one, one), written, strict=True)
+    ]
+    # Queries, keys and values in two loops, and the output; queries, keys, values and parts; four; from and to.
+    assert found == [["i64"] * 6, ["i64"] * 4, ["i64"] * 4, ["i64"] * 2]
 
 
 # ---------------------------------------------------------------------- and what does not is noticed

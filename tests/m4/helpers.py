@@ -11,7 +11,7 @@ from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import HashBlock, PrefixCache, hash_block
 from folovllm.runner.interface import RunnerOutput
 from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
-from tests.m3.helpers import check_all_free, manager_of
+from tests.m3.helpers import check_all_free, check_progress, manager_of
 from tests.mock import PagedMockRunner, mock_tokens, paged_mock_engine
 
 COMMON = [(11 * i + 5) % 64 for i in range(40)]  # what prompts begin with; `other` ones have nothing of it
@@ -149,6 +149,7 @@ def finish(engine: LLMEngine, wanted: dict[str, tuple[list[int], SamplingParams]
     done: dict[str, list[list[int]]] = {}
     while engine.has_unfinished_requests():
         done |= {o.request_id: [c.token_ids for c in o.outputs] for o in engine.step() if o.finished}
+        check_progress(engine)
         manager_of(engine).check()
         check_cache(engine)
     for request_id, (prompt, params) in wanted.items():
@@ -203,6 +204,7 @@ def run(engine: LLMEngine, name: str, prompt: list[int], max_tokens: int = 1, **
             cached = output.num_cached_tokens
             if output.finished:
                 assert [c.token_ids for c in output.outputs] == expected(prompt, params)
+        check_progress(engine)
         check_cache(engine)
     return cached
 

@@ -306,6 +306,24 @@ def test_the_registration_is_undone_when_the_writer_gives_way_in_the_step() -> N
     finish(engine, wanted)
 
 
+def test_the_registration_is_undone_of_blocks_that_nobody_takes_at_once() -> None:
+    """ "low" would fill two blocks in the step; then "high" needs two and takes one of them. To be given to somebody is
+    what takes the other entry away. The one that is left free must go for a reason of its own."""
+    engine = cached_engine(num_blocks=9, budget=16, long_prefill_token_threshold=8, policy="priority")
+    wanted = {"low": add(engine, "low", COMMON[:25], 1, priority=1)}
+    step(engine)
+    wanted["high"] = add(engine, "high", other(24), 1, priority=0)
+    step(engine)
+    assert shares(engine) == [{"low": 8}, {"low": 8, "high": 8}]
+    step(engine)
+    assert engine.trace[-1].preempted == ["low"] and shares(engine)[-1] == {"high": 8}
+    found = [tokens for tokens in cached_tokens(engine).values() if tokens[0] == COMMON[0]]
+    assert sorted(map(len, found)) == [4, 8, 12, 16]  # what its first two steps have written
+    check_cache(engine)
+    wanted["same"] = add(engine, "same", [*COMMON[:24], 1], 2, priority=0)
+    finish(engine, wanted)
+
+
 @pytest.mark.parametrize("fail_after", [False, True])
 def test_a_step_that_fails_leaves_no_hash_behind(fail_after: bool) -> None:
     engine = cached_engine()

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from triton.runtime.interpreter import interpreter_builder
 
 from folovllm.attention import triton_paged
 from folovllm.attention.backend import AttentionParams, LayerKV
@@ -100,6 +101,19 @@ def test_a_group_with_more_heads_than_a_tile_has_rows(group: int) -> None:
     for heads in ((2 * group, 2), (group, 1)):
         for lengths in ([(20, 1)], [(3, 2)]):
             check(make_ragged(lengths, 8, heads), AttentionParams(0.25), backend(segments=2))
+
+
+@pytest.mark.parametrize("group", [3, 5])
+def test_programs_may_run_in_any_order(group: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU keeps to none. So no program may write a row of another one, not even if that one puts it right later."""
+    in_order = interpreter_builder.set_grid_idx
+
+    def backwards(*index: int) -> None:
+        in_order(*(size - 1 - i for i, size in zip(index, interpreter_builder.grid_dim, strict=True)))
+
+    monkeypatch.setattr(interpreter_builder, "set_grid_idx", backwards)
+    for lengths in ([(9, 1), (0, 23), (5, 7)], [(40, 1), (9, 1)]):
+        check(make_ragged(lengths, 4, (2 * group, 2)), AttentionParams(0.25), backend(segments=2))
 
 
 @pytest.mark.parametrize("head_dim", [1, 8, 24, 64, 72, 96, 128, 256])

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -97,3 +99,91 @@ def test_several_rounds_turn_the_order(tool: ModuleType) -> None:
     entry = tool.sweep_prefill(shape, (5,), CANDIDATES[:1], torch.float32, CPU, timer, 3)
     assert len(order) == 9 and order[0] is not order[3] and {id(w) for w in order[:3]} == {id(w) for w in order[3:6]}
     assert entry["configs"][entry["best"]]["seconds"]["rounds"] == 3
+
+
+def entry(dim: int, **shares: float) -> dict[str, Any]:
+    """What `pick` reads of an entry."""
+    configs = {name: {"share": {"median": share}} for name, share in shares.items()}
+    return {"shape": {"head_dim": dim}, "configs": configs}
+
+
+def test_what_is_picked_is_the_best_over_all_shapes_of_a_head_size(tool: ModuleType) -> None:
+    """The geometric mean: a is best once and poor once. And c, the best of all, could not be used everywhere."""
+    entries = [entry(64, a=0.9, b=0.6, c=1.0), entry(64, a=0.3, b=0.6), entry(128, a=0.5, b=0.4)]
+    picked = tool.pick(entries)
+    assert picked["64"] == {"config": "b", "share": pytest.approx(0.6)}
+    assert picked["128"] == {"config": "a", "share": pytest.approx(0.5)}
+    assert list(picked) == ["64", "128"] and tool.pick([]) == {}
+
+
+def test_large_numbers_may_be_a_step_of_bfloat16_apart(tool: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between 4 and 8 two neighbours in bfloat16 are 1/32 apart: that is rounding and no mistake."""
+    attend = tool.TritonBackend.attend
+    shape = tool.Shape("tiny", 4, 2, 32)
+
+    def rounded(self, *args):  # type: ignore[no-untyped-def]
+        out = attend(self, *args)
+        return torch.where(out.abs() >= 4, out + 1 / 32, out)
+
+    make_batch = tool.make_batch
+
+    def large(*args):  # type: ignore[no-untyped-def]
+        query, (kv,), meta = make_batch(*args)
+        kv.values *= 4
+        return query, [kv], meta
+
+    monkeypatch.setattr(tool, "make_batch", large)
+    monkeypatch.setattr(tool.TritonBackend, "attend", rounded)
+    found = tool.sweep_prefill(shape, (24,), CANDIDATES[:1], torch.float32, CPU, Clock(), 1)
+    assert found["left_out"] == {} and len(found["configs"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        ([], "there is no GPU that torch can see here"),
+        (["--shapes", "llama-3-8b,gpt-5"], "--shapes llama-3-8b,gpt-5 is not valid; allowed: qwen2.5-0.5b, qwen3-0.6b"),
+        (["--parts", "reduce"], "--parts reduce is not valid; allowed: prefill, decode"),
+        (["--rounds", "0"], "--rounds 0 is not valid; allowed: an integer >= 1"),
+        (["--calls", "-1"], "--calls -1 is not valid"),
+    ],
+)
+def test_what_cannot_work_is_one_line(
+    typed: list[str],
+    message: str,
+    tool: ModuleType,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(sys, "argv", ["sweep_kernels.py", *typed])
+    with pytest.raises(SystemExit) as ended:
+        tool.main()
+    assert ended.value.code == 2 and message in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_from_end_to_end(tool: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """On a CPU that says it is a GPU, with one small shape: the file that the next person would get."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Abacus 2 (80 GB)")
+    monkeypatch.setattr(tool, "DEVICE", CPU)
+    monkeypatch.setattr(tool.machine, "hardware", lambda device: {"gpu": "NVIDIA Abacus 2 (80 GB)"})
+    monkeypatch.setattr(tool, "SHAPES", (tool.Shape("tiny", 4, 2, 16),))
+    monkeypatch.setattr(tool, "PREFILLS", ((8,), (6, 6)))
+    monkeypatch.setattr(tool, "DECODES", ((2, 5),))
+    monkeypatch.setattr(tool.sweep_decode, "__defaults__", (1,))
+    monkeypatch.setattr(tool, "prefill_candidates", lambda: CANDIDATES[:1])
+    monkeypatch.setattr(tool, "decode_candidates", lambda: CANDIDATES[1:])
+    monkeypatch.setattr(tool, "graph_timer", lambda calls: lambda works: float(calls))
+    out = tmp_path / "kernels.json"
+    monkeypatch.setattr(sys, "argv", ["sweep_kernels.py", "--rounds", "2", "--calls", "3", "--out", str(out)])
+    tool.main()
+    report = json.loads(out.read_text(encoding="utf-8"))
+    assert report["hardware"]["gpu"] == "NVIDIA Abacus 2 (80 GB)" and report["dtype"] == "bfloat16"
+    assert [e["lengths"] for e in report["prefill"]] == [[8], [6, 6]]
+    assert [(e["requests"], e["kv_len"]) for e in report["decode"]] == [(2, 5)]
+    assert all(len(e["configs"]) == 2 for e in report["prefill"] + report["decode"])
+    assert set(report["picked"]) == {"prefill", "decode"} and set(report["picked"]["prefill"]) == {"16"}
+    assert report["picked"]["decode"]["16"]["config"] in report["decode"][0]["configs"]
+    again = "python tools/sweep_kernels.py --parts prefill,decode --shapes tiny --dtype bfloat16 --rounds 2 --calls 3"
+    assert report["command"] == again
