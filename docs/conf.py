@@ -24,6 +24,10 @@ extensions = [
     "source_links",
     "claim_roles",
     "chapter_parts",
+    "replay_pages",
+    "museum_page",
+    "errata_parts",
+    "lab_pages",
 ]
 smartquotes = False  # quotation marks in a docstring are often Python
 exclude_patterns = ["_build", "_ext"]
@@ -32,6 +36,7 @@ exclude_patterns = ["_build", "_ext"]
 myst_enable_extensions = ["attrs_inline", "colon_fence", "deflist", "dollarmath"]
 myst_heading_anchors = 3
 nb_execution_mode = "off"  # notebooks are committed with their outputs, and run by `make notebooks`
+nb_render_markdown_format = "gfm"  # of outputs: tables
 html_math_renderer = "native"
 
 # --- API --------------------------------------------------------------------------------------------------
@@ -49,7 +54,7 @@ napoleon_numpy_docstring = False
 html_theme = "sphinx_book_theme"
 html_title = "folovllm"
 html_static_path = ["_static"]
-html_css_files = ["course.css", "chapters.css"]
+html_css_files = ["course.css", "chapters.css", "replays.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {

@@ -83,6 +83,17 @@ print(f"{cpu_model()}, torch {torch.__version__}, {SETTING}")
 # A computation moves bytes and does arithmetic, and each has a speed limit. `probe` from `folovllm/bench/machine.py`
 # measures both: it reads buffers far too large for the processor's caches (bytes per second), and multiplies matrices
 # (floating-point operations per second, FLOP/s; a multiply and an add are two).
+#
+# **Predict.** How many operations can your machine do in the time in which it reads one byte? How many does a matrix
+# times a vector need per byte of its weights, if a weight is a float32?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# The last line is the answer to the first question. By its data sheet, an H100 could
+# do <!-- claim: h100-ridge -->295<!-- /claim --> of them in bfloat16. A matrix times a vector takes one multiply and
+# one add per weight of four bytes: half an operation per byte. It waits for memory, on any machine. The next section
+# shows what helps.
+# </details>
 
 # %%
 ceilings = probe(torch.device("cpu"), DTYPE)
@@ -255,6 +266,16 @@ MarkdownTable(["model", "step", "FLOP per byte", "GFLOP/s", "of the roof"], tabl
 # FLOPs per token, bytes of weights and bytes of KV cache per token are all you need for a first estimate of any
 # model. The table derives them from configs alone. The last column is a bound, not a forecast: a decode step of one
 # request reads every weight, so on *this* machine it cannot take less than weight bytes / bandwidth.
+#
+# **Predict.** Llama-2-7B has some 13 times the weights of Qwen2.5-0.5B. How many times the KV cache per token?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# Some 43 times: <!-- claim: kv-bytes-llama2-7b-exact -->524,288<!-- /claim -->
+# against <!-- claim: kv-bytes-qwen25-05b -->12,288<!-- /claim --> bytes. The two follow from different numbers of the
+# config. Weights grow with the square of the width; the cache grows with the KV heads, and there Llama-2-7B has 32 of
+# size 128 and Qwen2.5-0.5B only 2 of size 64. Lab 1 is about that.
+# </details>
 
 # %%
 llama_2_7b = LlamaConfig(  # Touvron et al. 2023, arXiv:2307.09288
@@ -340,9 +361,11 @@ MarkdownTable(["prompt tokens", "TTFT ms, best of 3", "TPOT ms, best of 3"], tab
 # <details><summary>Unfold after you have run the cell</summary>
 #
 # (4 × 4096² + 3 × 4096 × 11008) weights × 2 FLOPs = 404.8 MFLOP per layer and token, divided by 4 × 4096 FLOPs per
-# key: 24,704 keys. That is the crossing for a decode step, and for a prefill that computes masked pairs too. A causal
-# prefill that skips them crosses at twice the length. At 1000 tokens attention has 2 to 4 % of a layer's FLOPs. It
-# does matter earlier for memory (keys and values are bytes to store and to read), which is chapter 1.
+# key: <!-- claim: attention-crossing-full -->24,704<!-- /claim --> keys. That is the crossing for a decode step, and
+# for a prefill that computes masked pairs too. A causal prefill that skips them crosses at twice the length. At 1000
+# tokens attention has <!-- claim: attention-share-1000-causal -->2.0 %<!-- /claim -->
+# to <!-- claim: attention-share-1000-full -->3.9 %<!-- /claim --> of a layer's FLOPs. It does matter earlier for memory
+# (keys and values are bytes to store and to read), which is chapter 1.
 # </details>
 
 # %%

@@ -235,6 +235,15 @@ kv_drift(drift, title="How far old keys and values move when a token is appended
 # **Erratum.** *The claim:* `past_key_values` is a tuple of `(key, value)` pairs, each `[batch, num_heads, length,
 # head_dim]`. *Why it sounds right:* it was so for years. Today a tuple raises an error, and the second axis counts
 # **KV heads**, which with grouped-query attention are fewer.
+#
+# **Predict.** The next cell feeds the text, and then two more tokens one by one. Which shapes are the same in the last
+# two passes, and which one grows? At which position does the first of the two tokens stand, counted from 0?
+#
+# <details><summary>Unfold after you have run the cells</summary>
+#
+# `input_ids`, the positions and the logits have length 1 in both; the keys grow by one per pass, and with them the
+# bytes of all layers. The first of the two stands at position L, the length of what is cached: tokens count from 0.
+# </details>
 
 # %%
 cache = DynamicCache(config=config)
@@ -390,9 +399,10 @@ MarkdownTable(["tokens", "ms without", "ms with", "ratio of times", "ratio of FL
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# MHA 512 KiB, GQA 128 KiB, MLA 36 KiB, MQA 16 KiB. **Erratum:** MLA is often called the smallest. Its 576 numbers per
-# layer and token are small beside the 8192 of MHA, but more than the 256 of MQA. What it buys is quality at that
-# size, not the minimum.
+# MHA <!-- claim: kv-bytes-llama2-7b -->512 KiB<!-- /claim -->, GQA 128 KiB, MLA 36 KiB, MQA 16 KiB. **Erratum:** MLA is
+# often called the smallest. Its <!-- claim: kv-values-mla -->576<!-- /claim --> numbers per layer and token are small
+# beside the 8192 of MHA, but more than the <!-- claim: kv-values-mqa -->256<!-- /claim --> of MQA. What it buys is
+# quality at that size, not the minimum.
 # </details>
 
 # %%

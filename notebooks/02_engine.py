@@ -46,7 +46,9 @@ from folovllm.sampling.filters import (
 from folovllm.sampling.sampler import Sampler, SamplingState
 from folovllm.viz.flow import shape_flow
 from folovllm.viz.notebook import MarkdownTable, progress
+from folovllm.viz.panels import sampled_panel
 from folovllm.viz.sampling import Release, filter_stages, text_release, token_match
+from folovllm.viz.sliders import slider_figure
 from folovllm.viz.timeline import phase_times, request_gantt
 
 torch.set_num_threads(THREADS)
@@ -191,6 +193,38 @@ filter_stages(
     {name: logits.softmax(-1)[0] for name, logits in stages.items()},
     labels,
     title=f"What may follow “{text}”",
+)
+
+# %% [markdown]
+# Now temperature alone, with top-p behind it and nothing else. In a running notebook the figure has a slider; where
+# nothing runs, four of its positions stand side by side. The hollow bars are always the model's own.
+#
+# **Predict.** How many tokens does top-p leave at temperature 0.2? And at 3? Can a temperature make the second
+# likeliest token the likeliest?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# One token at 0.2, which is greedy decoding in all but name, and 718 of the 2048 at 3. Top-p keeps a share of the mass,
+# and a hot distribution spreads its mass over the tail: that is where nonsense comes from, and why temperature and
+# top-p are not two names for one thing. The order never changes, since all logits are divided by the same number.
+# </details>
+
+
+# %%
+def at_temperature(ax, temperature):
+    """One panel: what is drawn from at this temperature."""
+    hot = apply_temperature(raw, torch.tensor([[temperature]]))
+    cut = apply_top_p(hot, torch.tensor([[TOP_P]]))
+    return sampled_panel(ax, raw.softmax(-1)[0], cut.softmax(-1)[0], labels)
+
+
+slider_figure(
+    at_temperature,
+    name="temperature",
+    values=(0.2, 0.3, 0.5, 0.7, 1.0, 1.2, 1.5, 2.0, 2.5, 3.0),
+    start=1.0,
+    shown=(0.2, 0.7, 1.5, 3.0),
+    title=f"“{text}”: temperature, then top-p {TOP_P}",
 )
 
 # %% [markdown]

@@ -63,6 +63,8 @@ from folovllm.viz.padding import (
     padding_map,
     padding_over_steps,
 )
+from folovllm.viz.panels import STEP_KINDS, static_step_panel
+from folovllm.viz.sliders import slider_figure
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -213,11 +215,12 @@ MarkdownTable(
 #
 # <details><summary>Unfold after you have run the cells</summary>
 #
-# 107 of 800 cells hold a token; 86.6 % are padding. For one prompt of n tokens beside B - 1 of one token the padding
-# is `(n-1)(B-1)` cells. That is *bilinear*: a straight line in n for each B, and a straight line in B for each n.
-# Twice the rows is about twice the padding, and so is twice the length. It is easily called "quadratic", because about
-# four times as much comes out if *both* are doubled; but then the rectangle is four times as large too, and the
-# padded share goes from 86.6 % to 93.3 %.
+# Of <!-- claim: padding-mixed-cells -->800<!-- /claim --> cells <!-- claim: padding-mixed-tokens -->107<!-- /claim -->
+# hold a token; <!-- claim: padding-mixed -->86.6 %<!-- /claim --> are padding. For one prompt of n tokens beside B - 1
+# of one token the padding is `(n-1)(B-1)` cells. That is *bilinear*: a straight line in n for each B, and a straight
+# line in B for each n. Twice the rows is about twice the padding, and so is twice the length. It is easily called
+# "quadratic", because about four times as much comes out if *both* are doubled; but then the rectangle is four times as
+# large too, and the padded share goes from <!-- claim: padding-mixed -->86.6 %<!-- /claim --> to 93.3 %.
 #
 # This is why M2 does not mix: the prefills of a step share one forward, its decodes another. A decode's rectangle of
 # new tokens is one column wide and has no padding at all.
@@ -255,6 +258,38 @@ padding_map(
         ),
     },
     title="The first static batch",
+)
+
+# %% [markdown]
+# Between the two lies the whole life of the batch. In a running notebook the slider goes through it step by step; where
+# nothing runs, four of its steps stand one below the other.
+#
+# **Predict.** In which step is the batch at its best? When does the first of the four become red, and what is computed
+# for it from then on?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# In step 6: every row grows by a needed cell per step, and the padding on the left stays as it is, so the share rises
+# to 78 %. Then request 2 has its 7 tokens, the first of them from the prefill, and from step 7 on its row is red. It
+# goes on growing with the others. From step 11 on three of four rows are computed for nobody.
+# </details>
+
+
+# %%
+def in_step(ax, step):
+    """One panel: whose cells the first static batch holds in this step."""
+    return static_step_panel(ax, prompt_lens[first], max_tokens[first], step)
+
+
+slider_figure(
+    in_step,
+    name="step",
+    values=range(fed + 1),
+    start=0,
+    height=1.25,
+    columns=1,
+    kinds=STEP_KINDS,
+    title="K/V of the first static batch; step 0 is its prefill",
 )
 
 # %% [markdown]

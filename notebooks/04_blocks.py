@@ -60,6 +60,8 @@ from folovllm.viz.blocks import (
     waste_by_block_size,
 )
 from folovllm.viz.notebook import MarkdownTable, progress
+from folovllm.viz.panels import held_slots_panel
+from folovllm.viz.sliders import slider_figure
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -96,9 +98,11 @@ print("prompt tokens:", [len(p["prompt_token_ids"]) for p in prompts])
 #
 # <details><summary>Unfold after you have run the cells</summary>
 #
-# 100 tokens in 4096 slots leave 97.6 % empty. In blocks they take 7, that is 112 slots, of which 12 are empty: 10.7
-# %. It is 0 where the length is a multiple of 16. Blocks do not abolish *internal fragmentation* (room inside of what
-# one has, and never uses); they bound it: less than one block per request, however long the request.
+# 100 tokens in 4096 slots leave <!-- claim: erratum-paged-waste-region-100 -->97.6 %<!-- /claim --> empty. In blocks
+# they take <!-- claim: blocks-100 -->7<!-- /claim -->, that is <!-- claim: slots-100 -->112<!-- /claim --> slots, of
+# which <!-- claim: empty-100 -->12<!-- /claim --> are empty: <!-- claim: paged-waste-100 -->10.7 %<!-- /claim -->. It
+# is 0 where the length is a multiple of 16. Blocks do not abolish *internal fragmentation* (room inside of what one
+# has, and never uses); they bound it: less than one block per request, however long the request.
 # </details>
 
 # %%
@@ -114,13 +118,15 @@ MarkdownTable(
 # What does that mean for the number of users? Llama-2-13B in 16 bits weighs 26 GB. Of a card of 40 GB, let 12 GiB be
 # left for K/V.
 #
-# **Predict.** One token's K/V takes 800 KiB. How many requests can run at once if each reserves 2048 tokens? How
-# many, if they are 500 tokens long and take blocks?
+# **Predict.** One token's K/V takes <!-- claim: kv-bytes-llama2-13b -->800 KiB<!-- /claim -->. How many requests can
+# run at once if each reserves 2048 tokens? How many, if they are 500 tokens long and take blocks?
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# 15,728 tokens fit. Those are 7 regions of 2048, or 983 blocks; a request of 500 tokens takes 32 blocks (not 31.25),
-# and 30 of them run at once.
+# There is room for <!-- claim: card-tokens -->15,728<!-- /claim --> tokens. Those
+# are <!-- claim: card-regions -->7<!-- /claim --> regions of 2048, or <!-- claim: card-blocks -->983<!-- /claim -->
+# blocks; a request of 500 tokens takes 32 blocks (not 31.25), and <!-- claim: card-requests -->30<!-- /claim --> of
+# them run at once.
 # </details>
 
 # %%
@@ -140,10 +146,10 @@ print(f"{room.requests} requests of 500 tokens in {room.blocks} blocks")
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# 32 + 8 + 64 = 104 MB are free. The 64 that were never touched are in one piece, so 64 does fit. (If you found 112, or
-# that 64 does not fit: so did others, in print. Draw the memory.) Then 40 are left, in pieces of 32 and 8, and 33
-# does not fit although 40 are free: that is **external fragmentation**. Blocks know nothing of it. Each is as good as
-# any other.
+# 32 + 8 + 64 = <!-- claim: buddy-free -->104 MB<!-- /claim --> are free. The 64 that were never touched are in one
+# piece, so 64 does fit. (If you found 112, or that 64 does not fit: so did others, in print. Draw the memory.)
+# Then <!-- claim: buddy-left -->40 MB<!-- /claim --> are left, in pieces of 32 and 8, and 33 does not fit although 40
+# are free: that is **external fragmentation**. Blocks know nothing of it. Each is as good as any other.
 # </details>
 
 # %%
@@ -222,10 +228,11 @@ MarkdownTable(
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# (B - 1) / 2, if all lengths modulo B are equally likely: 7.5 and 127.5. That line is what speaks against large
-# blocks, and at 16 it is already below 2 % of what requests hold. For them speaks that a table has fewer entries,
-# that a kernel reads longer stretches, and that there are fewer books to keep. vLLM's default is 16. The prefix cache
-# of M4 will add another reason not to make blocks large.
+# (B - 1) / 2, if all lengths modulo B are equally
+# likely: <!-- claim: erratum-paging-removes-internal-mean -->7.5<!-- /claim --> and 127.5. That line is what speaks
+# against large blocks, and at 16 it is already below 2 % of what requests hold. For them speaks that a table has fewer
+# entries, that a kernel reads longer stretches, and that there are fewer books to keep. vLLM's default is 16. The
+# prefix cache of M4 will add another reason not to make blocks large.
 # </details>
 
 # %%
@@ -246,6 +253,40 @@ waste_by_block_size(
     [run.empty_per_request for run in by_size],
     [empty_share(run) for run in by_size],
     title="What a block size costs",
+)
+
+# %% [markdown]
+# The same replays as they went, step by step: what requests hold, and what of it is written. In a running notebook the
+# slider chooses the block size; where nothing runs, four of them stand side by side.
+#
+# **Predict.** The upper edge is what is held. Does it move when the block size does? What moves, and who pays for it?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# It hardly moves: as long as somebody waits, nearly all is held. What moves is the border below it. Of what is
+# held, <!-- claim: empty-share-16 -->1.7 %<!-- /claim --> is empty with blocks of 16
+# and <!-- claim: empty-share-256 -->22 %<!-- /claim --> with blocks of 256. Those who wait pay for it: 29 requests run
+# at once instead of 36, so all of the 200 are done later.
+# </details>
+
+
+# %%
+replays = dict(zip(SIZES, by_size, strict=True))
+longest = max(len(run.steps) for run in by_size)
+
+
+def with_blocks_of(ax, size):
+    """One panel: held and written slots with blocks of this size."""
+    return held_slots_panel(ax, replays[size], longest)
+
+
+slider_figure(
+    with_blocks_of,
+    name="blocks of",
+    values=SIZES,
+    start=16,
+    shown=(1, 16, 64, 256),
+    title="200 requests in blocks",
 )
 
 # %% [markdown]
@@ -270,10 +311,11 @@ waste_by_block_size(
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# 10,000 = 2 × 4096 + 1808, so it is on page 2 at offset 1808, and frame 3 begins at 12,288: 14,096. And 37 = 2 × 16 +
-# 5, so it is slot 5 of block 9: 149. It is the same function. (The analogy ends where an operating system would load
-# a missing page at the moment of the access. A kernel cannot stop and wait; the scheduler provides all blocks
-# *before* the step.)
+# 10,000 = 2 × 4096 + 1808, so it is on page 2 at offset 1808, and frame 3 begins at
+# 12,288: <!-- claim: page-physical -->14,096<!-- /claim -->. And 37 = 2 × 16 + 5, so it is slot 5 of block
+# 9: <!-- claim: slot-of-37 -->149<!-- /claim -->. It is the same function. (The analogy ends where an operating system
+# would load a missing page at the moment of the access. A kernel cannot stop and wait; the scheduler provides all
+# blocks *before* the step.)
 # </details>
 
 # %%

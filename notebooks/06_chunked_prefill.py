@@ -48,6 +48,8 @@ from folovllm.viz.chunks import (
     step_composition,
 )
 from folovllm.viz.notebook import MarkdownTable, progress
+from folovllm.viz.panels import CHUNK_KINDS, chunk_rows_panel
+from folovllm.viz.sliders import slider_figure
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -100,6 +102,33 @@ print("together:", sum(int((piece > 0).sum()) for piece in pieces))
 
 # %%
 chunked_mask([4, 4, 2], title="The same mask in one pass and in three")
+
+# %% [markdown]
+# And with other chunks? In a running notebook the slider chooses their size, for a prompt of 12 tokens; where nothing
+# runs, four sizes stand side by side.
+#
+# **Predict.** Chunks of 12, of 4 and of 1: how many passes are that, and how many cached tokens do they read in all?
+# What else is read once per pass, that no mask shows? What are chunks of 1?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# 1, 3 and 12 passes. In one pass everything is there; in three, the second reads 4 tokens and the third 8, that is 12;
+# in twelve, 0 + 1 + … + 11 = 66. What no mask shows are the weights, which every pass reads once. The True cells are
+# the same 78 however it is cut: work is not saved, and reading is added. Chunks of 1 are decoding. A prompt that comes
+# in such pieces is computed as if the model had said it.
+# </details>
+
+# %%
+slider_figure(
+    lambda ax, size: chunk_rows_panel(ax, 12, size),
+    name="chunks of",
+    values=range(1, 13),
+    start=4,
+    shown=(1, 4, 5, 12),
+    height=2.6,
+    kinds=CHUNK_KINDS,
+    title="Twelve tokens, cut",
+)
 
 # %% [markdown]
 # ## 2. Three ways to get it wrong
@@ -382,8 +411,9 @@ MarkdownTable(
 #
 # <details><summary>Unfold after you have run the cell</summary>
 #
-# 48.8 GiB, however it is cut. Chunks bound what is held *during* a step, and how long it takes. The engine refuses such
-# a prompt when it arrives. It would never fit, and in the line it would block everybody behind it.
+# It is <!-- claim: kv-100k -->48.8 GiB<!-- /claim -->, however it is cut. Chunks bound what is held *during* a step,
+# and how long it takes. The engine refuses such a prompt when it arrives. It would never fit, and in the line it would
+# block everybody behind it.
 # </details>
 
 # %%

@@ -40,7 +40,9 @@ from folovllm.kv_cache.prefix_cache import PrefixCache, hash_block
 from folovllm.request import Request
 from folovllm.viz.chunks import composition, step_composition
 from folovllm.viz.notebook import MarkdownTable, progress
+from folovllm.viz.panels import REUSE_KINDS, reuse_panel
 from folovllm.viz.prefix import hash_tree, hit_rate_by_prefix, lru_order
+from folovllm.viz.sliders import slider_figure
 from folovllm.viz.timeline import request_gantt
 
 torch.set_num_threads(THREADS)
@@ -231,6 +233,35 @@ for size in progress((4, 16), "block sizes"):
         prompts = [begin + [i, *tokens(64)][: 64 - shared] for i in range(20)]
         rates[size].append(sum(answers(llm, prompts, 1)[1]) / (20 * 64))
 hit_rate_by_prefix(LENGTHS, rates, 64, 20, title="Twenty prompts of 64 tokens")
+
+# %% [markdown]
+# The tokens behind one point of these lines: a prompt of 64, the same beginning as an earlier one, in blocks of four
+# sizes. In a running notebook the slider is the length of the common beginning; where nothing runs, four lengths stand
+# one below the other.
+#
+# **Predict.** At 31, at 32, at 64: which tokens are shared and computed all the same (yellow), in blocks of 16 and of
+# 32? Is there a length at which every block size finds the same?
+#
+# <details><summary>Unfold after you have run the cell</summary>
+#
+# At 31, blocks of 16 find 16 tokens and compute the next 15 although they are shared; blocks of 32 find none. At 32
+# both find 32: yellow is gone, and so it is for every size, since 4, 8, 16 and 32 divide 32. At 64 yellow comes back:
+# each size computes its own last block, so the larger the block, the dearer is the full hit. The sizes agree below 4,
+# where none finds anything, and from 32 to 35.
+# </details>
+
+# %%
+slider_figure(
+    lambda ax, shared: reuse_panel(ax, shared, 64, (4, 8, 16, 32)),
+    name="common beginning of",
+    values=range(65),
+    start=24,
+    shown=(15, 31, 32, 64),
+    height=1.35,
+    columns=1,
+    kinds=REUSE_KINDS,
+    title="What a prompt of 64 tokens finds",
+)
 
 # %% [markdown]
 # **Predict.** A prompt comes twice. How many of its tokens are found the second time, in blocks of 16, if it has 15,

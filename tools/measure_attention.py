@@ -5,9 +5,10 @@ One decode step of a layer of Qwen3-0.6B's shape: each of `requests` has one new
 blocks of `block_size`, anywhere in a pool of its own per layer. A round runs each way over `layers` such layers, so
 that K/V comes from memory and not from the processor's caches, in an order that turns.
 
-lengths            length -> summary and rounds: per way, `seconds` of one layer, `over_gather` (times those of
-                   `gather` in that round) and `kv_bytes_per_s`
+summary, rounds    length -> way -> `seconds` of one layer, `over_gather` (times those of `gather` in that round) and
+                   `kv_bytes_per_s`
   gather           per request: its K/V copied out of the blocks, then `scaled_dot_product_attention` with enable_gqa
+  gather_grouped   the same, with the query heads of a KV head as rows of one head, so that they share a pass over it
   torch            `attention_backend="torch"`, blocks in random order
   torch_neighbours the same, blocks that lie side by side, as in an engine that has just started
   torch_compiled   `attention_backend="torch-compiled"`, blocks in random order; null without a C++ compiler
@@ -48,37 +49,34 @@ def attention(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str
     del model
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     params = AttentionParams(config.head_dim**-0.5)
-    found: dict[str, Any] = {}
+    measured: list[dict[str, Any]] = [{} for _ in range(rounds)]
     difference: dict[str, float] = {}
     compiler = TorchCompiledBackend() if shutil.which("g++") or shutil.which("clang++") else None
     torch._dynamo.utils.counters.clear()
     for length in LENGTHS:
         layers = [pool(length, heads, dtype, layer) for layer in range(LAYERS)]
-        query = torch.randn(NUM_REQUESTS, heads[0], heads[2], generator=torch.manual_seed(LAYERS)).to(
-            dtype
-        )  # [R, Hq, D]
+        query = torch.randn(NUM_REQUESTS, heads[0], heads[2]).to(dtype)  # [R, Hq, D]
         ways = ways_to_attend(query, length, params, compiler)
         if not difference:
             difference = differences(ways, query, layers[0], length, params)
-        measured = []
         for index in range(-1, rounds):  # the first is a warm-up
             took = {name: seconds(partial(over, ways[name], layers)) / LAYERS for name in turned(list(ways), index + 1)}
             if index >= 0:
-                measured.append(numbers({name: took[name] for name in ways}, length, heads, dtype))
-        found[str(length)] = {"summary": summarize(measured), "rounds": measured}
-        shown = {name: round(way["over_gather"]["median"], 2) for name, way in found[str(length)]["summary"].items()}
+                measured[index][str(length)] = numbers({name: took[name] for name in ways}, length, heads, dtype)
+        summary = summarize([current[str(length)] for current in measured])
+        shown = {name: round(way["over_gather"]["median"], 2) for name, way in summary.items()}
         console.print(f"{NUM_REQUESTS} x {length}: of gather + SDPA {shown}", highlight=False)
     data = {
         **header,
-        "command": "python tools/measure_course.py attention",
-        "threads": torch.get_num_threads(),
+        "command": f"python tools/measure_course.py attention --rounds {rounds} --threads {torch.get_num_threads()}",
         "requests": NUM_REQUESTS,
         "block_size": BLOCK_SIZE,
         "layers": LAYERS,
         "heads": dict(zip(("query", "kv", "dim"), heads, strict=True)),
         "difference": difference,
         "compiled_graphs": None if compiler is None else graphs(compiler, heads, dtype, params),
-        "lengths": found,
+        "summary": summarize(measured),
+        "rounds": measured,
     }
     return [(f"m3-attention-{MODEL}", data)]
 
@@ -99,7 +97,8 @@ def ways_to_attend(
     scattered, neighbours = metadata(length, scattered=True), metadata(length, scattered=False)
     backend = TorchBackend()
     ways: dict[str, Callable[[LayerKV], Tensor]] = {
-        "gather": lambda kv: gather_and_attend(query, kv, scattered, params),
+        "gather": lambda kv: gather_and_attend(query, kv, scattered, params, grouped=False),
+        "gather_grouped": lambda kv: gather_and_attend(query, kv, scattered, params, grouped=True),
         "torch": lambda kv: backend.attend(query, kv, scattered, params),
         "torch_neighbours": lambda kv: backend.attend(query, kv, neighbours, params),
     }
@@ -121,14 +120,19 @@ def differences(
     return found
 
 
-def gather_and_attend(query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
+def gather_and_attend(
+    query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams, *, grouped: bool
+) -> Tensor:
     """What one writes first: per request, copy its K/V out of the blocks and call torch."""
     out = torch.empty_like(query)  # [R, Hq, D]
+    num_heads, num_kv_heads = query.shape[1], kv.keys.shape[2]
     for row, table in enumerate(meta.tables):
         blocks = torch.tensor(table)  # [B]
         keys, values = (t[blocks].flatten(0, 1).transpose(0, 1)[None] for t in (kv.keys, kv.values))  # [1, Hkv, S, D]
-        one = query[row, None, :, None]  # [1, Hq, 1, D]
-        out[row] = scaled_dot_product_attention(one, keys, values, scale=params.scale, enable_gqa=True)[0, :, 0]
+        heads = num_kv_heads if grouped else num_heads
+        rows = query[row].view(1, heads, num_heads // heads, -1)  # [1, Hkv, G, D] or [1, Hq, 1, D]
+        part = scaled_dot_product_attention(rows, keys, values, scale=params.scale, enable_gqa=not grouped)
+        out[row] = part.view(num_heads, -1)
     return out
 
 

@@ -1,4 +1,4 @@
-"""Measure what chapters 0 to 7 say about time and memory, and write it to `results/`.
+"""Measure what chapters 0 to 8 say about time and memory, and write it to `results/`.
 
     python tools/measure_course.py workloads    # chapter 0: what the machine can do, and prefill and decode on it
     python tools/measure_course.py cache        # chapter 1: with and without a KV cache, and what breaks one
@@ -9,6 +9,7 @@
     python tools/measure_course.py ragged       # chapter 5: padded and ragged, and what packing does to HF's logits
     python tools/measure_course.py chunks       # chapter 6: decodes beside a long prompt (bundled model)
     python tools/measure_course.py prefixes     # chapter 7: requests with one system prompt (bundled model)
+    python tools/measure_course.py whole        # chapter 8: one workload on every milestone, and who says the same
 
 Each part runs the models it is about, in rounds: what is compared stands side by side within a round, in an order that
 turns from round to round, ratios are taken inside a round, and the file keeps the median with the least and the
@@ -33,6 +34,7 @@ from measure_attention import attention
 from measure_batching import batching
 from measure_chunks import chunks, prefixes
 from measure_ragged import ragged
+from measure_whole import whole
 from measuring import (
     CPU,
     DECODE_CONTEXT,
@@ -348,6 +350,7 @@ PARTS: dict[str, Callable[[Console, int, Sequence[str]], list[tuple[str, dict[st
     "ragged": ragged,
     "chunks": chunks,
     "prefixes": prefixes,
+    "whole": whole,
 }
 
 if __name__ == "__main__":

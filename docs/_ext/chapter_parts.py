@@ -5,6 +5,7 @@
     The caption                        it is refuted                     asks for it
     ```                                :::                               :::
 
+An erratum may name its entry on the errata page, `:entry: upper-triangle`: it then ends with a link to it.
 `docs/figures.py` says how each figure is drawn. A figure that does not exist, or without words for it, is an error.
 """
 
@@ -69,11 +70,15 @@ class Erratum(SphinxDirective):
     required_arguments = 1
     final_argument_whitespace = True
     has_content = True
+    option_spec: ClassVar[dict[str, Callable[[str], Any]]] = {"entry": directives.unchanged_required}
 
     def run(self) -> list[nodes.Node]:
         claim, messages = self.parse_inline(self.arguments[0])
         title = nodes.title("", "", nodes.Text("Erratum: "), *claim)
-        return [nodes.admonition("", title, *messages, *self.parse_content_to_nodes(), classes=["erratum"])]
+        body = [*messages, *self.parse_content_to_nodes()]
+        if "entry" in self.options:
+            body += self.parse_text_to_nodes(f"{{ref}}`Run it <erratum-{self.options['entry']}>`.")
+        return [nodes.admonition("", title, *body, classes=["erratum"])]
 
 
 class SelfCheck(SphinxDirective):

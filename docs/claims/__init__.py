@@ -9,10 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from claims import chapter_0, chapter_1, chapter_2, chapter_3, chapter_4, chapter_5, chapter_6, chapter_7, m4_bench
-from claims.ledger import Claim, ClaimError, Table, text
-
-CHAPTERS: tuple[ModuleType, ...] = (
+from claims import (
     chapter_0,
     chapter_1,
     chapter_2,
@@ -21,7 +18,28 @@ CHAPTERS: tuple[ModuleType, ...] = (
     chapter_5,
     chapter_6,
     chapter_7,
+    chapter_8,
+    errata,
+    interview,
+    m3_bench,
     m4_bench,
+)
+from claims.ledger import Claim, ClaimError, Table, text
+
+CHAPTERS: tuple[ModuleType, ...] = (
+    chapter_0,
+    chapter_1,
+    chapter_2,
+    chapter_3,
+    chapter_4,
+    m3_bench,
+    chapter_5,
+    chapter_6,
+    chapter_7,
+    m4_bench,
+    chapter_8,
+    errata,
+    interview,
 )
 
 __all__ = [

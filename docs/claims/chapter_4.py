@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 from statistics import fmean
-from statistics import median as middle
 from typing import Any
 
-from claims.chapter_3 import W2 as M2_W2
 from claims.ledger import (
     Cited,
     Claim,
@@ -31,7 +29,6 @@ from folovllm.kv_cache.fragmentation import capacity_of, num_blocks, paged_waste
 from folovllm.viz.blocks import PAPER_FIG_2
 
 BLOCKS = "m3-blocks-folo-tiny"  # by `tools/measure_course.py blocks`
-W2 = "m4-qwen3-0.6b"  # by `folovllm bench`, workloads w1 and w2
 HERE = "docs/claims/chapter_4.py"
 FRAGMENTATION = "folovllm/kv_cache/fragmentation.py"
 
@@ -179,43 +176,6 @@ def swap_bytes() -> int:
     return 2 * LLAMA_2_7B_TOKEN
 
 
-# --- time -------------------------------------------------------------------------------------------------
-
-PEER = "hf:static"  # of one request, a plain `generate`
-NOT_TOLD = "–"  # noqa: RUF001  an en dash, as in print
-
-
-def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, float]:
-    """A system's output tokens per second over another's, taken inside of each round: median and ends."""
-    ratios = []
-    for current in result(file)["rounds"]:
-        runs = current["runs"][workload]
-        ratios.append(runs[system]["output_tokens_per_s"] / runs[peer]["output_tokens_per_s"])
-    return {"median": middle(ratios), "min": min(ratios), "max": max(ratios)}
-
-
-def time_rows() -> list[list[str]]:
-    """Every system on w1 and on w2; medians of the rounds."""
-    rows = []
-    for workload in ("w1", "w2"):
-        for system, numbers in result(W2)["summary"][workload].items():
-            if system == "m4":
-                continue  # its numbers are in chapter 7
-            held = numbers["kv_reserved_bytes"]
-            rows.append(
-                [
-                    workload,
-                    system,
-                    median(digits(3))(numbers["output_tokens_per_s"]),
-                    median(fixed(2))(over(W2, workload, system)),
-                    median(digits(3))(numbers["ttft_p50_s"]),
-                    median(digits(3, "", 1e3))(numbers["itl_p50_s"]),
-                    NOT_TOLD if held is None else median(digits(3, "", 2**-20))(held),
-                ]
-            )
-    return rows
-
-
 TABLES: dict[str, Table] = {
     "paging-waste": Table(
         "a request's empty slots, in blocks of 16 and in a region of 4,096",
@@ -244,13 +204,6 @@ TABLES: dict[str, Table] = {
         source="tools/measure_blocks.py:preemption_rounds",
         files=(BLOCKS,),
     ),
-    "m3-time": Table(
-        "one request (w1) and sixteen (w2) on M3 and on Hugging Face's ways",
-        ("workload", "system", "tokens/s", f"over {PEER}", "TTFT, s", "ITL, ms", "K/V held, MiB"),
-        time_rows,
-        source=f"{HERE}:over",
-        files=(W2,),
-    ),
 }
 
 
@@ -266,15 +219,6 @@ def _card(says: str, number: int) -> Claim:
 
 def _buddy(says: str, number: int) -> Claim:
     return _derived(f"{says}, in the example", number, digits(3, "MB"), f"{HERE}:buddy_example")
-
-
-def _over(says: str, file: str, workload: str, system: str, peer: str = PEER) -> Claim:
-    return Derived(
-        f"output tokens per second of {says} over {peer}'s in the same round, {workload} on Qwen3-0.6B",
-        lambda: over(file, workload, system, peer),
-        with_range(fixed(2)),
-        f"{HERE}:over",
-    )
 
 
 CLAIMS: dict[str, Claim] = {
@@ -469,31 +413,5 @@ CLAIMS: dict[str, Claim] = {
         linear_flops_per_token(LLAMA_2_7B) / swap_bytes(),
         digits(3),
         f"{HERE}:swap_bytes",
-    ),
-    # --- time and memory on Qwen3-0.6B
-    "m3-over-static-w1": _over("M3", W2, "w1", "m3"),
-    "m3-over-static-w2": _over("M3", W2, "w2", "m3"),
-    "m3-over-continuous-w2": _over("M3", W2, "w2", "m3", "hf:continuous"),
-    "m2-over-static-w2": _over("M2 padded", M2_W2, "w2", "m2:padded"),
-    "static-rows": Measured(
-        "token rows that hf:static computes for nobody, w2",
-        W2,
-        ("summary", "w2", PEER, "padding_share"),
-        median(percent()),
-    ),
-    "static-columns": Measured(
-        "K/V columns that hf:static reads for nobody, w2",
-        W2,
-        ("summary", "w2", PEER, "kv_padding_share"),
-        median(percent()),
-    ),
-    "m3-reserved": Measured(
-        "most K/V set aside, M3, w2 on Qwen3-0.6B", W2, ("summary", "w2", "m3", "kv_reserved_bytes"), median(binary)
-    ),
-    "m3-used": Measured(
-        "most K/V that requests needed, M3, w2 on Qwen3-0.6B",
-        W2,
-        ("summary", "w2", "m3", "kv_used_bytes"),
-        median(binary),
     ),
 }

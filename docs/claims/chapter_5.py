@@ -26,6 +26,7 @@ from claims.ledger import (
 from claims.models import bundled
 from folovllm.attention.online_softmax import online_softmax
 from folovllm.attention.reference import visible_tokens
+from folovllm.attention.triton_configs import choose_configs
 from folovllm.kv_cache.fragmentation import num_blocks, translate
 from folovllm.viz.ragged import tile_kinds
 
@@ -191,6 +192,13 @@ def tiles(code: int | None = None) -> int:
 QWEN = bundled("qwen3-0.6b")
 GROUP = QWEN.num_attention_heads // QWEN.num_key_value_heads
 SEGMENTS = 8
+H100 = choose_configs(torch.bfloat16, QWEN.head_dim, (9, 0)).prefill
+PROMPT = 4000
+
+
+def prefill_blocks(num_tokens: int) -> int:
+    """Blocks of queries that a prompt is cut into on an H100."""
+    return -(-num_tokens // (H100.rows // GROUP))
 
 
 def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
@@ -301,5 +309,14 @@ CLAIMS: dict[str, Claim] = {
     ),
     "qwen3-programs-split": _derived(
         "programs with eight segments", QWEN.num_key_value_heads * SEGMENTS, plain, f"{HERE}:SEGMENTS"
+    ),
+    "prefill-block-tokens": _derived(
+        "tokens of Qwen3-0.6B in a block of queries, as shipped for an H100", H100.rows // GROUP, plain, f"{HERE}:H100"
+    ),
+    "prefill-blocks": _derived(
+        "blocks of queries of a prompt of 4000", prefill_blocks(PROMPT), plain, f"{HERE}:prefill_blocks"
+    ),
+    "prefill-programs": _derived(
+        "programs of its prefill", prefill_blocks(PROMPT) * QWEN.num_key_value_heads, plain, f"{HERE}:prefill_blocks"
     ),
 }

@@ -2,21 +2,13 @@
 
 from __future__ import annotations
 
-from claims.chapter_4 import NOT_TOLD, over
-from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, plain, result, with_range
-from folovllm.bench.workloads import get_workload
+from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, plain, result, spread_of, with_range
+from claims.m3_bench import NOT_TOLD, over
 
 BENCH = "m4-qwen3-0.6b"  # w1, w2 and w3 on m3, m4, hf:static and hf:continuous
 MIXED = "m4-mixed-qwen3-0.6b"  # mixed, with two token budgets
 HERE = "docs/claims/m4_bench.py"
 SMALL, LARGE = "m4:budget=256", "m4:budget=4096"
-
-
-def least_prompt_tokens() -> int:
-    """Prompt tokens of w3 that differ: the prefix once, and everybody's own."""
-    workload = get_workload("w3")
-    own, _ = workload.prompt_len
-    return workload.shared_prefix + workload.num_requests * own
 
 
 def prompt_tokens(workload: str, system: str) -> int:
@@ -54,7 +46,7 @@ def longest_itl_ratio() -> dict[str, float]:
     for current in result(MIXED)["rounds"]:
         runs = current["runs"]["mixed"]
         ratios.append(runs[LARGE]["itl_s"]["max"] / runs[SMALL]["itl_s"]["max"])
-    return _spread(ratios)
+    return spread_of(ratios)
 
 
 def late_ttft_ratio() -> dict[str, float]:
@@ -63,13 +55,7 @@ def late_ttft_ratio() -> dict[str, float]:
     for current in result(MIXED)["rounds"]:
         runs = current["runs"]["mixed"]
         ratios.append(runs[SMALL]["ttft_s"]["max"] / runs[LARGE]["ttft_s"]["max"])
-    return _spread(ratios)
-
-
-def _spread(ratios: list[float]) -> dict[str, float]:
-    ordered, half = sorted(ratios), len(ratios) // 2
-    middle = ordered[half] if len(ordered) % 2 else (ordered[half - 1] + ordered[half]) / 2
-    return {"median": middle, "min": ordered[0], "max": ordered[-1]}
+    return spread_of(ratios)
 
 
 def mixed_rows() -> list[list[str]]:
@@ -111,19 +97,19 @@ CLAIMS: dict[str, Claim] = {
         "M4's tokens per second over a static batch's on w3",
         lambda: over(BENCH, "w3", "m4")["median"],
         digits(3),
-        "docs/claims/chapter_4.py:over",
+        "docs/claims/m3_bench.py:over",
     ),
     "m4-over-m3-w3": Derived(
         "M4's tokens per second over M3's on w3",
         lambda: over(BENCH, "w3", "m4", "m3")["median"],
         digits(3),
-        "docs/claims/chapter_4.py:over",
+        "docs/claims/m3_bench.py:over",
     ),
     "m4-over-m3-w2": Derived(
         "M4's tokens per second over M3's on w2",
         lambda: over(BENCH, "w2", "m4", "m3")["median"],
         fixed(2),
-        "docs/claims/chapter_4.py:over",
+        "docs/claims/m3_bench.py:over",
     ),
     "m4-prompt-tokens-w3": Derived(
         "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), plain, f"{HERE}:prompt_tokens"

@@ -267,7 +267,7 @@ def test_an_answer_in_another_file_may_be_the_only_one(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3, m3-kernels, m4"),
+        (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3, m3-kernels, m4, m4-latency-target"),
         (["m1", "--impl", "nowhere.py"], "nowhere.py' is not a Python file that exists"),
         (["m1", "--impl", "milestones"], "is not a Python file that exists"),
         (["m1", "--only", "nothing"], "m1 has no exercise 'nothing'; allowed: apply_repetition_penalty"),
@@ -276,7 +276,7 @@ def test_an_answer_in_another_file_may_be_the_only_one(tmp_path: Path) -> None:
         (["m1", "--time-limit", "nan"], "time_limit=nan is not valid"),
         (
             ["--hint", "causal_mask"],
-            "--impl, --only and --hint need a milestone; allowed: m0, m1, m2, m3, m3-kernels, m4",
+            "--impl, --only and --hint need a milestone; allowed: m0, m1, m2, m3, m3-kernels, m4, m4-latency-target",
         ),
     ],
 )
@@ -318,23 +318,28 @@ def copy_of(folder: Path, exercise: str, monkeypatch: pytest.MonkeyPatch) -> Mil
     return milestone
 
 
-def test_the_overview_shows_how_far_each_file_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_all_milestones_with_new_answers_are_graded_for_the_overview(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     untouched = (MILESTONES["m1"].folder / "solution.py").with_name("exercise.py").read_text(encoding="utf-8")
     raises = '    raise NotImplementedError("apply_temperature")'
     assert raises in untouched
     written = "    if temperature <= 0:\n        raise ValueError\n    return logits / temperature"
     copy_of(tmp_path, untouched.replace(raises, written), monkeypatch)
-    result = invoke()
+    assert "? not checked" in flat(invoke().output)
+    result = invoke("all")
     assert result.exit_code == 0
-    assert "M1: an engine" in result.output and "1 of 8 exercises pass" in result.output
+    assert "an engine" in result.output and "1 of 8 pass" in result.output
 
 
-def test_the_overview_does_not_run_what_is_not_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_overview_runs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(command, "run_checks", lambda *_: pytest.fail("the checks were run"))
     template = "def {0}():\n    '''What to do.'''\n    raise NotImplementedError('{0}')\n"
     copy_of(tmp_path, "".join(template.format(name) for name in MILESTONES["m1"].exercises()), monkeypatch)
-    result = invoke()
-    assert result.exit_code == 0 and "not started, 8 exercises" in result.output
+    for args in ((), ("all",)):
+        result = invoke(*args)
+        assert result.exit_code == 0 and "0 of 8 pass" in result.output
 
 
 # --- plain words ------------------------------------------------------------------------------------------

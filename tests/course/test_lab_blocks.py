@@ -9,7 +9,8 @@ from tests.course.test_notebooks import cells_of_script, code_cells, outputs_as_
 
 LAB = "04_blocks"
 FIGURES = [
-    *("memory_shares", "waste_by_block_size", "block_tables", "block_map", "block_map", "preemption_timeline"),
+    *("memory_shares", "waste_by_block_size", "slider_figure", "block_tables", "block_map", "block_map"),
+    "preemption_timeline",
 ]
 
 

@@ -7,7 +7,7 @@ import re
 from tests.course.test_notebooks import cells_of_script, code_cells, outputs_as_text, table
 
 LAB = "06_chunked_prefill"
-FIGURES = ["chunked_mask", "step_composition", "latency_by_chunk"]
+FIGURES = ["chunked_mask", "slider_figure", "step_composition", "latency_by_chunk"]
 
 
 def test_lab_6_draws_the_figures_of_its_chapter() -> None:

@@ -7,7 +7,7 @@ import re
 from tests.course.test_notebooks import cells_of_script, code_cells, outputs_as_text, table
 
 LAB = "07_prefix_caching"
-FIGURES = ["hash_tree", "hit_rate_by_prefix", "step_composition", "request_gantt", "lru_order"]
+FIGURES = ["hash_tree", "hit_rate_by_prefix", "slider_figure", "step_composition", "request_gantt", "lru_order"]
 
 
 def test_lab_7_draws_the_figures_of_its_chapter() -> None:

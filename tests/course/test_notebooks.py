@@ -25,11 +25,12 @@ FIGURES = {
         *("kv_bytes_bars", "kv_bytes_bars", "position_grid"),
     ],
     "02_engine": [
-        *("shape_flow", "phase_times", "filter_stages", "token_match", "text_release", "text_release"),
+        *("shape_flow", "phase_times", "filter_stages", "slider_figure", "token_match", "text_release", "text_release"),
         "request_gantt",
     ],
     "03_continuous_batching": [
-        *("batch_gantt", "batch_gantt", "padding_map", "padding_growth", "padding_map", "padding_over_steps"),
+        *("batch_gantt", "batch_gantt", "padding_map", "padding_growth", "padding_map", "slider_figure"),
+        "padding_over_steps",
         *("queue_depth", "waiting_times", "starvation", "throughput_by_batch", "ratio_bars"),
     ],
 }
@@ -129,6 +130,15 @@ def test_a_lab_asks_before_it_answers(name: str) -> None:
     last = prose.split("\n## ")[-1]
     assert last.startswith("Three things to try\n")
     assert re.findall(r"^(\d)\. ", last, re.MULTILINE) == ["1", "2", "3"]
+
+
+def test_a_mark_of_the_ledger_stands_inside_of_a_line() -> None:
+    # At the beginning of one it is a block of HTML: the paragraph ends, and what follows is shown as it is written.
+    pages = [*FOLDER.glob("*.py"), *FOLDER.parent.glob("milestones/*/README.md"), FOLDER.parent / "README.md"]
+    starts = re.compile(r"^(?:# )?<!-- /?claim.*$", re.MULTILINE)
+    assert {page.name: starts.findall(page.read_text(encoding="utf-8")) for page in pages} == {
+        page.name: [] for page in pages
+    }
 
 
 @pytest.mark.parametrize("name", FIGURES)

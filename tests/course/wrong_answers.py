@@ -6,6 +6,7 @@ They run in the namespace of `solution.py`. The grader has to catch each of them
 from __future__ import annotations
 
 from tests.course.wrong_answers_kernels import M3_KERNELS
+from tests.course.wrong_answers_latency import ALIASES_LATENCY, LATENCY
 from tests.course.wrong_answers_m3 import ALIASES_M3, M3
 from tests.course.wrong_answers_m4 import ALIASES_M4, M4
 
@@ -823,6 +824,7 @@ M2 = {
 }
 
 WRONG_ANSWERS = {"m0": M0, "m1": M1, "m2": M2, "m3": M3, "m3-kernels": M3_KERNELS, "m4": M4}
+WRONG_ANSWERS |= {"m4-latency-target": LATENCY}
 
 # Names under which wrong answers find the right ones.
 ALIASES = {
@@ -854,5 +856,6 @@ ALIASES = {
     },
     "m3": ALIASES_M3,
     "m4": ALIASES_M4,
+    "m4-latency-target": ALIASES_LATENCY,
     "m3-kernels": {},
 }

@@ -43,6 +43,7 @@ M3_KERNELS = {
     },
     "copy_kernel": {
         "no mask on the store": changed("copy_kernel", (", mask=mask), mask=mask)", ", mask=mask, other=7.0))")),
+        "one number too many": changed("copy_kernel", ("places < n", "places <= n")),
         "every program the first": changed("copy_kernel", ("tl.program_id(0) * BLOCK + ", "")),
         "the last number left out": changed("copy_kernel", ("places < n", "places < n - 1")),
     },
