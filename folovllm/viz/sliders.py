@@ -183,11 +183,12 @@ def runs_widgets() -> bool:
 
 
 def _has_front_end() -> bool:
+    if "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules:
+        return True
     from IPython.core.getipython import get_ipython
 
     shell = get_ipython()
-    in_vs_code = shell is not None and "__vsc_ipynb_file__" in shell.user_ns
-    return in_vs_code or "JPY_SESSION_NAME" in os.environ or "google.colab" in sys.modules
+    return shell is not None and "__vsc_ipynb_file__" in shell.user_ns  # VS Code
 
 
 def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
