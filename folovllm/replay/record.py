@@ -25,9 +25,9 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from folovllm.config import check_int
 from folovllm.engine.detokenizer import IncrementalDecoder
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.observing import observing
 from folovllm.engine.trace import PHASES, RequestStep, StepTrace
 from folovllm.kv_cache.interface import BlockCopy, KVCopy, KVOp, SwapIn, SwapOut
 from folovllm.replay.pool import PoolRecorder
@@ -259,27 +259,12 @@ def settings(engine: LLMEngine, capacity: int) -> dict[str, Any]:
 def recording(engine: LLMEngine, times: bool = True) -> Iterator[Recorder]:
     """Whatever runs the engine meanwhile, every step of it is recorded, with the state of every block.
 
-    The trace keeps these states only where the engine does so anyway: for a long run in a large pool they would take
-    much memory. Raises ValueError for an engine that keeps no trace.
+    Raises ValueError for an engine that keeps no trace.
     """
-    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # steps are handed over by the trace
-    core, watcher = engine.core, engine.on_step
-    keeps_blocks = core.trace_blocks
     recorder = Recorder(engine, times)
-    recorder.begin()
-
-    def on_step(step: StepTrace) -> None:
-        recorder.observe(step)
-        if watcher is not None:
-            watcher(step)
-        if not keeps_blocks:
-            core.trace.amend_last(blocks=None)
-
-    core.trace_blocks, engine.on_step = True, on_step
-    try:
+    with observing(engine, recorder.observe):
+        recorder.begin()
         yield recorder
-    finally:
-        core.trace_blocks, engine.on_step = keeps_blocks, watcher
 
 
 def record(engine: LLMEngine) -> Recorder:

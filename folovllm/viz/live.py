@@ -21,6 +21,7 @@ from rich.text import Text
 
 from folovllm.config import check_int
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.observing import observing
 from folovllm.engine.trace import StepTrace
 from folovllm.outputs import RequestOutput
 from folovllm.viz.live_blocks import level, pool_lines, swatch
@@ -330,30 +331,21 @@ def watching(
 ) -> Iterator[None]:
     """Whatever runs the engine meanwhile, every step of it is shown.
 
-    The state of every block is recorded for the view. The trace keeps that only where the engine does so anyway: for a
-    long run in a large pool it would take much memory.
+    The state of every block is recorded for the view. Raises ValueError for an engine that keeps no trace.
     """
-    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # the view is drawn from the trace
-    core, scheduler = engine.core, engine.core.scheduler
+    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # before anything is on the screen
+    scheduler = engine.core.scheduler
     policy = engine.config.scheduler.scheduling_policy
     num_requests = scheduler.num_waiting + len(scheduler.running)
     state = LiveState(num_requests, policy, scheduler.max_running, titles)
-    keeps_blocks, watcher = core.trace_blocks, engine.on_step
     with display(console, state, pace) as show:
 
-        def on_step(step: StepTrace) -> None:
+        def observe(step: StepTrace) -> None:
             state.observe(step)
-            if watcher is not None:
-                watcher(step)
-            if not keeps_blocks:
-                core.trace.amend_last(blocks=None)
             show()
 
-        core.trace_blocks, engine.on_step = True, on_step
-        try:
+        with observing(engine, observe):
             yield
-        finally:
-            core.trace_blocks, engine.on_step = keeps_blocks, watcher
     if pace and can_redraw(console):
         note = f"Each step stayed on the screen for {pace:g} s at least, which the latencies include.\n"
         console.print(note, highlight=False, soft_wrap=True)
