@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from folovllm.grading.progress import load_progress, progress_file, record, reset, standings
-from folovllm.grading.progress_page import BAR_WIDTH, near, progress_page
+from folovllm.grading.progress_page import bar, near, progress_page
 from folovllm.grading.runner import Check, Exercise, Milestone, Report, find_milestones, run_checks
 
 COLOURS = {"passed": "green", "failed": "red", "not started": "dim", "not reached": "yellow"}
@@ -177,8 +177,7 @@ def progress_line(exercises: list[Exercise]) -> Text:
     passed = sum(e.status == "passed" for e in required)
     extra = sum(e.status == "passed" for e in exercises if e.optional and e not in required)
     words = f"{passed} of {len(required)} exercises pass" + (f", and {extra} optional" if extra else "")
-    width = BAR_WIDTH * passed // len(required)
-    return Text.assemble(("━" * width, "green"), ("─" * (BAR_WIDTH - width), "dim"), f"  {words}")
+    return Text.assemble(bar(passed, len(required)), f"  {words}")
 
 
 def advice(milestone: Milestone, report: Report, stuck: Exercise | None, whole: bool) -> Text:

@@ -14,7 +14,8 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from folovllm.grading.runner import ROOT
+
 CATALOGUE = "museum/*.toml"
 ANSWERS = "museum/answers"
 

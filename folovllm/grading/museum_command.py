@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from folovllm.entrypoints.terminal import clean_exit
-from folovllm.grading.command import BAR_WIDTH, near
 from folovllm.grading.museum import (
     Exhibit,
     answer_file,
@@ -31,6 +30,7 @@ from folovllm.grading.museum import (
     load_progress,
     save_progress,
 )
+from folovllm.grading.progress_page import bar, near
 from folovllm.grading.trials import (
     KILLED,
     NOT_RUN,
@@ -174,11 +174,8 @@ def overview(exhibits: list[Exhibit], progress: dict[str, str]) -> RenderableTyp
             verdict = progress.get(exhibit.id, "")
             table.add_row(f"  {exhibit.id}", exhibit.title, Text(verdict, COLOURS.get(verdict, "dim")))
     killed = sum(progress.get(exhibit.id) == KILLED for exhibit in exhibits)
-    width = BAR_WIDTH * killed // len(exhibits)
-    bar = Text.assemble(
-        ("━" * width, "green"), ("─" * (BAR_WIDTH - width), "dim"), f"  {killed} of {len(exhibits)} killed"
-    )
-    return Group(table, "", bar, Text("More: folovllm museum show EXHIBIT", "dim"))
+    done = Text.assemble(bar(killed, len(exhibits)), f"  {killed} of {len(exhibits)} killed")
+    return Group(table, "", done, Text("More: folovllm museum show EXHIBIT", "dim"))
 
 
 def exhibit_view(exhibit: Exhibit, hint: bool = False, answer: bool = False) -> RenderableType:

@@ -51,10 +51,14 @@ def progress_page(milestones: Mapping[str, Milestone], progress: Progress) -> Re
         table.add_row(Text.assemble(name, "\n", (title, "dim")), marks(own), *counts)
     everyone = [standing for own in course.values() for standing in own]
     done = sum(s.state in (PASSED, CHANGED) for s in everyone)
-    width = BAR_WIDTH * done // len(everyone)
-    bar = Text.assemble(("━" * width, "green"), ("─" * (BAR_WIDTH - width), "dim"))
-    heading = Text.assemble(("Your exercises  ", "bold"), bar, f"  {done} of {len(everyone)} pass")
+    heading = Text.assemble(("Your exercises  ", "bold"), bar(done, len(everyone)), f"  {done} of {len(everyone)} pass")
     return Group(heading, "", table, "", legend(everyone), "", what_next(milestones, course))
+
+
+def bar(done: int, total: int) -> Text:
+    """How much of something is done, as a bar."""
+    width = BAR_WIDTH * done // total
+    return Text.assemble(("━" * width, "green"), ("─" * (BAR_WIDTH - width), "dim"))
 
 
 def marks(own: list[Standing]) -> Text:

@@ -19,6 +19,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+ROOT = Path(__file__).resolve().parents[2]  # the repository, if the package lies in one
+PLUGINS = ("-p", "pytest_timeout", "-p", "no:cacheprovider")  # of pytest: only what the tests need
+STOPPED = "+ Timeout +"  # what pytest-timeout writes where it cannot interrupt a test and ends the process
 NEEDED = {"pytest": "pytest", "pytest_timeout": "pytest-timeout", "hypothesis": "hypothesis"}
 MAX_TIME_LIMIT = 3600
 START_SECONDS = 120.0  # for the process to start and load torch, on a slow machine
@@ -67,10 +70,6 @@ class Milestone:
             return self.exercises()
         parts = {node.name: node for node in tree.body if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
         return [name for name in self.exercises() if name in parts and not _only_raises(parts[name])]
-
-    def is_untouched(self) -> bool:
-        """Whether nobody has written any answer in the exercise file."""
-        return not self.written()
 
     def section(self, exercise: str) -> str:
         """What the page says of one exercise, as Markdown. Raises ValueError for an unknown exercise."""
@@ -158,7 +157,7 @@ def find_milestones(root: Path | None = None) -> dict[str, Milestone]:
 
     Raises ValueError where the package is installed without its repository.
     """
-    root = Path(__file__).resolve().parents[2] if root is None else root
+    root = ROOT if root is None else root
     folders = sorted(root.glob("milestones/m[0-9]_*/test_exercise.py"))
     if not folders:
         raise ValueError(
@@ -250,15 +249,14 @@ def run_pytest(milestone: Milestone, options: Sequence[str], time_limit: float) 
         )  # fmt: skip
     except subprocess.TimeoutExpired:
         return "it did not end and could not be interrupted"
-    if "+ Timeout +" in done.stderr:  # where pytest-timeout cannot interrupt a check, it ends the process
+    if STOPPED in done.stderr:
         return f"it was ended after {time_limit:g} seconds in one check"
     return f"Python ended with status {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}".rstrip()
 
 
 def pytest_arguments(milestone: Milestone) -> list[str]:
     """What pytest is told for every run: the tests, and only the plugins that they need."""
-    plugins = ["-p", "pytest_timeout", "-p", "no:cacheprovider"]
-    return [*plugins, "--import-mode=importlib", "--tb=short", str(milestone.folder / "test_exercise.py")]
+    return [*PLUGINS, "--import-mode=importlib", "--tb=short", str(milestone.folder / "test_exercise.py")]
 
 
 def environment() -> dict[str, str]:

@@ -23,8 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from xml.etree import ElementTree
 
-from folovllm.grading.museum import ROOT, Exhibit
-from folovllm.grading.runner import START_SECONDS, check_source, check_tools, environment
+from folovllm.grading.museum import Exhibit
+from folovllm.grading.runner import PLUGINS, ROOT, START_SECONDS, STOPPED, check_source, check_tools, environment
 
 COPIED = ("folovllm", "tests", "examples", "pyproject.toml")
 WHOLE_SUITE = tuple(f"tests/m{number}" for number in range(5))
@@ -91,7 +91,7 @@ class Outcome:
             return None
         if self.status is None:
             return "the run did not end"
-        if "+ Timeout +" in self.end:  # where pytest-timeout cannot interrupt a test, it ends the process
+        if STOPPED in self.end:
             return f"a test took more than {TEST_SECONDS:g} seconds"
         return f"Python ended with status {self.status}"
 
@@ -160,9 +160,8 @@ def start(job: Job, folder: Path, root: Path = ROOT) -> Running:
     """Begin a job in a folder that does not exist yet."""
     make_copy(job.exhibit, folder, root)
     (folder / "scratch").mkdir()
-    plugins = ["-p", "pytest_timeout", "-p", "no:cacheprovider"]
     command = [
-        sys.executable, "-m", "pytest", *plugins, "-c", "pyproject.toml", "--rootdir=.", "--basetemp=scratch/pytest",
+        sys.executable, "-m", "pytest", *PLUGINS, "-c", "pyproject.toml", "--rootdir=.", "--basetemp=scratch/pytest",
         "--junitxml=report.xml", "-o", "junit_family=xunit2", f"--timeout={TEST_SECONDS:g}", "--tb=short", "-q",
         *job.options, *job.tests,
     ]  # fmt: skip
