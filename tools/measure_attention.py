@@ -25,7 +25,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from measuring import load, seconds, summarize, turned
+from measuring import describe, seconds, summarize, turned
 from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
@@ -44,9 +44,7 @@ FEWER_REQUESTS = (1, 2, 5)  # for the count of graphs
 
 def attention(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
     """Ways to attend over blocks, side by side."""
-    model, header = load(MODEL, "auto")
-    config, dtype = model.config, model.dtype
-    del model
+    config, dtype, header = describe(MODEL, "auto")
     heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     params = AttentionParams(config.head_dim**-0.5)
     measured: list[dict[str, Any]] = [{} for _ in range(rounds)]

@@ -10,12 +10,12 @@ from datetime import UTC, datetime
 from typing import Any
 
 import torch
-from transformers import DynamicCache, PreTrainedModel
+from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
 from folovllm.bench import machine
 from folovllm.bench.report import spread
 from folovllm.engine.trace import Trace
-from folovllm.models.loader import load_config, load_hf_model, resolve_device, resolve_dtype, resolve_model
+from folovllm.models.loader import load_config, load_hf_model, resolve_dtype, resolve_model
 from folovllm.outputs import RequestOutput
 
 CPU = torch.device("cpu")
@@ -31,10 +31,14 @@ def load_format(name: str) -> str:
 
 def load(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A model on the CPU, and what a file says of where and with what it was measured."""
-    source = resolve_model(name)
-    config = load_config(source)
+    _, chosen, header = describe(name, dtype)
+    return load_hf_model(resolve_model(name), chosen, CPU, load_format(name)), header
+
+
+def describe(name: str, dtype: str) -> tuple[PretrainedConfig, torch.dtype, dict[str, Any]]:
+    """A model's config, the number format, and the head of a file, without its weights."""
+    config = load_config(resolve_model(name))
     chosen = resolve_dtype(dtype, config, CPU)
-    model = load_hf_model(source, chosen, resolve_device("cpu"), load_format(name))
     header = {
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "git": machine.git_state(),
@@ -44,7 +48,7 @@ def load(name: str, dtype: str) -> tuple[PreTrainedModel, dict[str, Any]]:
         "dtype": str(chosen).removeprefix("torch."),
         "load_format": load_format(name),
     }
-    return model, header
+    return config, chosen, header
 
 
 def random_tokens(count: int, vocab_size: int) -> list[int]:

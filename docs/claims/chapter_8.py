@@ -21,10 +21,10 @@ from claims.ledger import (
     percent,
     plain,
     result,
-    spread_of,
     with_range,
 )
 from claims.m3_bench import over
+from folovllm.bench.report import spread
 from folovllm.grading.latency import (
     COST,
     ITL_TARGET,
@@ -108,7 +108,7 @@ def tiny_over(arm: str, other: str) -> Spread:
     """An arm's tokens per second over another's on the chapter's own workload, taken inside of each round."""
     rounds = [current["arms"] for current in result(WHOLE)["rounds"]]
     ratios = [arms[arm]["output_tokens_per_s"] / arms[other]["output_tokens_per_s"] for arms in rounds]
-    return spread_of(ratios)
+    return spread(ratios)
 
 
 def tiny_rows() -> list[list[str]]:
@@ -132,9 +132,9 @@ def tiny_rows() -> list[list[str]]:
     return rows
 
 
-def whole_number(spread: Spread) -> Spread:
+def whole_number(counts: Spread) -> Spread:
     """A count, whose median is a whole number in every file here."""
-    return {key: round(value) for key, value in spread.items()}
+    return {key: round(value) for key, value in counts.items()}
 
 
 # --- who says the same --------------------------------------------------------------------------------------
@@ -216,7 +216,7 @@ def w3_layer(layer: str) -> float:
         parts = {"forward": spent["forward"], "runtime": sum(spent.values()) - spent["forward"]}
         parts["interface"] = wall - sum(spent.values())
         shares.append(parts[layer] / wall)
-    return spread_of(shares)["median"]
+    return spread(shares)["median"]
 
 
 # --- a latency target ---------------------------------------------------------------------------------------

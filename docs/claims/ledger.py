@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
@@ -117,11 +116,6 @@ def provenance(file: str) -> str:
         f"torch {versions['torch']}, transformers {versions['transformers']}; {data['date'][:10]}; "
         f"median of {rounds} rounds"
     )
-
-
-def spread_of(numbers: Sequence[float]) -> dict[str, float]:
-    """What the rounds gave: their median, the least and the greatest."""
-    return {"median": statistics.median(numbers), "min": min(numbers), "max": max(numbers)}
 
 
 # ------------------------------------------------------------------ how numbers are written

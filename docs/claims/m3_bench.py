@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from claims.chapter_3 import W2 as M2_W2
+from claims.chapter_3 import shown
 from claims.ledger import (
     Claim,
     Derived,
@@ -15,16 +16,15 @@ from claims.ledger import (
     percent,
     plain,
     result,
-    spread_of,
     with_range,
 )
+from folovllm.bench.report import spread
 
 ATTENTION = "m3-attention-qwen3-0.6b"  # by `tools/measure_course.py attention`
 W2 = "m4-qwen3-0.6b"  # by `folovllm bench`, workloads w1 and w2
 HERE = "docs/claims/m3_bench.py"
 
 PEER = "hf:static"  # of one request, a plain `generate`
-NOT_TOLD = "–"  # noqa: RUF001  an en dash, as in print
 
 
 def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, float]:
@@ -33,7 +33,7 @@ def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, f
     for current in result(file)["rounds"]:
         runs = current["runs"][workload]
         ratios.append(runs[system]["output_tokens_per_s"] / runs[peer]["output_tokens_per_s"])
-    return spread_of(ratios)
+    return spread(ratios)
 
 
 def time_rows() -> list[list[str]]:
@@ -43,7 +43,6 @@ def time_rows() -> list[list[str]]:
         for system, numbers in result(W2)["summary"][workload].items():
             if system == "m4":
                 continue  # its numbers are in chapter 7
-            held = numbers["kv_reserved_bytes"]
             rows.append(
                 [
                     workload,
@@ -52,7 +51,7 @@ def time_rows() -> list[list[str]]:
                     median(fixed(2))(over(W2, workload, system)),
                     median(digits(3))(numbers["ttft_p50_s"]),
                     median(digits(3, "", 1e3))(numbers["itl_p50_s"]),
-                    NOT_TOLD if held is None else median(digits(3, "", 2**-20))(held),
+                    shown(numbers["kv_reserved_bytes"], digits(3, "", 2**-20)),
                 ]
             )
     return rows
@@ -87,7 +86,7 @@ def attention_rows() -> list[list[str]]:
 def attention_over_grouped() -> dict[str, float]:
     """The torch backend's time over that of the second way, taken inside of each round."""
     rounds = [current["512"] for current in result(ATTENTION)["rounds"]]
-    return spread_of([ways["torch"]["seconds"] / ways["gather_grouped"]["seconds"] for ways in rounds])
+    return spread([ways["torch"]["seconds"] / ways["gather_grouped"]["seconds"] for ways in rounds])
 
 
 TABLES: dict[str, Table] = {

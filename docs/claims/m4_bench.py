@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, plain, result, spread_of, with_range
-from claims.m3_bench import NOT_TOLD, over
+from claims.chapter_3 import NOT_TOLD
+from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, plain, result, with_range
+from claims.m3_bench import over
+from folovllm.bench.report import spread
 
 BENCH = "m4-qwen3-0.6b"  # w1, w2 and w3 on m3, m4, hf:static and hf:continuous
 MIXED = "m4-mixed-qwen3-0.6b"  # mixed, with two token budgets
@@ -46,7 +48,7 @@ def longest_itl_ratio() -> dict[str, float]:
     for current in result(MIXED)["rounds"]:
         runs = current["runs"]["mixed"]
         ratios.append(runs[LARGE]["itl_s"]["max"] / runs[SMALL]["itl_s"]["max"])
-    return spread_of(ratios)
+    return spread(ratios)
 
 
 def late_ttft_ratio() -> dict[str, float]:
@@ -55,7 +57,7 @@ def late_ttft_ratio() -> dict[str, float]:
     for current in result(MIXED)["rounds"]:
         runs = current["runs"]["mixed"]
         ratios.append(runs[SMALL]["ttft_s"]["max"] / runs[LARGE]["ttft_s"]["max"])
-    return spread_of(ratios)
+    return spread(ratios)
 
 
 def mixed_rows() -> list[list[str]]:

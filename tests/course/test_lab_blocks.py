@@ -5,29 +5,9 @@ from __future__ import annotations
 import re
 
 from folovllm.kv_cache.fragmentation import SHARES, draw_requests, replay
-from tests.course.test_notebooks import cells_of_script, code_cells, outputs_as_text, table
+from tests.course.test_notebooks import outputs_as_text, prose, table
 
 LAB = "04_blocks"
-FIGURES = [
-    *("memory_shares", "waste_by_block_size", "slider_figure", "block_tables", "block_map", "block_map"),
-    "preemption_timeline",
-]
-
-
-def test_lab_4_draws_the_figures_of_its_chapter() -> None:
-    calls = re.compile(rf"^({'|'.join(set(FIGURES))})\(", re.MULTILINE)
-    drawn = []
-    for cell in code_cells(LAB):
-        called = calls.findall("".join(cell["source"]))
-        pictures = [o for o in cell["outputs"] if "image/png" in o.get("data", {})]
-        assert len(called) == len(pictures) <= 1
-        assert [picture["metadata"]["image/png"]["width"] for picture in pictures] == [700] * len(pictures)
-        drawn += called
-    assert drawn == FIGURES
-
-
-def prose() -> str:
-    return " ".join(" ".join(c.source for c in cells_of_script(LAB) if c.kind == "markdown").split())
 
 
 def test_lab_4_shows_the_textbooks_numbers_put_right() -> None:
@@ -83,7 +63,7 @@ def test_lab_4_breaks_tables_in_two_ways_of_four() -> None:
     (lengths,) = re.findall(r"prompt tokens: \[(.*)\]", outputs_as_text(LAB))
     earliest = [-(-int(n) // 8) * 8 - int(n) + 1 for n in lengths.split(", ")]
     assert earliest == [1, 8, 4, 8]
-    assert "number 1 (16 - 16 + 1), 8, 4 and 8, counted from 0" in prose()
+    assert "number 1 (16 - 16 + 1), 8, 4 and 8, counted from 0" in prose(LAB)
     assert all(int(found) >= least for found, least in zip(rows["reversed"], earliest, strict=True))
     assert sum(int(found) == least for found, least in zip(rows["reversed"], earliest, strict=True)) >= 3
     assert all(1 <= int(found) <= 3 for found in rows["a neighbour's block"])
@@ -98,7 +78,7 @@ def test_lab_4_gives_way_in_two_modes_and_changes_no_token() -> None:
     assert int(recompute[4]) > int(swap[4]) == 16 + 17 + 21 + 17
     assert recompute[5] == "0" and int(swap[5]) > 0
     blocks = [-(-(n + 32 - 1) // 8) for n in (16, 17, 21, 17)]
-    assert f"need {sum(blocks)} blocks of 8 in the end" in prose()
+    assert f"need {sum(blocks)} blocks of 8 in the end" in prose(LAB)
 
 
 def test_lab_4_runs_four_times_as_many_in_the_same_memory() -> None:

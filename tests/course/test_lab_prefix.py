@@ -4,26 +4,9 @@ from __future__ import annotations
 
 import re
 
-from tests.course.test_notebooks import cells_of_script, code_cells, outputs_as_text, table
+from tests.course.test_notebooks import outputs_as_text, table
 
 LAB = "07_prefix_caching"
-FIGURES = ["hash_tree", "hit_rate_by_prefix", "slider_figure", "step_composition", "request_gantt", "lru_order"]
-
-
-def test_lab_7_draws_the_figures_of_its_chapter() -> None:
-    calls = re.compile(rf"^({'|'.join(FIGURES)})\(", re.MULTILINE)
-    drawn = []
-    for cell in code_cells(LAB):
-        called = calls.findall("".join(cell["source"]))
-        pictures = [o for o in cell["outputs"] if "image/png" in o.get("data", {})]
-        assert len(called) == len(pictures) <= 1
-        assert [picture["metadata"]["image/png"]["width"] for picture in pictures] == [700] * len(pictures)
-        drawn += called
-    assert drawn == FIGURES
-
-
-def prose() -> str:
-    return " ".join(" ".join(c.source for c in cells_of_script(LAB) if c.kind == "markdown").split())
 
 
 def test_lab_7_has_a_key_per_beginning() -> None:

@@ -33,6 +33,30 @@ FIGURES = {
         "padding_over_steps",
         *("queue_depth", "waiting_times", "starvation", "throughput_by_batch", "ratio_bars"),
     ],
+    "04_blocks": [
+        *("memory_shares", "waste_by_block_size", "slider_figure", "block_tables", "block_map", "block_map"),
+        "preemption_timeline",
+    ],
+    "05_ragged_batching": [
+        *(
+            "padded_and_ragged",
+            "padded_and_ragged",
+            "ragged_masks",
+            "slot_arrows",
+            "online_softmax_steps",
+            "kernel_tiles",
+        ),
+    ],
+    "06_chunked_prefill": ["chunked_mask", "slider_figure", "step_composition", "latency_by_chunk"],
+    "07_prefix_caching": [
+        "hash_tree",
+        "hit_rate_by_prefix",
+        "slider_figure",
+        "step_composition",
+        "request_gantt",
+        "lru_order",
+    ],
+    "08_the_whole_engine": ["speed_waterfall", "memory_waterfall", "same_token_matrix", "request_gantt", "step_costs"],
 }
 
 
@@ -57,6 +81,11 @@ def cells_of_script(name: str) -> list[Cell]:
             assert mark.strip() == "", f"a cell of an unknown kind: {mark!r}"
             cells.append(Cell("code", body.strip("\n")))
     return cells
+
+
+def prose(name: str) -> str:
+    """What a lab says in its cells of text, on one line."""
+    return " ".join(" ".join(c.source for c in cells_of_script(name) if c.kind == "markdown").split())
 
 
 def load(name: str) -> dict[str, Any]:
@@ -141,7 +170,7 @@ def test_a_mark_of_the_ledger_stands_inside_of_a_line() -> None:
     }
 
 
-@pytest.mark.parametrize("name", FIGURES)
+@each_lab
 def test_a_lab_draws_the_figures_of_its_chapter(name: str) -> None:
     calls = re.compile(rf"^({'|'.join(set(FIGURES[name]))})\(", re.MULTILINE)
     drawn = []

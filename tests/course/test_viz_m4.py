@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import matplotlib as mpl
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
@@ -24,7 +22,18 @@ from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 from folovllm.viz import chunks, prefix
 from folovllm.viz.prefix import hit_tokens
-from tests.course.test_viz import cells, legend_labels, line, marks, spread_of, texts, x_labels, y_labels
+from tests.course.test_viz import (
+    cells,
+    check_edges,
+    check_labels,
+    legend_labels,
+    line,
+    marks,
+    spread_of,
+    texts,
+    x_labels,
+    y_labels,
+)
 
 
 def a_step(
@@ -94,14 +103,8 @@ every_figure = pytest.mark.parametrize("name", FIGURES)
 @every_figure
 def test_nothing_is_clipped_and_every_label_can_be_read(name: str) -> None:
     figure = FIGURES[name]()
-    width, height = figure.get_size_inches()
-    assert width == 7.0
-    FigureCanvasAgg(figure).draw()
-    box = figure.get_tightbbox()
-    assert box.x0 > -0.02 and box.y0 > -0.01
-    assert box.x1 < width + 0.02 and box.y1 < height + 0.01
-    labels = [t for t in figure.findobj(mpl.text.Text) if t.get_text().strip() and t.get_visible()]
-    assert min(t.get_fontsize() for t in labels) >= 7.5
+    check_edges(figure, sideways=0.02)
+    check_labels(figure)
 
 
 # --- chunks -------------------------------------------------------------------------------------------------------

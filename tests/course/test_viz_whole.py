@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from folovllm.viz import whole
 from folovllm.viz.style import GREY, SKY, VERMILLION, WHITE
 from folovllm.viz.whole import Agreement, Box, Held, Layer, Rung, bar_pieces
-from tests.course.test_viz import spread_of, texts, y_labels
+from tests.course.test_viz import check_edges, check_labels, spread_of, texts, y_labels
 
 RUNGS = [
     Rung("M0", spread_of(9.0, 10.0, 11.0)),
@@ -49,14 +48,8 @@ every_figure = pytest.mark.parametrize("name", FIGURES)
 @every_figure
 def test_nothing_is_clipped_and_every_label_can_be_read(name: str) -> None:
     figure = FIGURES[name]()
-    width, height = figure.get_size_inches()
-    assert width == 7.0
-    FigureCanvasAgg(figure).draw()
-    box = figure.get_tightbbox()
-    assert box.x0 > -0.02 and box.y0 > -0.01
-    assert box.x1 < width + 0.02 and box.y1 < height + 0.01
-    labels = [t for t in figure.findobj(mpl.text.Text) if t.get_text().strip() and t.get_visible()]
-    assert min(t.get_fontsize() for t in labels) >= 7.5
+    check_edges(figure, sideways=0.02)
+    check_labels(figure)
 
 
 # --- speed --------------------------------------------------------------------------------------------------------
