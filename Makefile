@@ -6,9 +6,14 @@ SHELL := /bin/bash
 VENV ?= .venv
 PIP_ARGS ?=
 PYTEST_ARGS ?=
+# Processes that share the tests. Each computes with one thread: the models of the tests are too small for more.
+TEST_PROCESSES ?= 2
 BENCH_ARGS ?=
 MUSEUM_ARGS ?=
 DEMO ?= examples/m4_inference.py --watch
+
+# Threads that wait for each other leave the processor to other programs. OpenMP reads this when torch is loaded.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 PY := $(VENV)/bin/python
 NOTEBOOKS := $(wildcard notebooks/*.ipynb)
@@ -29,7 +34,7 @@ demo: $(VENV)/.installed-base  ## watch the bundled model answer, step by step, 
 	@$(PY) $(DEMO)
 
 test: $(VENV)/.installed-test  ## run the tests that need no GPU
-	@$(PY) -m pytest -m "not gpu" $(PYTEST_ARGS)
+	@$(PY) -m pytest -m "not gpu" -n $(TEST_PROCESSES) --dist worksteal $(PYTEST_ARGS)
 
 mutants: $(VENV)/.installed-test  ## check that the tests see every bug in the museum
 	@$(PY) -m folovllm museum run $(MUSEUM_ARGS)

@@ -1,10 +1,16 @@
 """folovllm teaches how a modern LLM inference engine works by being one."""
 
-from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from folovllm.engine.llm_engine import LLMEngine
-from folovllm.entrypoints.llm import LLM
-from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from folovllm.sampling_params import BeamSearchParams, SamplingParams
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+    from folovllm.engine.llm_engine import LLMEngine
+    from folovllm.entrypoints.llm import LLM
+    from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
+    from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 __version__ = "0.1.0"
 
@@ -21,3 +27,24 @@ __all__ = [
     "SamplingParams",
     "SchedulerConfig",
 ]
+
+MODULES = {
+    "LLM": "entrypoints.llm",
+    "LLMEngine": "engine.llm_engine",
+    "CacheConfig": "config",
+    "EngineConfig": "config",
+    "ModelConfig": "config",
+    "SchedulerConfig": "config",
+    "CompletionOutput": "outputs",
+    "RequestMetrics": "outputs",
+    "RequestOutput": "outputs",
+    "BeamSearchParams": "sampling_params",
+    "SamplingParams": "sampling_params",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for, so that `import folovllm` alone does not load torch."""
+    if name not in MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

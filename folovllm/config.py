@@ -21,6 +21,7 @@ PREEMPTION_MODES = ("recompute", "swap")
 ATTENTION_BACKENDS = ("auto", "reference", "torch", "torch-compiled", "triton")
 BATCHINGS = ("padded", "loop")
 MODEL_IMPLS = ("auto", "folovllm", "transformers")
+MAX_THREADS = 1024  # torch takes any number, and makes as many threads
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len where a prompt cannot be split
 
 
@@ -217,7 +218,10 @@ class EngineConfig:
     for every other milestone. attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU. "torch-compiled"
     is "torch" with a fused decode, which needs a C++ compiler and seconds at the first step; "reference" is dense and
     obvious; "triton" on a CPU wants TRITON_INTERPRET=1 in the environment, and patience.
-    trace_blocks: keep the state of every block in each step's record.
+    trace_blocks: keep the state of every block in each step's record. num_threads: threads of the CPU that a step uses;
+    None: one for a small model, else torch's, and always OMP_NUM_THREADS or the caller's torch.set_num_threads.
+    keep_freed_memory: on a CPU from M3 on, ask the C library to keep up to a GiB of freed memory for the next step, in
+    the whole process. Without it a long prefill waits for zeroed pages in every layer (`results/host-memory-*.json`).
     """
 
     model: ModelConfig = field(default_factory=ModelConfig)
@@ -228,6 +232,8 @@ class EngineConfig:
     batching: str | None = None
     max_trace_steps: int = 10_000
     trace_blocks: bool = False
+    num_threads: int | None = None
+    keep_freed_memory: bool = True
 
     def __post_init__(self) -> None:
         for name, value, kind in (
@@ -245,6 +251,9 @@ class EngineConfig:
             check_choice("batching", self.batching, BATCHINGS)
         check_int("max_trace_steps", self.max_trace_steps, 0)
         check_choice("trace_blocks", self.trace_blocks, (False, True))
+        check_choice("keep_freed_memory", self.keep_freed_memory, (False, True))
+        if self.num_threads is not None:
+            check_int("num_threads", self.num_threads, 1, MAX_THREADS)
         self._check_milestone()
 
     def _check_milestone(self) -> None:
@@ -304,7 +313,15 @@ class EngineConfig:
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Sort flat keywords (those of `LLM`) into the four configurations; refuse any that none of them has."""
         parts: dict[str, type] = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}
-        own = ("milestone", "attention_backend", "batching", "max_trace_steps", "trace_blocks")
+        own = (
+            "milestone",
+            "attention_backend",
+            "batching",
+            "max_trace_steps",
+            "trace_blocks",
+            "num_threads",
+            "keep_freed_memory",
+        )
         owner = {f.name: part for part, kind in parts.items() for f in fields(cast(Any, kind))}
         sorted_kwargs: dict[str, dict[str, Any]] = {part: {} for part in parts}
         engine_kwargs: dict[str, Any] = {}

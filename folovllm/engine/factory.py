@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from folovllm.config import EngineConfig
@@ -24,6 +25,7 @@ from folovllm.models.loader import (
 )
 from folovllm.runner.hf_runner import HFRunner
 from folovllm.runner.interface import ModelRunner
+from folovllm.runner.threads import choose_num_threads
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
 
@@ -72,17 +74,19 @@ def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> 
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source)
     sampler = Sampler(config.model.seed, device)
+    num_threads = step_threads(config, hf_config, device)[0]
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
     runner: ModelRunner
     if config.preset.paged:
-        parts = build_paged(config, source, hf_config, dtype, device, max_model_len, budget, sampler)
+        parts = build_paged(config, source, hf_config, dtype, device, max_model_len, budget, sampler, num_threads)
         kv, runner = parts.manager, parts.runner
     else:
         if model is None:
             model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
-        runner = HFRunner(model, sampler, config.batching or next(iter(config.preset.batchings), "loop"))
+        batching = config.batching or next(iter(config.preset.batchings), "loop")
+        runner = HFRunner(model, sampler, batching, num_threads=num_threads)
     policy, preemption = config.scheduler.scheduling_policy, config.scheduler.preemption_mode
     scheduler = Scheduler(
         kv,
@@ -98,6 +102,13 @@ def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> 
     # An id without a logit can never be sampled, so it can never end a sequence either.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
     return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len)
+
+
+def step_threads(config: EngineConfig, hf_config: PretrainedConfig, device: torch.device) -> tuple[int | None, str]:
+    """The CPU threads of a step, None for as many as the process uses, and why. Next to a GPU only what was asked."""
+    if device.type != "cpu":
+        return config.num_threads, "a GPU computes"
+    return choose_num_threads(config.num_threads, hf_config.get_text_config().hidden_size)
 
 
 def kv_capacity(config: EngineConfig, max_model_len: int) -> int:

@@ -47,9 +47,10 @@ def build_paged(
     max_model_len: int,
     max_tokens: int,
     sampler: Sampler,
+    num_threads: int | None = None,
 ) -> PagedParts:
     """Load the model and make a pool for it. Raises ValueError if the memory does not hold a single request."""
-    if device.type == "cpu":
+    if device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     backend = make_backend(config.attention_backend, device)
     chosen = config.model
@@ -78,7 +79,7 @@ def build_paged(
     storage = make_storage(model, num_blocks, num_host_blocks, size)
     return PagedParts(
         BlockManager(num_blocks, size, num_host_blocks, PrefixCache(size) if config.prefix_caching else None),
-        PagedRunner(model, storage, backend, sampler, buffers),
+        PagedRunner(model, storage, backend, sampler, buffers, num_threads=num_threads),
     )
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from pathlib import Path
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -12,31 +13,93 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from typer.core import TyperGroup
 
-from folovllm.bench.cli import bench
-from folovllm.config import (
-    BATCHINGS,
-    MILESTONES,
-    NEWEST_MILESTONE,
-    PREEMPTION_MODES,
-    SCHEDULING_POLICIES,
-    check_float,
-    check_int,
-)
+from folovllm.config import MILESTONES, NEWEST_MILESTONE, EngineConfig, check_float, check_int
+from folovllm.engine.factory import step_threads
 from folovllm.entrypoints.llm import LLM, Message
+from folovllm.entrypoints.options import (
+    Batching,
+    BlockSize,
+    ChunkedPrefill,
+    Device,
+    Dtype,
+    LoadFormat,
+    LongPrefill,
+    MaxModelLen,
+    MaxNumBatchedTokens,
+    MaxNumSeqs,
+    MaxTokens,
+    MilestoneName,
+    MinP,
+    Model,
+    NumKVBlocks,
+    Policy,
+    Preemption,
+    PrefixCaching,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    TracePath,
+)
 from folovllm.entrypoints.terminal import check_parent, clean_exit, make_prompts, print_samples, show_ids
-from folovllm.grading.command import grade
-from folovllm.grading.museum_command import museum
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
-from folovllm.replay.command import replay
 from folovllm.replay.record import recording
 from folovllm.sampling_params import SamplingParams
 from folovllm.viz.console import print_stream
-from folovllm.viz.live import watch
 from folovllm.viz.tables import phase_table, request_table, stats_table, step_table
 
+# What the course adds to the command: found by name, and imported when it is asked for.
+COURSE_COMMANDS = {
+    "replay": "folovllm.replay.command:replay",
+    "bench": "folovllm.bench.cli:bench",
+    "grade": "folovllm.grading.command:grade",
+    "museum": "folovllm.grading.museum_command:museum",
+}
+WATCH = "folovllm.viz.live:watch"
+
+
+def by_name(place: str) -> Any:
+    """What "module:name" leads to."""
+    module, _, name = place.partition(":")
+    return getattr(import_module(module), name)
+
+
+def is_installed(place: str) -> bool:
+    """Whether the module of "module:name" is there. Looking for it imports the package around it, and no more."""
+    try:
+        return find_spec(place.partition(":")[0]) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+class Commands(TyperGroup):
+    """The engine's commands, and behind them those of the course where it is installed."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Their names, in the order of the help."""
+        return [*super().list_commands(ctx), *(name for name, place in COURSE_COMMANDS.items() if is_installed(place))]
+
+    def get_command(self, ctx: Any, cmd_name: str) -> Any:
+        """The command of that name; None where there is none."""
+        place = COURSE_COMMANDS.get(cmd_name)
+        if place is None or not is_installed(place):
+            return super().get_command(ctx, cmd_name)
+        found = by_name(place)
+        if not isinstance(found, typer.Typer):
+            group = typer.Typer(add_completion=False, rich_markup_mode="markdown")
+            group.command(cmd_name)(found)
+            found = group
+        command = typer.main.get_command(found)
+        command.name = cmd_name
+        return command
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="markdown",
@@ -46,82 +109,6 @@ app = typer.Typer(
         "Then add `--trace trace.json`, and `folovllm replay trace.json` makes a page of it that shows every step."
     ),
 )
-
-Model = Annotated[
-    str,
-    typer.Option(help=f"A bundled name ({', '.join(BUNDLED)}), a local folder, or a hub id such as Qwen/Qwen3-0.6B."),
-]
-MilestoneName = Annotated[
-    str,
-    typer.Option(help=f"Which stage of the course runs it: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
-]
-Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
-Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
-LoadFormat = Annotated[str, typer.Option(help="auto, safetensors, or dummy: random weights from config.json alone.")]
-MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate per answer.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; above, tokens are drawn.")]
-TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this much probability.")]
-TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")]
-MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-Seed = Annotated[int | None, typer.Option(help="Makes drawn tokens repeatable.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End an answer at this string. May be given more than once.")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Tokens of prompt and answer together; the model's own if not given.")
-]
-MaxNumSeqs = Annotated[
-    int | None, typer.Option(help="Requests that may run at once; the milestone's default if not given.")
-]
-MaxNumBatchedTokens = Annotated[
-    int | None,
-    typer.Option(
-        help="Tokens that one step may compute; if not given, 2048, or the longest sequence where that is more and "
-        "prompts are not split."
-    ),
-]
-Batching = Annotated[
-    str | None,
-    typer.Option(
-        help=f"How m2 runs a step's requests: {' or '.join(BATCHINGS)} (one forward each); {BATCHINGS[0]} if not given."
-    ),
-]
-Policy = Annotated[
-    str,
-    typer.Option(help=f"Who comes first: {', '.join(SCHEDULING_POLICIES)} (shortest job first). m1 knows fcfs only."),
-]
-BlockSize = Annotated[int, typer.Option(help="Tokens in a block of K/V.")]
-NumKVBlocks = Annotated[
-    int | None, typer.Option(help="Blocks of K/V that all requests share; as memory allows if not given.")
-]
-Preemption = Annotated[
-    str,
-    typer.Option(help=f"What becomes of the K/V of who gives way when blocks run out: {', '.join(PREEMPTION_MODES)}."),
-]
-ChunkedPrefill = Annotated[
-    bool | None,
-    typer.Option(
-        "--enable-chunked-prefill/--no-enable-chunked-prefill",
-        help="Compute prompts in chunks beside the decodes; as the milestone says if not given.",
-        show_default=False,
-    ),
-]
-PrefixCaching = Annotated[
-    bool | None,
-    typer.Option(
-        "--enable-prefix-caching/--no-enable-prefix-caching",
-        help="Take over K/V of prompts that begin alike; as the milestone says if not given.",
-        show_default=False,
-    ),
-]
-LongPrefill = Annotated[
-    int, typer.Option(help="With chunks, the most tokens of one prompt in a step; 0 is as many as there is room for.")
-]
-TracePath = Annotated[
-    Path | None,
-    typer.Option(
-        help="Record every step in this file. `folovllm replay` makes a page of it; ui.perfetto.dev and "
-        "chrome://tracing open it, too."
-    ),
-]
 
 
 def load_llm(console: Console, model: str, **options: Any) -> LLM:
@@ -222,7 +209,7 @@ def generate(
                 if stream:
                     outputs = print_stream(console, llm.follow(ids), by_id, show_ids(llm))
                 else:
-                    outputs = watch(console, llm.engine, ids, by_id, pace)
+                    outputs = by_name(WATCH)(console, llm.engine, ids, by_id, pace)
             else:
                 outputs = llm.generate(inputs, params)
         if not stream:
@@ -311,10 +298,6 @@ def answer(console: Console, llm: LLM, messages: list[Message], params: Sampling
     return text
 
 
-app.command()(replay)
-app.command()(bench)
-
-
 @app.command()
 def info(
     model: Annotated[str, typer.Argument(help="A bundled name, a local folder, or a hub id.")] = "folo-tiny",
@@ -329,6 +312,7 @@ def info(
         text = config.get_text_config()
         where = resolve_device(device)
         kind = resolve_dtype(dtype, config, where)
+        threads, reason = step_threads(EngineConfig(), config, where)
         per_token = kv_bytes_per_token(config, kind.itemsize)
         tokenizer = load_tokenizer(source)
         rows: dict[str, object] = {
@@ -341,6 +325,7 @@ def info(
             "vocabulary": f"{text.vocab_size:,}",
             "longest sequence": f"{text.max_position_embeddings:,} tokens",
             "tokenizer": "none (token ids in, token ids out)" if tokenizer is None else type(tokenizer).__name__,
+            "CPU threads of a step": f"{threads or torch.get_num_threads()} ({reason})",
             "would run in": f"{str(kind).removeprefix('torch.')} on {where}",
             "KV cache per token": f"{per_token:,} bytes",
             "KV cache of the longest": f"{per_token * text.max_position_embeddings / 2**20:,.1f} MiB",
@@ -359,7 +344,3 @@ def info(
 def head_dim(text_config: Any) -> int:
     """Numbers in one head's key."""
     return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
-
-
-app.command()(grade)
-app.add_typer(museum, name="museum")

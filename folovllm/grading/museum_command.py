@@ -57,7 +57,7 @@ HELP = """Real bugs of small engines, each as one changed line of this one: writ
 
 Start with `folovllm museum`, then `folovllm museum show half-a-character`."""
 
-museum = typer.Typer(rich_markup_mode="markdown")
+museum = typer.Typer(add_completion=False, rich_markup_mode="markdown")
 ExhibitName = Annotated[str, typer.Argument(metavar="EXHIBIT", help="The exhibit's id, as `folovllm museum` lists it.")]
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from folovllm.kv_cache.interface import KVCopy, KVOp
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.runner.padded_cache import PaddedCaches
+from folovllm.runner.threads import cpu_threads
 from folovllm.sampling.sampler import Sampler, SamplingState
 from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
 
@@ -49,6 +50,7 @@ class HFRunner(ModelRunner):
         sampler: Sampler,
         batching: str = "loop",
         clock: Callable[[], float] = time.perf_counter,
+        num_threads: int | None = None,
     ) -> None:
         layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
         if not layers <= SUPPORTED_LAYERS:
@@ -59,11 +61,16 @@ class HFRunner(ModelRunner):
         self.sampler = sampler
         self.batching = batching
         self.clock = clock
+        self.num_threads = num_threads
         self.states: dict[str, SamplingState] = {}
         self.caches = PaddedCaches()
 
     def execute(self, step: SchedulerOutput) -> RunnerOutput:
         """See `ModelRunner.execute`."""
+        with cpu_threads(self.num_threads), torch.inference_mode():
+            return self._execute(step)
+
+    def _execute(self, step: SchedulerOutput) -> RunnerOutput:
         start = self.clock()
         self._apply(step.kv_ops)
         for request_id in step.finished_ids:
@@ -113,7 +120,6 @@ class HFRunner(ModelRunner):
         others = [[share] for share in scheduled if share.start > 0 and share.num_tokens > 1]
         return [group for group in (prefills, decodes, *others) if group]
 
-    @torch.inference_mode()
     def _forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
         """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
         request_ids = [share.request_id for share in group]

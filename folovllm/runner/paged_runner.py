@@ -18,6 +18,7 @@ from folovllm.models.paged_model import PagedModel
 from folovllm.runner.input_batch import InputBatch, InputBuffers
 from folovllm.runner.interface import ModelRunner, RunnerOutput
 from folovllm.runner.sampling_states import SamplingStates
+from folovllm.runner.threads import cpu_threads
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.output import SchedulerOutput
 
@@ -33,17 +34,22 @@ class PagedRunner(ModelRunner):
         sampler: Sampler,
         buffers: InputBuffers,
         clock: Callable[[], float] = time.perf_counter,
+        num_threads: int | None = None,
     ) -> None:
         self.model = model
         self.storage = storage
         self.backend = backend
         self.buffers = buffers
         self.clock = clock
+        self.num_threads = num_threads
         self.states = SamplingStates(sampler)
 
-    @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> RunnerOutput:
         """See `ModelRunner.execute`."""
+        with cpu_threads(self.num_threads), torch.inference_mode():
+            return self._execute(step)
+
+    def _execute(self, step: SchedulerOutput) -> RunnerOutput:
         start = self.clock()
         self.storage.apply(step.kv_ops, self.backend)
         self.states.update(step)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from folovllm.entrypoints.cli import app
 from folovllm.glossary import load_glossary
 from folovllm.viz.console import print_stream
 from tests.mock import mock_engine
+from tests.processes import can_be_interrupted
 
 ROOT = Path(__file__).parents[2]
 ENTRY = next(e for e in load_glossary() if e.term == "KV cache")
@@ -81,6 +83,7 @@ def test_chat_ends_with_its_input():
 def test_info_reads_a_config_alone():
     result = invoke("info", "qwen3-0.6b", "--dtype", "bfloat16")
     assert result.exit_code == 0
+    assert re.search(r"CPU threads of a step\W+\d+ \(", result.output)
     assert "114,688 bytes" in result.output and "GQA: 16 query heads, 8 KV heads of 128" in result.output
 
 
@@ -127,6 +130,7 @@ def test_ctrl_c_ends_cleanly():
     process = subprocess.Popen(
         [*command, "--num-prompts", "1", "--max-tokens", "5000"],
         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, cwd=ROOT, env={**os.environ, **ENV},
+        preexec_fn=can_be_interrupted,
     )  # fmt: skip
     assert process.stdout is not None
     while "random token ids" not in (line := process.stdout.readline()):

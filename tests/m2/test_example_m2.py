@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 from folovllm.entrypoints.cli import app
 from folovllm.glossary import default_prompts, load_glossary
+from tests.processes import can_be_interrupted
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "m2_inference.py"
@@ -243,6 +244,7 @@ def test_ctrl_c_while_watching_leaves_the_terminal_as_it_was() -> None:
     process = subprocess.Popen(
         [sys.executable, "-c", IN_ITS_TERMINAL, str(EXAMPLE), *options],
         stdin=theirs, stdout=theirs, stderr=theirs, env=environment, start_new_session=True,
+        preexec_fn=can_be_interrupted,
     )  # fmt: skip
     output, pressed, deadline = b"", False, time.monotonic() + 200
     while process.poll() is None and time.monotonic() < deadline:
