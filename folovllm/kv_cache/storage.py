@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from itertools import groupby
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from folovllm.attention.backend import AttentionBackend, LayerKV
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
@@ -14,7 +17,8 @@ from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 class KVStorage:
     """K/V of all layers in blocks. Block 0 is the null block: padding is written there and nobody reads it.
 
-    Each pool is [layers, 2, blocks + 1, block_size, Hkv, D], zeroed so that what was never written is finite.
+    Each pool is [layers, 2, blocks + 1, block_size, Hkv, D], zeroed so that what was never written is finite. On a CPU
+    it takes memory as it is written, not before.
     """
 
     def __init__(
@@ -29,9 +33,13 @@ class KVStorage:
         device: torch.device,
     ) -> None:
         block = (block_size, num_kv_heads, head_dim)
-        self.device_pool = torch.zeros(num_layers, 2, num_blocks + 1, *block, dtype=dtype, device=device)
-        pin = device.type == "cuda" and num_host_blocks > 0  # pinned memory is what a GPU copies at full speed
-        self.host_pool = torch.zeros(num_layers, 2, num_host_blocks + 1, *block, dtype=dtype, pin_memory=pin)
+        shape, host_shape = (num_layers, 2, num_blocks + 1, *block), (num_layers, 2, num_host_blocks + 1, *block)
+        if device.type == "cpu":
+            self.device_pool, self.host_pool = lazy_zeros(shape, dtype), lazy_zeros(host_shape, dtype)
+        else:
+            self.device_pool = torch.zeros(shape, dtype=dtype, device=device)
+            pin = num_host_blocks > 0  # pinned memory is what a GPU copies at full speed
+            self.host_pool = torch.zeros(host_shape, dtype=dtype, pin_memory=pin)
         self.layers = [LayerKV(layer[0], layer[1]) for layer in self.device_pool]
 
     def apply(self, ops: Sequence[KVOp], backend: AttentionBackend) -> None:
@@ -51,3 +59,8 @@ class KVStorage:
             self.device_pool[:, :, op.block] = self.host_pool[:, :, op.host_block].to(self.device_pool.device)
         else:
             raise RuntimeError(f"a pool of blocks cannot do {op}")
+
+
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """As `torch.zeros` on the CPU, but the system gives each page when it is first written: numpy uses calloc."""
+    return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)
