@@ -1,8 +1,8 @@
-"""M3: K/V in blocks. Requests share one pool, take a block when they need one, and give way when there is none.
+"""M3: K/V in blocks. Requests share one pool, take a block when they need one, and are preempted when there is none.
 
 python examples/m3_inference.py                                                # 8 questions, the bundled model
 python examples/m3_inference.py --watch                                        # see every block of the pool
-python examples/m3_inference.py --watch --num-kv-blocks 24                     # too few: requests give way
+python examples/m3_inference.py --watch --num-kv-blocks 24                     # too few: requests are preempted
 python examples/m3_inference.py --watch --num-kv-blocks 24 --preemption-mode swap
 python examples/m3_inference.py --watch --num-prompts 2 --num-samples 4        # samples share their prompt's blocks
 python examples/m3_inference.py --watch --num-prompts 2 --beam-width 4 --max-tokens 32
@@ -51,7 +51,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pace", type=float, default=0.1, help="seconds that --watch shows a step at least; 0: full speed")
     add("--block-size", type=int, default=16, help="tokens per block")
     add("--num-kv-blocks", type=int, help=f"blocks in the pool; default: those of {POOL} tokens")
-    add("--preemption-mode", default="recompute", help="recompute or swap: what becomes of a request that gives way")
+    add("--preemption-mode", default="recompute", help="recompute or swap: what becomes of a preempted request")
     add("--swap-space", type=float, default=0.25, help="GiB of host memory for --preemption-mode swap")
     add("--max-num-seqs", type=int, default=16, help="requests that may run at once")
     add("--max-num-batched-tokens", type=int, help="tokens that one step may compute")
@@ -195,7 +195,7 @@ def region_blocks(llm: LLM) -> int:
 
 
 def computed_again(trace: Iterable[StepTrace]) -> int:
-    """Tokens whose K/V was computed, lost when their request gave way, and computed once more."""
+    """Tokens whose K/V was computed, lost when their request was preempted, and computed once more."""
     computed: dict[str, int] = {}  # per request, how far it has ever been
     again = 0
     for step in trace:

@@ -1,47 +1,65 @@
 """M4: prompts in chunks beside the decodes, and no prefix computed twice. Then the same on M1, M2, M3 and M4.
 
 python examples/m4_inference.py                  # a table of M1 to M4, and whether they agree
-python examples/m4_inference.py --watch          # before it, see chunks and cache hits as they happen
+python examples/m4_inference.py --watch          # before it, see the newest one's chunks and cache hits as they happen
 python examples/m4_inference.py --milestones m4 --watch --num-kv-blocks 212    # a small pool: blocks are evicted
 python examples/m4_inference.py --milestones m4 --watch --max-num-batched-tokens 64
 python examples/m4_inference.py --model Qwen/Qwen3-0.6B --max-tokens 32
 
-Everybody asks under the same system prompt. Some questions are there at the start. While they are being answered, more
-of them come, and among them one under a system prompt that goes on for pages: a long document.
+All questions have the same system prompt. Some of them are there at the start. While they are being answered, more of
+them come, and among them one with a system prompt that goes on for pages: a long document.
 
-    M1  reads every prompt from its first token on, and answers one request at a time.
-    M2  answers all at once. While it reads the document, everybody waits, and prompts are padded to its length.
+    M1  computes every prompt from its first token on, and runs one request at a time.
+    M2  runs all at once. While it computes the document, the others wait, and prompts are padded to its length.
     M3  does the same without padding, in blocks of K/V.
-    M4  reads the document in chunks beside the answers, and the shared system prompt once.
+    M4  computes the document in chunks beside the decodes, and the shared system prompt once.
 
-What they say is the same, and is compared: token by token, in float32 unless --dtype says otherwise.
+Their answers are the same, which is checked token by token, in float32 unless --dtype says otherwise. The milestones
+take turns, round by round, and the table has the fastest round of each. If other programs need the processor meanwhile,
+a line below the table says so.
 """
 
 from __future__ import annotations
 
+import signal
+import sys
+
+if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C should be one line as well
+
+    def interrupted(*_: object) -> None:
+        """What `clean_exit` does from then on."""
+        print("\ninterrupted")
+        sys.exit(130)
+
+    signal.signal(signal.SIGINT, interrupted)
+
 import argparse
 import time
-from collections.abc import Callable, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
-from statistics import fmean, median
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from statistics import fmean
 from typing import Any
 
 import torch
 from rich.console import Console
+from rich.status import Status
 from rich.table import Table
 
 from folovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from folovllm.config import MILESTONES, check_choice, check_float, check_int
+from folovllm.engine.factory import build_engine
 from folovllm.engine.prompts import Prompt
 from folovllm.entrypoints.cli import clean_exit, load_llm
 from folovllm.entrypoints.terminal import print_samples, show_ids
 from folovllm.glossary import default_prompts, load_prose
+from folovllm.runner.hf_runner import HFRunner
 from folovllm.viz.live import watching
 from folovllm.viz.tables import milliseconds, new_table, request_table, stats_table, step_table
 
 DOCUMENT = "document"  # the id of the request with the long prompt
-SHARED_IDS, OWN_IDS, DOCUMENT_IDS = 416, 16, 2176  # tokens of random prompts, for a model without a tokenizer
+SHARED_IDS, OWN_IDS, DOCUMENT_IDS = 928, 16, 1664  # tokens of random prompts, for a model without a tokenizer
+BUSY = 0.1  # a round is disturbed if it had to wait for a processor for more of its time than this
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -54,11 +72,11 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--num-prompts", type=int, default=11, help="how many short questions to ask beside the document")
     add("--late", type=int, default=4, help="how many of them come with the document")
     add("--late-after", type=int, default=64, help="they come when this many tokens have been generated")
-    add("--system-paragraphs", type=int, default=5, help="length of the shared system prompt")
+    add("--system-paragraphs", type=int, default=12, help="length of the shared system prompt")
     add("--document-paragraphs", type=int, default=32, help="length of the document, the system prompt included")
     add("--max-tokens", type=int, default=256, help="most tokens per answer")
-    add("--rounds", type=int, default=1, help="how often to measure each milestone; the table has medians")
-    add("--watch", action="store_true", help="see every step of the last milestone before it is measured")
+    add("--rounds", type=int, default=3, help="how often to measure each milestone; the table has the fastest round")
+    add("--watch", action="store_true", help="first of all, see every step of the newest milestone")
     add("--pace", type=float, default=0.05, help="seconds that --watch shows a step at least; 0: full speed")
     add("--max-num-seqs", type=int, default=16, help="requests that may run at once, from M2 on")
     add("--max-num-batched-tokens", type=int, default=256, help="tokens that one step of M4 may compute")
@@ -66,7 +84,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--enable-chunked-prefill", action=flag, default=True, help="M4: prompts in chunks")
     add("--enable-prefix-caching", action=flag, default=True, help="M4: take over K/V of the same beginnings")
     add("--block-size", type=int, default=16, help="tokens per block, from M3 on")
-    add("--num-kv-blocks", type=int, default=512, help="blocks in the pool, from M3 on")
+    add("--num-kv-blocks", type=int, default=896, help="blocks in the pool, from M3 on")
     add("--max-model-len", type=int, default=4096, help="tokens of prompt and answer together")
     add("--model", default="folo-tiny", help="bundled name, local folder or hub id")
     add("--dtype", default="float32", help="auto, float32, bfloat16 or float16")
@@ -90,12 +108,33 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.milestones:
             check_choice("milestones", name, list(MILESTONES))
         params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-        for name in args.milestones:  # before any weight is read: what cannot work is refused
-            EngineConfig.from_kwargs(model=args.model, milestone=name, **options(args, name))
+        configs = {  # before any weight is read: what cannot work is refused
+            name: EngineConfig.from_kwargs(model=args.model, milestone=name, **options(args, name))
+            for name in args.milestones
+        }
+        newest = newest_of(configs)
+        llm = load_llm(console, args.model, milestone=newest, **options(args, newest))
+        asks, first = make_asks(llm, args), Arm(newest, llm.engine)
+        if args.watch:
+            watch(console, args, first, asks, params)
         arms: list[Arm] = []
-        for name in args.milestones:
-            arms.append(measure(console, args, name, params, watched=args.watch and name == args.milestones[-1]))
-        report(console, args, arms)
+        for name, config in configs.items():
+            with console.status(f"{name.upper()}: loading {args.model} ..."):
+                arms.append(first if name == newest else Arm(name, load(config, arms)))
+        measure_all(console, args, arms, asks, params)
+        report(console, args, arms, asks, show_ids(llm))
+
+
+def load(config: EngineConfig, arms: Sequence[Arm]) -> LLMEngine:
+    """The engine of a milestone. M1 and M2 share a Hugging Face model, and it is loaded once."""
+    runners = [arm.engine.core.runner for arm in arms]
+    model = next((runner.model for runner in runners if isinstance(runner, HFRunner)), None)
+    return LLMEngine(engine_config=config, parts=build_engine(config, model))
+
+
+def newest_of(names: Iterable[str]) -> str:
+    """The newest of some milestones."""
+    return max(names, key=list(MILESTONES).index)
 
 
 def options(args: argparse.Namespace, milestone: str) -> dict[str, Any]:
@@ -173,9 +212,13 @@ def random_prompts(vocab_size: int, count: int) -> tuple[list[str], list[Prompt]
 
 @dataclass(frozen=True)
 class Round:
-    """All requests once. Times in seconds; kv_reserved: the most tokens of K/V set aside after any step."""
+    """All requests once. Times in seconds; kv_reserved: the most tokens of K/V set aside after any step.
+
+    waited: how long the engine had work to do and no processor to do it on, because other programs had them.
+    """
 
     seconds: float
+    waited: float
     ttft: float
     max_itl: float
     prompt_tokens_computed: int
@@ -189,23 +232,24 @@ class Round:
         return self.tokens / self.seconds
 
 
-@dataclass(frozen=True)
+@dataclass
 class Arm:
-    """A milestone, what it did in each round, and what it said, in the order of asking.
-
-    agrees: whether it said the same in every round, and when it was watched. as_ids: there is no text, only token ids.
-    """
+    """A milestone: the rounds that were measured, and the outputs of every run, a watched one included."""
 
     name: str
-    rounds: list[Round]
-    asks: list[Ask]
-    outputs: list[RequestOutput]
-    agrees: bool
-    as_ids: bool = False
+    engine: LLMEngine
+    rounds: list[Round] = field(default_factory=list)
+    runs: list[list[RequestOutput]] = field(default_factory=list)
 
-    def median(self, quantity: str) -> float:
-        """The median of a quantity over the rounds."""
-        return median(getattr(r, quantity) for r in self.rounds)
+    @property
+    def title(self) -> str:
+        """Its name as it is shown."""
+        return self.name.upper()
+
+    @property
+    def best(self) -> Round:
+        """The fastest round: the one that other programs disturbed least."""
+        return min(self.rounds, key=lambda r: r.seconds)
 
 
 def serve(
@@ -240,51 +284,69 @@ def serve(
     return [done[ask.request_id] for ask in asks]
 
 
-def measure(console: Console, args: argparse.Namespace, name: str, params: SamplingParams, watched: bool) -> Arm:
-    """Load a milestone, warm it up, and serve the requests `rounds` times; before that once in view, if asked for."""
-    llm = load_llm(console, args.model, milestone=name, **options(args, name))
-    engine, asks = llm.engine, make_asks(llm, args)
-    said: list[list[list[int]]] = []
-    if watched:
-        fresh(llm)
-        titles = {ask.request_id: ask.title for ask in asks}
-        with watching(console, engine, titles, args.pace):
-            outputs = serve(engine, asks, params, args.late_after)
-        said.append(tokens_of(outputs))
-        console.print(request_table(outputs), step_table(engine.trace), stats_table(engine.stats))
-    rounds: list[Round] = []
-    status = console.status(f"{name}: warming up ...") if console.is_terminal else None
-    with status or nullcontext():
+def watch(console: Console, args: argparse.Namespace, arm: Arm, asks: Sequence[Ask], params: SamplingParams) -> None:
+    """Serve the requests in view."""
+    engine = arm.engine
+    fresh(engine)
+    with watching(console, engine, {ask.request_id: ask.title for ask in asks}, args.pace):
+        arm.runs.append(serve(engine, asks, params, args.late_after))
+    console.print(request_table(arm.runs[-1]), step_table(engine.trace), stats_table(engine.stats))
+
+
+def measure_all(
+    console: Console, args: argparse.Namespace, arms: Sequence[Arm], asks: Sequence[Ask], params: SamplingParams
+) -> None:
+    """Warm all engines up, and let them take turns: each is measured once in every round.
+
+    So what slows the machine down for a while slows all of them, and each gets `rounds` chances to be undisturbed.
+    """
+    with console.status("Warming up ...") as status:
         warm_up = SamplingParams(temperature=0, max_tokens=min(4, args.max_tokens))
-        serve(engine, asks[:2], warm_up, 0)
-        for number in range(args.rounds):
-
-            def show(count: int, number: int = number) -> None:
-                if status is not None:
-                    status.update(f"{name}, round {number + 1} of {args.rounds}: {count} of {len(asks)} answered ...")
-
-            show(0)
-            fresh(llm)
-            start = time.perf_counter()
-            outputs = serve(engine, asks, params, args.late_after, show)
-            rounds.append(make_round(engine, outputs, time.perf_counter() - start))
-            said.append(tokens_of(outputs))
-    line = f"{name}: {len(asks)} requests, {rounds[-1].tokens} tokens in {rounds[-1].seconds:.1f} s"
-    console.print(line, highlight=False)
-    return Arm(name, rounds, asks, outputs, all(tokens == said[0] for tokens in said), show_ids(llm))
+        for arm in arms:
+            status.update(f"{arm.title}: warming up ...")
+            serve(arm.engine, asks[:2], warm_up, 0)
+        for number in range(1, args.rounds + 1):
+            for arm in arms:
+                head = f"{arm.title}, round {number} of {args.rounds}"
+                measure(arm, asks, params, args.late_after, partial(show_progress, status, head, len(asks)))
+            took = ", ".join(f"{arm.title} {arm.rounds[-1].seconds:.2f}" for arm in arms)
+            console.print(f"seconds in round {number} of {args.rounds}: {took}", highlight=False)
 
 
-def fresh(llm: LLM) -> None:
+def show_progress(status: Status, head: str, total: int, count: int) -> None:
+    """Say how many requests of the running round are complete."""
+    status.update(f"{head}: {count} of {total} answered ...")
+
+
+def measure(
+    arm: Arm, asks: Sequence[Ask], params: SamplingParams, late_after: int, on_done: Callable[[int], None]
+) -> None:
+    """Serve the requests once more, and add to the arm what it took and what came out.
+
+    This thread has work all the time (while a GPU computes, it polls), so whenever it does not run, another program has
+    the processor.
+    """
+    fresh(arm.engine)
+    on_done(0)
+    start, ran = time.perf_counter(), time.thread_time()
+    outputs = serve(arm.engine, asks, params, late_after, on_done)
+    seconds, ran = time.perf_counter() - start, time.thread_time() - ran
+    arm.rounds.append(make_round(arm.engine, outputs, seconds, max(0.0, seconds - ran)))
+    arm.runs.append(outputs)
+
+
+def fresh(engine: LLMEngine) -> None:
     """Nothing is cached, counted or recorded."""
-    llm.reset_prefix_cache()
-    llm.engine.stats.reset()
-    llm.engine.trace.clear()
+    engine.core.scheduler.kv.reset_prefix_cache()
+    engine.stats.reset()
+    engine.trace.clear()
 
 
-def make_round(engine: LLMEngine, outputs: Sequence[RequestOutput], seconds: float) -> Round:
+def make_round(engine: LLMEngine, outputs: Sequence[RequestOutput], seconds: float, waited: float) -> Round:
     """What a run took."""
     return Round(
         seconds,
+        waited,
         ttft=fmean(output.metrics.ttft or 0.0 for output in outputs),
         max_itl=max((gap for output in outputs for gap in output.metrics.itls), default=0.0),
         prompt_tokens_computed=engine.stats.prompt_tokens_computed,
@@ -302,63 +364,102 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
 # ---------------------------------------------------------------------- what came of it
 
 
-def report(console: Console, args: argparse.Namespace, arms: Sequence[Arm]) -> None:
-    """The answers, the table, and whether the milestones agree."""
-    newest = arms[-1]
+def report(console: Console, args: argparse.Namespace, arms: Sequence[Arm], asks: Sequence[Ask], as_ids: bool) -> None:
+    """The answers, the table, whether its times can be trusted, and whether the milestones agree.
+
+    as_ids: there is no text, only token ids.
+    """
     console.print()
-    for ask, output in zip(newest.asks, newest.outputs, strict=True):
-        print_samples(console, ask.title, output, newest.as_ids)
-    console.print(workload_line(newest), highlight=False)
+    outputs = arms[-1].runs[-1]
+    for ask, output in zip(asks, outputs, strict=True):
+        print_samples(console, ask.title, output, as_ids)
+    console.print(workload_line(outputs), highlight=False)
     console.print(comparison_table(arms))
-    for line in same_tokens(arms, args.dtype):
+    for line in (*cautions(arms, with_defaults(args)), *same_tokens(arms, args.dtype)):
         console.print(line, markup=False, highlight=False)
 
 
-def workload_line(arm: Arm) -> str:
+def workload_line(outputs: Sequence[RequestOutput]) -> str:
     """What was asked, in numbers."""
-    lengths = {ask.request_id: len(output.prompt_token_ids) for ask, output in zip(arm.asks, arm.outputs, strict=True)}
+    lengths = {output.request_id: len(output.prompt_token_ids) for output in outputs}
     document = lengths.pop(DOCUMENT)
     low, high = min(lengths.values()), max(lengths.values())
     return f"{len(lengths)} short prompts of {low} to {high} tokens, and one of {document:,} with the document"
 
 
 def comparison_table(arms: Sequence[Arm]) -> Table:
-    """One row per milestone: medians over the rounds."""
+    """One row per milestone: its fastest round, from which all numbers of the row are."""
     rounds = len(arms[0].rounds)
-    table = new_table("The same requests on every milestone" + (f": medians of {rounds} rounds" * (rounds > 1)), gap=1)
+    table = new_table("The same requests on every milestone" + f": the best of {rounds} rounds" * (rounds > 1), gap=1)
     table.add_column("", no_wrap=True)
     heads = ("seconds", "tokens/s", "prompt tokens\ncomputed", "from a\ncache", "mean\nTTFT ms", "largest\nITL ms")
     for head in (*heads, "K/V reserved,\ntokens"):
         table.add_column(head, justify="right")
     for arm in arms:
+        best = arm.best
         table.add_row(
-            arm.name.upper(),
-            f"{arm.median('seconds'):.2f}",
-            f"{arm.median('speed'):.0f}",
-            f"{arm.median('prompt_tokens_computed'):,.0f}",
-            f"{arm.median('cached_tokens'):,.0f}",
-            milliseconds(arm.median("ttft")),
-            milliseconds(arm.median("max_itl")),
-            f"{arm.median('kv_reserved'):,.0f}",
+            arm.title,
+            f"{best.seconds:.2f}",
+            f"{best.speed:.0f}",
+            f"{best.prompt_tokens_computed:,}",
+            f"{best.cached_tokens:,}",
+            milliseconds(best.ttft),
+            milliseconds(best.max_itl),
+            f"{best.kv_reserved:,}",
         )
     return table
 
 
+def with_defaults(args: argparse.Namespace) -> bool:
+    """Whether the workload and the engines are those of the default options, on a CPU."""
+    defaults = parse_args([])
+    free = ("milestones", "rounds", "watch", "pace")
+    same = all(value == getattr(defaults, name) for name, value in vars(args).items() if name not in free)
+    return same and not torch.cuda.is_available()
+
+
+def cautions(arms: Sequence[Arm], defaults: bool) -> list[str]:
+    """What a reader must know before believing the table's times; nothing if they are as they should be.
+
+    defaults: see `with_defaults`. Then M4 is the fastest, unless something disturbed it.
+    """
+    waited = max(arm.best.waited / arm.best.seconds for arm in arms)
+    busy, lines = waited > BUSY, []
+    if busy:
+        lines.append(
+            f"The machine was busy: other programs had the processor for up to {waited:.0%} of a round. Times are "
+            "longer than on a quiet machine; compare the counts, such as prompt tokens computed."
+        )
+    fastest, newest = min(arms, key=lambda arm: arm.best.seconds), newest_of(arm.name for arm in arms)
+    if newest == "m4" and fastest.name != newest:
+        first = f"{fastest.title} was faster than M4"
+        if busy or defaults:
+            lines.append(
+                f"{first}, so this run was disturbed: do not read its times. Close other programs and run it again, or "
+                "with more --rounds. The counts are right in any case."
+            )
+        else:
+            lines.append(f"{first} with these options. With the default options, on a CPU, M4 is the fastest.")
+    return lines
+
+
 def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
-    """Whether every milestone said what the first one said, in each round; and where they part, if not."""
-    base = tokens_of(arms[0].outputs)
-    agree = all(arm.agrees and tokens_of(arm.outputs) == base for arm in arms)
+    """Whether every milestone said what the first one said, in every run; and where they part, if not."""
+    said = [[tokens_of(run) for run in arm.runs] for arm in arms]
+    base = said[0][-1]
+    agree = all(ids == base for runs in said for ids in runs)
     count = f"{len(base)} answers of {sum(map(len, base)):,} tokens, compared in {dtype}"
     lines = [f"same tokens at every milestone: {'yes' if agree else 'no'} ({count})"]
-    lines += [f"{arm.name}: not the same tokens in each run" for arm in arms if not arm.agrees]
+    for arm, runs in zip(arms, said, strict=True):
+        lines += [f"{arm.name}: not the same tokens in each run"] * any(ids != runs[0] for ids in runs)
     for arm in arms[1:]:
-        for ask, ids, expected in zip(arm.asks, tokens_of(arm.outputs), base, strict=True):
+        for output, ids, expected in zip(arm.runs[-1], tokens_of(arm.runs[-1]), base, strict=True):
             if ids != expected:
                 same = next((i for i, (a, b) in enumerate(zip(ids, expected, strict=False)) if a != b), None)
                 at = min(len(ids), len(expected)) if same is None else same
                 ours, theirs = ids[at : at + 1] or "the end", expected[at : at + 1] or "the end"
                 lines.append(
-                    f"{arm.name}, request {ask.request_id}: token {at} is {ours}, and {theirs} in {arms[0].name}"
+                    f"{arm.name}, request {output.request_id}: token {at} is {ours}, and {theirs} in {arms[0].name}"
                 )
     if dtype != "float32":
         lines.append(f"In {dtype}, sums in another order round to other numbers, so tokens may differ.")
@@ -366,4 +467,5 @@ def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

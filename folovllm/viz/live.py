@@ -1,4 +1,4 @@
-"""A live view of the engine in the terminal: who waits, who runs, and what each step computes.
+"""A live view of the engine in the terminal: which requests wait, which run, and what each step computes.
 
 Give each step of a trace to `LiveState.observe`, then print `LiveView(state)`. `watch` does that while an engine runs.
 """
@@ -52,9 +52,9 @@ def cell(kind: str, ascii_only: bool) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """Amounts side by side, each in cells of its kind, out of `total`; as wide as there is room.
+    """Amounts side by side, each in cells of its kind, out of `total`; as wide as the column.
 
-    Whatever is more than nothing gets a cell of its own, and the bar is full only when `total` is reached.
+    Every amount above 0 gets a cell of its own, and the bar is full only when `total` is reached.
     """
 
     parts: Sequence[tuple[int, str]]
@@ -112,7 +112,7 @@ class Sparkline:
 
 @dataclass(frozen=True)
 class Line:
-    """Text on one line, cut where the room ends. {decode} and the like stand for the cell of that kind in `legend`."""
+    """Text on one line, cut at the end of the column. {decode} in `legend` stands for the cell of that kind."""
 
     text: str = ""
     legend: str = ""
@@ -149,7 +149,7 @@ class LiveView:
         parts: list[RenderableType] = [
             Line(summary(state)),
             _bars(state),
-            Line(f"{'next':{LABEL}}{line_of(state)}"),
+            Line(f"{'queue':{LABEL}}{queue_line(state)}"),
             *(_labelled(label, line) for label, line in pool),
             "",
             _lanes(state, max(1, self.rows - len(pool))),
@@ -174,15 +174,15 @@ def summary(state: LiveState) -> str:
     )
 
 
-def line_of(state: LiveState) -> str:
-    """The next in line, and the rule of their order where that is not the order in which they came."""
+def queue_line(state: LiveState) -> str:
+    """The first waiting requests, and the order of the queue where it is not the order of arrival."""
     if not state.num_waiting:
-        return "nobody waits"
+        return "none waiting"
     if state.step is None:
-        return f"{state.num_waiting:,} wait"
-    names = state.next_in_line
+        return f"{state.num_waiting:,} waiting"
+    names = state.queue_head
     if not names:
-        return f"{state.num_waiting} samples, as soon as the prompt they share is computed"
+        return f"{state.num_waiting} samples waiting until the prompt they share is computed"
     more = state.num_waiting - len(names)
     return ", ".join(names) + (f" and {more:,} more" if more else "") + RULES.get(state.policy, "")
 
@@ -227,7 +227,7 @@ def _lanes(state: LiveState, rows: int) -> Table:
 
 
 def _grid(min_widths: Sequence[int | None], ratios: Mapping[int, int], right: Sequence[int] = ()) -> Table:
-    """A table without lines whose columns never wrap; those with a ratio share the room that the others leave."""
+    """A table without lines whose columns never wrap; those with a ratio share the width that the others leave."""
     grid = Table.grid(expand=True, padding=(0, GAP, 0, 0))
     for column, min_width in enumerate(min_widths):
         justify: JustifyMethod = "right" if column in right else "left"
@@ -237,7 +237,7 @@ def _grid(min_widths: Sequence[int | None], ratios: Mapping[int, int], right: Se
 
 
 def _lane(state: LiveState, lane: Lane) -> list[RenderableType]:
-    """The cells of one row. The bar is the prompt's while that is computed in pieces, and else the output's."""
+    """The cells of one row. The bar is the prompt's while that is computed in chunks, and else the output's."""
     share = lane.share
     prompt, most = share.prompt_len, share.max_output
     computed = f"{prompt}" if share.num_computed >= prompt else f"{share.num_computed} of {prompt}"
@@ -329,7 +329,7 @@ def watch(
 def watching(
     console: Console, engine: LLMEngine, titles: Mapping[str, str] | None = None, pace: float = 0.0
 ) -> Iterator[None]:
-    """Whatever runs the engine meanwhile, every step of it is shown.
+    """Show every step of the engine while the body of the `with` runs it.
 
     The state of every block is recorded for the view. Raises ValueError for an engine that keeps no trace.
     """

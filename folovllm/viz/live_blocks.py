@@ -1,19 +1,22 @@
-"""The pool of blocks in the live view: who holds which physical block, now.
+"""The pool of blocks in the live view: which request holds which physical block, now.
 
-A cell is a block and two characters wide, so that it reads without colour:
+A cell is a block and two characters wide, so that it reads without colour. The letter is the request, as at the left of
+its row: a capital if the block is full, a small letter if not. The second character is how full the block is, or how
+many block tables name it, if more than one does:
 
-    "A "   full, and held by request A alone        "a▄"   held by A alone, half of its slots are written
-    "A3"   named by three tables, A's among them    "· "   free
-    "◦ "   free, and found by whoever begins with its tokens, until it is given to somebody else
+    "A "   full, in A's block table only            "a▄"   in A's block table only, half of its slots are written
+    "A3"   full, in three block tables, A's too     "A+"   the same, in ten or more
+    "a3"   partly full, in three block tables       "· "   free
+    "◦ "   free, and still in the prefix cache: a prompt that begins with its tokens takes it over, until it is evicted
 
-A pool with more blocks than there is room for is shown with several blocks in a cell of one character, as high as the
-share of them that is held.
+A pool that is too large for this is shown with several blocks in a cell of one character, as high as the share of them
+that is held.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from rich.text import Text
 
@@ -23,7 +26,8 @@ from folovllm.viz.live_state import LiveState
 LEVELS, LEVELS_ASCII = " ▁▂▃▄▅▆▇█", " .:-=+*#@"
 COLORS = ("#56B4E9", "#E69F00", "#009E73", "#CC79A7", "#F0E442", "#D55E00", "#9D8DF1")
 SHARED, FREE, CACHED = "white", "bright_black", "bright_white"
-MOST_NAMED = 5  # of those that gave way; the others are counted
+ON_SHARED = f"bold black on {SHARED}"
+MOST_NAMED = 5  # preempted requests that are named; the others are counted
 MOST_NEXT = 3  # of the cached blocks that are evicted next
 
 Cell = tuple[str, str]  # text and style
@@ -51,7 +55,7 @@ def swatch(number: int) -> Cell:
 
 
 def owners_of(tables: Mapping[str, Sequence[int]], owners: Mapping[str, int]) -> dict[int, int]:
-    """Who holds each block, as a number: of several, the one with the smallest."""
+    """The owner of each held block: the request with the smallest number of those that hold it."""
     found: dict[int, int] = {}
     for request_id, blocks in tables.items():
         number = owners[request_id]
@@ -66,7 +70,7 @@ def free_cell(ascii_only: bool) -> Cell:
 
 
 def cached_cell(ascii_only: bool) -> Cell:
-    """The cell of a block that nobody holds and that is in the prefix cache."""
+    """The cell of a free block that is in the prefix cache."""
     return ("o " if ascii_only else "◦ "), CACHED
 
 
@@ -77,7 +81,7 @@ def device_cell(blocks: BlockSnapshot, block: int, owner: int | None, ascii_only
     holders, filled = blocks.ref_counts[block], blocks.filled[block]
     text, style = swatch(owner)
     if holders > 1:
-        text, style = f"{text[0]}{holders if holders < 10 else '+'}", f"bold black on {SHARED}"
+        text, style = f"{text[0]}{holders if holders < 10 else '+'}", ON_SHARED
     if filled < blocks.block_size:
         mark = part_mark(filled, blocks.block_size, ascii_only) if holders == 1 else text[1]
         text, style = text[0].lower() + mark, SHARED if holders > 1 else COLORS[owner % len(COLORS)]
@@ -146,7 +150,7 @@ def device_map(
 
 
 def host_line(blocks: BlockSnapshot, owners: Mapping[str, int], width: int) -> Text:
-    """The blocks that wait on the host, one owner behind the other; those without room are counted."""
+    """The blocks that were swapped to the host, request by request; those that do not fit are counted."""
     line = Text(no_wrap=True, overflow="crop")
     held = [swatch(owners[request_id]) for request_id, table in blocks.host_tables.items() for _ in table]
     room = max(0, width // 2 - (0 if 2 * len(held) <= width else 8))
@@ -164,20 +168,20 @@ def counts_line(state: LiveState, blocks: BlockSnapshot) -> Text:
     held = len(blocks.ref_counts) - 1 - blocks.num_free
     done = [
         f"{count} {word}"
-        for kind, word in ((BlockCopy, "copied"), (SwapOut, "to the host"), (SwapIn, "back"))
+        for kind, word in ((BlockCopy, "copied"), (SwapOut, "swapped out"), (SwapIn, "swapped in"))
         if (count := sum(isinstance(op, kind) for op in ops))
     ]
     now = f"; in this step {', '.join(done)}" if done else ""
     return Text(f"{held:,} held, {shared:,} of them shared, {blocks.num_free:,} free{now}")
 
 
-def gave_way_line(state: LiveState, blocks: BlockSnapshot) -> Text:
-    """Who was preempted and has not come back, the next to come back first."""
+def preempted_line(state: LiveState, blocks: BlockSnapshot) -> Text:
+    """The requests that are preempted now, the next to run again first."""
     times = state.stats.preemptions
-    if not state.gave_way:
-        return Text(f"nobody now, {times:,} times so far" if times else "nobody so far")
+    if not state.preempted:
+        return Text(f"none now, {times:,} time{'s' * (times > 1)} so far" if times else "none so far")
     line = Text()
-    named = state.gave_way[:MOST_NAMED]
+    named = state.preempted[:MOST_NAMED]
     for words, ids in (
         ("on the host", [i for i in named if i in blocks.host_tables]),
         ("dropped", [i for i in named if i not in blocks.host_tables]),
@@ -188,33 +192,52 @@ def gave_way_line(state: LiveState, blocks: BlockSnapshot) -> Text:
                 line.append(*swatch(state.owners[request_id])).append(" ")
             line.append(request_id)
         line.append(f" {words}" if ids else "")
-    more = len(state.gave_way) - len(named)
+    more = len(state.preempted) - len(named)
     return line.append(f"; and {more} more" if more else "")
 
 
 def cache_line(state: LiveState, blocks: BlockSnapshot) -> Text:
-    """How much of the prompts was found so far, what was lost, and which of the free blocks are lost next."""
+    """The hit rate so far, the blocks that were evicted, and which of the free ones are evicted next."""
     rate, idle = state.stats.hit_rate or 0.0, [block for block in blocks.free if block in blocks.cached]
-    line = Text(f"{rate:.0%} of prompts found; {state.num_evicted:,} evicted; {len(idle):,} free")
-    return line.append(f", next {', '.join(map(str, idle[:MOST_NEXT]))}" if idle else "")
+    line = Text(f"hit rate {rate:.0%}; {state.num_evicted:,} evicted; {len(idle):,} free")
+    return line.append(f", next out {', '.join(map(str, idle[:MOST_NEXT]))}" if idle else "")
 
 
-def legend_line(size: int, ascii_only: bool, uses_cache: bool = False) -> Text:
-    """What the cells mean."""
-    dot, cached = free_cell(ascii_only), cached_cell(ascii_only)
-    if size > 1:
-        low, high = level(1, size * 8, ascii_only), level(1, 1, ascii_only)
-        head = f"cells of {size:,} blocks: {low} to {high} held, "
-        idle: list[str | tuple[str, str]] = [(cached[0][0], cached[1]), " only cached, "] if uses_cache else []
-        return Text.assemble(head, *idle, (dot[0][0], dot[1]), " none; colour: who holds most")
-    parts: Iterable[tuple[Cell, str]] = (
-        (("A ", f"black on {COLORS[0]}"), " full  "),
-        (("a" + part_mark(8, 16, ascii_only), COLORS[0]), " partly filled  "),
-        (("A3", f"bold black on {SHARED}"), " shared by 3  "),
-        (dot, "free"),
-        *([(("  ", ""), ""), (cached, "free, cached")] if uses_cache else []),
-    )
-    return Text.assemble(*(piece for cell, words in parts for piece in (cell, words)))
+def legend_lines(size: int, width: int, ascii_only: bool, uses_cache: bool = False) -> list[Text]:
+    """What the cells of the map mean, in one line if `width` has room for all of it and else in two."""
+    levels = LEVELS_ASCII if ascii_only else LEVELS
+    free, cached = free_cell(ascii_only), cached_cell(ascii_only)
+    if size == 1:
+        only_cached = Text.assemble(cached, "free, cached")
+        groups = [
+            [
+                Text("letter = request below"),
+                Text.assemble(swatch(0), "full"),
+                Text.assemble(("a", COLORS[0]), " partly full"),
+                Text.assemble((levels[1], COLORS[0]), " to ", (levels[-2], COLORS[0]), " how full"),
+            ],
+            [
+                Text.assemble(("A3", ON_SHARED), " in 3 block tables, ", ("A+", ON_SHARED), " in 10 or more"),
+                Text.assemble(free, "free"),
+                only_cached,
+            ],
+        ]
+    else:
+        only_cached = Text.assemble((cached[0][0], cached[1]), " free, cached")
+        groups = [
+            [
+                Text(f"1 cell = {size:,} blocks"),
+                Text(f"{levels[1]} to {levels[-1]} held"),
+                Text.assemble((free[0][0], free[1]), " all free"),
+                only_cached,
+            ],
+            [Text("colour = request below that holds most of it, white = shared")],
+        ]
+    gap = Text("  ")
+    fits = len(gap.join(part for group in groups for part in group)) <= width
+    if not uses_cache:  # `fits` counts it all the same: the view must not jump at the first hit
+        groups = [[part for part in group if part is not only_cached] for group in groups]
+    return [gap.join(part for group in groups for part in group)] if fits else [gap.join(group) for group in groups]
 
 
 def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> list[tuple[str, Text]]:
@@ -227,7 +250,7 @@ def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> lis
         return []
     cells, size = device_map(blocks, state.owners, width, rows, ascii_only)
     lines = [
-        ("gave way", gave_way_line(state, blocks)),
+        ("preempted", preempted_line(state, blocks)),
         ("pool", counts_line(state, blocks)),
         *zip(["blocks", *[""] * (len(cells) - 1)], cells, strict=True),
     ]
@@ -235,4 +258,5 @@ def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> lis
         lines.append(("host", host_line(blocks, state.owners, width)))
     if state.uses_cache:
         lines.append(("cache", cache_line(state, blocks)))
-    return [*lines, ("", legend_line(size, ascii_only, state.uses_cache))]
+    legend = legend_lines(size, width, ascii_only, state.uses_cache)
+    return [*lines, *zip(["legend", *[""] * (len(legend) - 1)], legend, strict=True)]

@@ -14,15 +14,15 @@ from folovllm.kv_cache.interface import BlockSnapshot
 from folovllm.request import RequestStatus
 
 HISTORY = 400  # steps kept for the sparkline: more than a terminal is wide
-MOST_IN_LINE = 6  # of those who wait are named; the others are counted
+MOST_QUEUED = 6  # waiting requests that are named; the others are counted
 
 
 @dataclass
 class Lane:
     """The row of a running request, which it keeps until the step after its last.
 
-    share: its share of the newest step that ran it. state: see `state_word`, or "skipped": it runs, and the newest step
-    had no room for it, since a long prompt had the step to itself. num_cached: prompt tokens that it found computed.
+    share: its share of the newest step that ran it. state: see `state_word`, or "skipped": it is running, but was not
+    part of the newest step, whose token budget a long prompt used up. num_cached: prompt tokens that it found computed.
     """
 
     share: RequestStep
@@ -38,8 +38,8 @@ class Lane:
 class LiveState:
     """All that the view shows: the records so far, summed up.
 
-    num_requests: those in the engine before the first step. policy: the order in which they wait. max_running: the most
-    that may run at once. titles: a text per request id; the samples of one prompt ("7/0", "7/1") share that of "7".
+    num_requests: those in the engine before the first step. policy: the order of the queue. max_running: the most that
+    may run at once. titles: a text per request id; the samples of one prompt ("7/0", "7/1") share that of "7".
     """
 
     def __init__(
@@ -57,32 +57,32 @@ class LiveState:
         self.num_finished = 0
         self.lanes: list[Lane | None] = [None] * min(max_running, num_requests)
         self.history: deque[tuple[int, int]] = deque(maxlen=HISTORY)  # (prefill, decode) tokens of each step
-        self.gave_way: list[str] = []  # ids that were preempted and have not come back
-        self.owners: dict[str, int] = {}  # a small number for each request that holds blocks or has given way
+        self.preempted: list[str] = []  # ids of requests that were preempted and do not run again yet, next first
+        self.owners: dict[str, int] = {}  # a small number for each request that holds blocks or is preempted
         self.uses_host = False  # whether any blocks were ever on the host
         self.uses_cache = False  # whether any block was ever in a prefix cache
-        self.num_evicted = 0  # cached blocks that were given to somebody else, since the first step
+        self.num_evicted = 0  # cached blocks that were reused for other tokens, since the first step
         self._num_requests = num_requests
 
     @property
     def num_waiting(self) -> int:
-        """Requests that wait, after the newest step."""
+        """Waiting requests, after the newest step."""
         return self._num_requests if self.step is None else self.step.num_waiting
 
     @property
     def num_running(self) -> int:
-        """Requests that run and go on, after the newest step."""
+        """Running requests, after the newest step."""
         return 0 if self.step is None else self.step.num_running
 
     @property
     def num_requests(self) -> int:
-        """Requests that have finished, run or wait."""
+        """Finished, running and waiting requests."""
         return self.num_finished + self.num_running + self.num_waiting
 
     @property
-    def next_in_line(self) -> list[str]:
+    def queue_head(self) -> list[str]:
         """The first ids of the queue, after the newest step."""
-        return [] if self.step is None else self.step.next_in_line[:MOST_IN_LINE]
+        return [] if self.step is None else self.step.next_in_line[:MOST_QUEUED]
 
     @property
     def blocks(self) -> BlockSnapshot | None:
@@ -103,7 +103,7 @@ class LiveState:
         self.num_finished += len(step.finished)
         shares = {share.request_id: share for share in step.requests}
         back = {*shares, *step.aborted, *step.preempted}
-        self.gave_way = [*reversed(step.preempted), *(i for i in self.gave_way if i not in back)]
+        self.preempted = [*reversed(step.preempted), *(i for i in self.preempted if i not in back)]
         self._move_lanes(shares, {*step.aborted, *step.preempted})
         if step.blocks is not None:
             self._number_owners(step.blocks)
@@ -127,7 +127,7 @@ class LiveState:
 
     def _number_owners(self, blocks: BlockSnapshot) -> None:
         """Each new owner takes the smallest number that is free, and keeps it for as long as it lives."""
-        owners = dict.fromkeys([*blocks.tables, *blocks.host_tables, *self.gave_way])
+        owners = dict.fromkeys([*blocks.tables, *blocks.host_tables, *self.preempted])
         self.owners = {i: number for i, number in self.owners.items() if i in owners}
         taken = set(self.owners.values())
         free = (number for number in range(len(owners)) if number not in taken)
@@ -136,16 +136,16 @@ class LiveState:
 
 
 def state_word(share: RequestStep) -> str:
-    """What a step did for a request, or how it ended it: "prefill", "chunk", "decode", "again", "done: stop", ...
+    """What a step did for a request, or how it ended it: "prefill", "chunk", "decode", "recompute", "done: stop", ...
 
-    "chunk": a piece of its prompt that is not the last. "again": it had given way, and K/V of its output so far is
-    computed along with that of its prompt.
+    "chunk": part of its prompt, and not the last part. "recompute": it lost its K/V when it was preempted, so
+    that of its output is computed again along with that of its prompt.
     """
     reason = RequestStatus[share.status].finish_reason
     if reason is not None:
         return f"done: {reason}"
     if share.num_scheduled > 1 and share.num_output > share.num_sampled:
-        return "again"
+        return "recompute"
     if share.num_prompt and share.num_computed < share.prompt_len:
         return "chunk"
     return "prefill" if share.num_prompt else "decode"

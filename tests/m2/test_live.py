@@ -50,10 +50,10 @@ def drawn(view: RenderableType, width: int) -> list[str]:
     return console.export_text().splitlines()
 
 
-def in_line(engine: LLMEngine) -> list[str]:
-    """The scheduler's own line, emptied in a copy."""
-    line = copy.deepcopy(engine.core.scheduler.waiting)
-    return [line.pop().request_id for _ in range(len(line))]
+def queue_of(engine: LLMEngine) -> list[str]:
+    """The scheduler's own queue, emptied in a copy."""
+    queue = copy.deepcopy(engine.core.scheduler.waiting)
+    return [queue.pop().request_id for _ in range(len(queue))]
 
 
 def row_of(lines: list[str], request_id: str) -> list[str]:
@@ -89,7 +89,7 @@ def test_after_every_step_the_state_is_the_schedulers(requests, policy, seqs, ab
         if not engine.has_unfinished_requests() and len(engine.trace) == number:
             break  # the abort ended the last one: there was no step
         state.observe(engine.trace[-1])
-        assert state.next_in_line == in_line(engine)[:6]
+        assert state.queue_head == queue_of(engine)[:6]
         going_on = {lane.share.request_id: lane for lane in state.lanes if lane is not None and not lane.ended}
         assert set(going_on) == {r.request_id for r in scheduler.running}
         for request in scheduler.running:
@@ -116,9 +116,9 @@ def test_when_a_leader_goes_early_its_first_child_leads_the_others():
     while core.has_unfinished_requests():
         core.step()
         state.observe(core.trace[-1])
-        line = copy.deepcopy(core.scheduler.waiting)
-        assert state.next_in_line == [line.pop().request_id for _ in range(len(line))]
-        lines.append("".join(state.next_in_line))
+        queue = copy.deepcopy(core.scheduler.waiting)
+        assert state.queue_head == [queue.pop().request_id for _ in range(len(queue))]
+        lines.append("".join(state.queue_head))
     assert lines == ["by", "cdy", "cdy", "dy", "dy", "y", "y", "", ""]
 
 
@@ -178,7 +178,7 @@ def test_nothing_is_wider_than_the_console_and_numbers_are_right(width, policy):
             assert (bar.count("█") == len(bar)) == (count == most)
             finished += output.finished
         assert f"{finished} of 9 finished, {sum(generated.values())} tokens" in lines[1]
-        assert f"{len(in_line(engine))} waiting" in lines[1]
+        assert f"{len(queue_of(engine))} waiting" in lines[1]
         highest = max(sum(tokens) for tokens in state.history)
         assert lines[3].rstrip("│ ").endswith(f"at most {highest:2}")
         step = engine.trace[-1]
@@ -186,9 +186,9 @@ def test_nothing_is_wider_than_the_console_and_numbers_are_right(width, policy):
         decode = sum(len(o.outputs[0].token_ids) > 1 for o in outputs)
         assert f"▓ {prefill:2} prefill, █ {decode:2} decode, of 24" in lines[2]
         assert f"{step.kv.used:3} used of ▒ {step.kv.reserved:3} reserved of 256" in lines[4]
-        words = lines[5].strip("│ ").removeprefix("next").split(";")[0].split(", ")
-        waiting = in_line(engine)
-        assert [word.split()[0] for word in words if word.split()[0] != "nobody"] == waiting[:6]
+        words = lines[5].strip("│ ").removeprefix("queue").split(";")[0].split(", ")
+        waiting = queue_of(engine)
+        assert [word.split()[0] for word in words if word.split()[0] != "none"] == waiting[:6]
         assert (f" and {len(waiting) - 6} more" in lines[5]) == (len(waiting) > 6)
     assert len(heights) == 1, "the view jumps"
 
@@ -242,23 +242,23 @@ def test_a_preempted_request_leaves_its_lane_and_computes_its_output_again_when_
     state = LiveState(3, max_running=2)
     state.observe(step_of(0, [share("a", 6, 6, 6, 1), share("b", 6, 6, 6, 1)]))
     state.observe(step_of(1, [share("a", 1, 0, 7, 2)], preempted=["b"], next_in_line=["b", "c"]))
-    assert state.next_in_line == ["b", "c"] and state.gave_way == ["b"]
+    assert state.queue_head == ["b", "c"] and state.preempted == ["b"]
     assert [lane and lane.share.request_id for lane in state.lanes] == ["a", None]
     state.observe(step_of(2, [share("a", 1, 0, 8, 3), share("b", 7, 6, 7, 2)]))
-    assert state.gave_way == [] and state.stats.preemptions == 1
-    assert [lane and lane.state for lane in state.lanes] == ["decode", "again"]
+    assert state.preempted == [] and state.stats.preemptions == 1
+    assert [lane and lane.state for lane in state.lanes] == ["decode", "recompute"]
     state.observe(step_of(3, [share("a", 1, 0, 9, 4)], preempted=["b"]))
     state.observe(step_of(4, [share("a", 1, 0, 10, 5)], aborted=["b"]))
-    assert state.gave_way == []
+    assert state.preempted == []
 
 
-def test_those_that_gave_way_stand_in_the_order_in_which_they_come_back():
+def test_preempted_requests_stand_in_the_order_in_which_they_run_again():
     state = LiveState(4, max_running=4)
     state.observe(step_of(0, [share(i, 6, 6, 6, 1) for i in "abcd"]))
     state.observe(step_of(1, [share(i, 1, 0, 7, 2) for i in "ab"], preempted=["d", "c"], next_in_line=["c", "d"]))
-    assert state.gave_way == ["c", "d"]
+    assert state.preempted == ["c", "d"]
     state.observe(step_of(2, [share("a", 1, 0, 8, 3)], preempted=["b"], next_in_line=["b", "c", "d"]))
-    assert state.gave_way == state.next_in_line
+    assert state.preempted == state.queue_head
 
 
 @given(
@@ -313,7 +313,7 @@ def test_a_console_that_cannot_redraw_gets_plain_lines(options):
     engine = engine_with(SIZES)
     console, text = capture(**options)
     assert not can_redraw(console)
-    outputs = watch(console, engine, list("01234"), {"0": TITLE}, pace=5.0)  # and nobody waits for a picture
+    outputs = watch(console, engine, list("01234"), {"0": TITLE}, pace=5.0)  # which nothing here waits for
     for i, (output, (prompt, most)) in enumerate(zip(outputs, SIZES, strict=True)):
         expected, _ = mock_tokens([1 + i] * prompt, SamplingParams(max_tokens=most, ignore_eos=True))
         assert (output.request_id, output.outputs[0].token_ids) == (str(i), expected)

@@ -14,7 +14,16 @@ from rich.console import Console
 from folovllm import LLMEngine, SamplingParams
 from folovllm.kv_cache.interface import BlockSnapshot
 from folovllm.viz.live import LABEL, LINES_AROUND, LiveView, watch, watching
-from folovllm.viz.live_blocks import LEVELS, LEVELS_ASCII, blocks_per_cell, device_map, level, per_row
+from folovllm.viz.live_blocks import (
+    LEVELS,
+    LEVELS_ASCII,
+    blocks_per_cell,
+    device_cell,
+    device_map,
+    legend_lines,
+    level,
+    per_row,
+)
 from folovllm.viz.live_state import LiveState
 from tests.m3.helpers import check_all_free, manager_of
 from tests.mock import paged_mock_engine
@@ -125,7 +134,7 @@ def test_after_every_step_the_map_is_the_managers(requests, num_blocks, mode, wi
         counts = f"{manager.pool.num_held} held, {shared} of them shared, {manager.pool.num_free} free"
         assert line_of(lines, "pool").startswith(counts)
         preempted = {r.request_id for r in engine.core.scheduler.requests.values() if r.status.name == "PREEMPTED"}
-        assert set(state.gave_way) == preempted
+        assert set(state.preempted) == preempted
         if manager.host_pool.num_held:
             host = line_of(lines, "host").split()
             assert len(host) == manager.host_pool.num_held
@@ -141,25 +150,25 @@ def test_a_request_keeps_its_letter_while_it_is_away():
     while engine.has_unfinished_requests():
         engine.step()
         state.observe(engine.trace[-1])
-        away |= set(state.gave_way)
+        away |= set(state.preempted)
         for request_id, number in state.owners.items():
             assert numbers.setdefault(request_id, number) == number
     assert away and set(numbers) == {"0", "1", "2"} and state.owners == {}
 
 
-def test_who_gave_way_is_named_with_what_became_of_its_blocks():
+def test_preempted_requests_are_named_with_what_became_of_their_blocks():
     lines: dict[str, list[str]] = {}
     for mode in ("recompute", "swap"):
         engine = engine_with([(8, 8, 1)] * 5, num_blocks=10, mode=mode)
         state = state_of(engine)
-        assert "gave way" not in "".join(drawn(state, 80))  # before the first step nothing is known of blocks
+        assert "preempted" not in "".join(drawn(state, 80))  # before the first step nothing is known of blocks
         while engine.has_unfinished_requests():
             engine.step()
             state.observe(engine.trace[-1])
-            lines.setdefault(mode, []).append(line_of(drawn(state, 80), "gave way"))
-        assert lines[mode][0] == "nobody so far"
-        assert lines[mode][-1] == f"nobody now, {engine.stats.preemptions} times so far"
-    away = [line for mode in lines for line in lines[mode] if "nobody" not in line]
+            lines.setdefault(mode, []).append(line_of(drawn(state, 80), "preempted"))
+        assert lines[mode][0] == "none so far"
+        assert lines[mode][-1] == f"none now, {engine.stats.preemptions} times so far"
+    away = [line for mode in lines for line in lines[mode] if "none" not in line]
     assert any(re.fullmatch(r"\d(, \d)+ dropped", line) for line in lines["recompute"])
     assert any(re.fullmatch(r"[A-E]  \d(, [A-E]  \d)+ on the host", line) for line in lines["swap"])
     assert {"host" in line for line in lines["recompute"]} == {False} and away
@@ -242,17 +251,40 @@ def test_the_legend_says_how_many_blocks_a_cell_has():
     state = state_of(engine)
     engine.step()
     state.observe(engine.trace[-1])
-    lines = drawn(state, 80)
-    assert any("cells of 20 blocks: ▁ to █ held, · none; colour: who holds most " in line for line in lines)
-    assert any(
-        "cells of 20 blocks: . to @ held, _ none; colour: who holds most " in line for line in drawn(state, 80, True)
-    )
-    few = engine_with([(12, 6, 1)], num_blocks=20)
-    state = state_of(few)
-    few.step()
-    state.observe(few.trace[-1])
-    assert any("A  full  a▄ partly filled  A3 shared by 3  · free" in line for line in drawn(state, 80))
-    assert any("A  full  a= partly filled  A3 shared by 3  _ free" in line for line in drawn(state, 80, True))
+    assert line_of(drawn(state, 80), "legend") == "1 cell = 20 blocks  ▁ to █ held  · all free"
+    assert line_of(drawn(state, 80, True), "legend") == "1 cell = 20 blocks  . to @ held  _ all free"
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("block_size", [1, 4, 16, 256])
+def test_the_legend_has_every_kind_of_cell(ascii_only, block_size):
+    """Over every block there can be: free, in the cache, and in 1 to 12 block tables, filled with 0 to all slots."""
+    counts = [0, 0, 0, *(holders for holders in range(1, 13) for _ in range(block_size + 1))]
+    filled = [0, 0, 0, *list(range(block_size + 1)) * 12]
+    blocks = BlockSnapshot(block_size, {}, {}, tuple(counts), tuple(filled), 2, (1, 2), {2: None})
+    cells = {device_cell(blocks, i, None if i < 3 else 7, ascii_only)[0] for i in range(1, len(counts))}
+    (line,) = legend_lines(1, 200, ascii_only, uses_cache=True)
+    words = line.plain.split()
+    low, high = words[words.index("to") - 1], words[words.index("to") + 1]
+    heights = (LEVELS_ASCII if ascii_only else LEVELS)[1:]
+    heights = heights[heights.index(low) : heights.index(high) + 1]
+    explained = {" ", *heights, *"23456789", "+"}  # of second characters; "A3" explains the digits
+    assert {"A3", "A+", "A", "a"} <= set(words) and {cell[1] for cell in cells} <= explained
+    free, cached = ("_ ", "o ") if ascii_only else ("· ", "◦ ")
+    assert {cell for cell in cells if not cell[0].isalpha() or cell == "o "} == {free, cached}
+    assert f"{free}free" in line.plain and f"{cached}free, cached" in line.plain
+    assert {cell[0] for cell in cells} == {"H", "h", free[0], cached[0]}  # letters stand for requests, as A and a do
+
+
+@pytest.mark.parametrize("ascii_only", [False, True])
+@pytest.mark.parametrize("size", [1, 2, 50_000])
+def test_the_legend_is_whole_at_80_columns_and_its_lines_do_not_change(size, ascii_only):
+    for columns in (80, 100, 160):
+        width = columns - 4 - LABEL
+        before, after = (legend_lines(size, width, ascii_only, uses_cache) for uses_cache in (False, True))
+        assert max(map(len, after)) <= width and len(before) == len(after) == (1 if columns == 160 else 2)
+        assert "cached" in after[size == 1 and len(after) - 1].plain
+        assert not any("cached" in line.plain for line in before)
 
 
 # --- while an engine runs ----------------------------------------------------------------------------------
@@ -274,12 +306,12 @@ def test_watching_shows_blocks_and_keeps_them_only_where_the_engine_does(keeps):
     assert [o.finished for o in outputs] == [True, True]
     assert engine.core.trace_blocks == keeps and engine.on_step is None
     assert all((step.blocks is not None) == keeps for step in engine.trace)
-    assert "gave way" in file.getvalue() and "partly filled" in file.getvalue()
+    assert "preempted" in file.getvalue() and "partly full" in file.getvalue()
     check_all_free(engine)
 
 
 def test_whatever_runs_meanwhile_is_shown():
-    """Requests that nobody knew of when it began, as a beam search makes them."""
+    """Requests that came after it began, as a beam search makes them."""
     engine = engine_with([], num_blocks=8)
     console, file = terminal()
     with watching(console, engine, pace=0.001):

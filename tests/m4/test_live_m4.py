@@ -20,7 +20,7 @@ prompts = st.tuples(st.integers(0, 3), st.integers(1, 14))  # blocks in common w
 
 
 def prompt_of(number: int, shared: int, length: int) -> list[int]:
-    """Tokens that begin as everybody's do, and then are the request's own."""
+    """Tokens that begin as those of all requests do, and then are the request's own."""
     common = [1 + i for i in range(4 * shared)][:length]
     return common + [20 + number] * (length - len(common))
 
@@ -61,13 +61,13 @@ def test_after_every_step_the_view_is_what_the_books_say(requests, num_blocks, b
         cached_before |= len(manager.cache) > 0
         assert any(line[2:].startswith("cache ") for line in lines) == cached_before
         if cached_before:
-            following = ", next " + ", ".join(map(str, idle[:MOST_NEXT])) if idle else ""
-            told = f" of prompts found; {num_evicted} evicted; {len(idle)} free{following}"
-            assert line_of(lines, "cache").endswith(told)
+            following = ", next out " + ", ".join(map(str, idle[:MOST_NEXT])) if idle else ""
+            told = f"%; {num_evicted} evicted; {len(idle)} free{following}"
+            assert re.fullmatch(r"hit rate \d+" + re.escape(told), line_of(lines, "cache"))
         for share in engine.trace[-1].requests:
             row = next(line.split() for line in lines if re.match(rf".\s+([A-Z] +)?{share.request_id}\s", line))
             in_part = share.status == "RUNNING" and share.num_prompt > 0 and share.num_computed < share.prompt_len
-            if "again" not in row:
+            if "recompute" not in row:
                 assert (f"chunk of {share.num_scheduled} " in " ".join(row)) == in_part
     check_all_free(engine)
 
@@ -84,7 +84,7 @@ def test_hits_are_told_for_as_long_as_the_request_runs():
         state.observe(engine.trace[-1])
         (row,) = [line for line in drawn(state, 80) if re.search(r" 2 +(prefill|decode) ", line)]
         assert " 10, 8 cached " in row
-    assert line_of(drawn(state, 80), "cache").startswith("80% of prompts found; 0 evicted; ")
+    assert line_of(drawn(state, 80), "cache").startswith("hit rate 80%; 0 evicted; ")
 
 
 def test_the_share_of_hits_is_that_of_prompt_tokens():
