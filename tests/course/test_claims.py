@@ -341,7 +341,7 @@ def results_of_the_course() -> list[str]:
 def test_a_results_file_says_where_it_was_measured_and_sums_up_its_rounds(file: str) -> None:
     data = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
     of_the_bench = data["command"].startswith("python -m folovllm.bench ")
-    assert of_the_bench or data["command"].startswith("python tools/measure_course.py ")
+    assert of_the_bench or re.match(r"python tools/measure_(course|suite)\.py\b", data["command"])
     assert data["hardware"]["cpu"] and data["hardware"]["threads"]
     assert data["versions"]["torch"] and data["versions"]["transformers"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", data["date"])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -11,9 +10,10 @@ import pytest
 
 from folovllm.grading.no_triton import MISSING, tl, triton
 from folovllm.grading.runner import environment, find_milestones, pytest_arguments, run_checks
+from tests.needs import need_module
 
 KERNELS = find_milestones()["m3-kernels"]
-needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+needs_triton = need_module("triton")
 
 
 def test_a_milestones_second_folder_goes_by_its_whole_name(tmp_path: Path) -> None:

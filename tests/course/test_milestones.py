@@ -256,6 +256,8 @@ def test_a_command_of_a_page_runs(
     monkeypatch.setattr(command, "run_checks", lambda m, path, *_: graded(m.name, path.name))
     program, *args = shlex.split(line)
     if program == "python":
+        if "m4_inference" in args[0]:
+            args += ["--rounds", "1"]  # the last one counts
         monkeypatch.setattr(sys, "argv", args)
         runpy.run_path(args[0], run_name="__main__")
         assert "tokens" in capsys.readouterr().out

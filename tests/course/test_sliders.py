@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from folovllm.kv_cache.fragmentation import draw_requests, replay
 from folovllm.viz import panels, sliders
 from folovllm.viz.sliders import SliderFigure, slider_figure, spread_evenly
+from tests.needs import need_module
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"
 PNG = b"\x89PNG"
@@ -111,8 +112,8 @@ def test_values_that_are_none_are_refused(wrong: dict[str, Any]) -> None:
 # --- the slider -------------------------------------------------------------------------------------------
 
 
+@need_module("ipywidgets")
 def test_the_slider_draws_what_it_is_moved_to_and_each_value_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ipywidgets", reason="sliders need ipywidgets, of the notebooks extra")
     drawn: list[int] = []
 
     def draw(ax: Axes, value: int) -> str:
@@ -130,8 +131,8 @@ def test_the_slider_draws_what_it_is_moved_to_and_each_value_once(monkeypatch: p
     assert drawn == [4, 9] and bytes(image.value) == at_four
 
 
+@need_module("ipywidgets")
 def test_a_reader_gets_the_slider_and_a_saved_notebook_the_picture(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("ipywidgets", reason="sliders need ipywidgets, of the notebooks extra")
     monkeypatch.setattr(sliders, "runs_widgets", lambda: True)
     data, _ = example()._repr_mimebundle_()
     assert set(data) == {"text/plain", "image/png", WIDGET_VIEW}

@@ -8,7 +8,6 @@ Compiling takes a second or so per kernel, so this takes a choice of them. All t
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import re
 import subprocess
@@ -20,9 +19,10 @@ import pytest
 import torch
 
 from folovllm.attention.triton_configs import KernelConfig, choose_configs
+from tests.needs import is_there
 
-if importlib.util.find_spec("triton") is None:
-    pytest.skip("Triton is not installed", allow_module_level=True)
+if not is_there("triton"):
+    pytest.skip("needs the package triton", allow_module_level=True)
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("Triton interprets here and compiles nothing", allow_module_level=True)
 

@@ -5,7 +5,6 @@ Triton decides when it is imported whether it interprets or compiles, so one pro
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -14,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.needs import need_module
+
 ROOT = Path(__file__).resolve().parents[2]
 FILES = sorted((ROOT / "tests" / "m3" / "interpreted").glob("test_*.py"))
-pytestmark = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+pytestmark = need_module("triton")
 
 
 @pytest.mark.timeout(900)

@@ -6,7 +6,6 @@ A script that is put behind the page's own presses keys and reads what is there.
 from __future__ import annotations
 
 import json
-import shutil
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -21,9 +20,10 @@ from folovllm.replay.page import replay_page
 from folovllm.replay.record import recording
 from folovllm.request import RequestStatus
 from tests.mock import drain
+from tests.needs import BROWSERS, find, need
 from tests.replay.runs import KINDS, Scripts, crowd, crowded_run, engine_like
 
-BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+BROWSER = find(*BROWSERS)
 FLAGS = (
     "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--virtual-time-budget=20000", "--dump-dom",
@@ -78,7 +78,7 @@ EVERY_STEP = """
   return steps;
 """
 
-pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium on this machine")
+pytestmark = need("Chromium", BROWSER is not None)
 
 
 class _Found(Scripts):
