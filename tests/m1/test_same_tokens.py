@@ -12,7 +12,7 @@ from folovllm import LLM, SamplingParams
 from folovllm.glossary import load_prose
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
-NUM_PROMPTS = 200
+NUM_PROMPTS = 60
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ def seeded_prompts(tokenizer: PreTrainedTokenizerBase, vocab_size: int, count: i
     return prompts
 
 
-def test_folo_tiny_on_200_prompts_of_1_to_300_tokens(llm: LLM, oracle_stats: OracleStats) -> None:
+def test_folo_tiny_on_prompts_of_1_to_300_tokens(llm: LLM, oracle_stats: OracleStats) -> None:
     model: PreTrainedModel = llm.engine.core.runner.model
     prompts = seeded_prompts(llm.engine.tokenizer, llm.engine.vocab_size, NUM_PROMPTS)
     assert {len(p) for p in prompts} >= {1, 300} and len(prompts) == NUM_PROMPTS

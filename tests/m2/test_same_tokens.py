@@ -83,8 +83,8 @@ def reference(family: str, i: int) -> list[int]:
     return hf_greedy(family_model(family), PROMPTS[i], MAX_TOKENS[i])
 
 
-@pytest.mark.parametrize("max_num_seqs", MAX_NUM_SEQS)
-@pytest.mark.parametrize("batching", ["padded", "loop"])
+# In the loop nobody's forward holds anybody else, so how many share a step is a matter of the schedule alone.
+@pytest.mark.parametrize(("batching", "max_num_seqs"), [*[("padded", size) for size in MAX_NUM_SEQS], ("loop", 5)])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_four_families(
     family: str, batching: str, max_num_seqs: int, checkpoint: Checkpoint, oracle_stats: OracleStats
@@ -127,8 +127,10 @@ def m1_outputs(m1: LLM, prose: list[str], oracle_stats: OracleStats) -> list[Req
     return outputs
 
 
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize(("batching", "max_num_seqs"), [("padded", 2), ("padded", 16), ("loop", 5)])
+@pytest.mark.parametrize(
+    ("batching", "max_num_seqs", "policy"),
+    [("padded", 2, "fcfs"), ("padded", 2, "priority"), ("padded", 16, "sjf"), ("loop", 5, "priority")],
+)
 def test_folo_tiny_says_what_it_says_at_m1(
     batching: str,
     max_num_seqs: int,

@@ -201,7 +201,7 @@ def test_a_salt_does_not_make_a_prompt_of_anything(prompt: Any, folder: str) -> 
 def test_a_salt_may_stand_beside_text_and_beside_token_ids_at_any_milestone() -> None:
     params = SamplingParams(temperature=0, max_tokens=2)
     for milestone in MILESTONES:
-        llm = LLM("folo-tiny", milestone=milestone, dtype="float32", device="cpu")
+        llm = LLM("folo-tiny", milestone=milestone, dtype="float32", device="cpu", num_kv_blocks=99)
         text: Any = {"prompt": "A block", "cache_salt": "x"}
         tokens: Any = {"prompt_token_ids": [5, 6, 7], "cache_salt": "x"}
         outputs = llm.generate([text, tokens], params, use_tqdm=False)
@@ -225,7 +225,7 @@ def test_reset_prefix_cache(folder: str) -> None:
 
 @pytest.mark.parametrize("milestone", ["m1", "m2", "m3"])
 def test_where_there_is_no_cache_there_is_nothing_to_empty(milestone: str) -> None:
-    llm = LLM("folo-tiny", milestone=milestone, dtype="float32", device="cpu")
+    llm = LLM("folo-tiny", milestone=milestone, dtype="float32", device="cpu", num_kv_blocks=99)
     llm.reset_prefix_cache()
     (output,) = llm.generate(["A block is"], SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
     assert output.num_cached_tokens == 0

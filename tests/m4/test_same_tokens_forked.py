@@ -16,6 +16,7 @@ from tests.oracle import FAMILIES, OracleStats
 
 each_model = pytest.mark.parametrize("name", MODELS)
 each_family = pytest.mark.parametrize("name", FAMILIES)
+SMALL_POOLS = [(1, 16), (4, 9), (4, 64), (16, 30)]  # block size and budget
 both_modes = pytest.mark.parametrize("mode", ["recompute", "swap"])
 
 
@@ -23,11 +24,12 @@ both_modes = pytest.mark.parametrize("mode", ["recompute", "swap"])
 
 
 @each_family
-@both_modes
-@pytest.mark.parametrize(("block_size", "budget"), [(1, 16), (4, 9), (4, 64), (16, 30)])
+@pytest.mark.parametrize(("block_size", "budget"), SMALL_POOLS)
 def test_who_gives_way_comes_back_with_the_same_tokens(
-    name: str, mode: str, block_size: int, budget: int, cases: dict[str, SharedCase], oracle_stats: OracleStats
+    name: str, block_size: int, budget: int, cases: dict[str, SharedCase], oracle_stats: OracleStats
 ) -> None:
+    """Each family is recomputed and swapped, and so is each way to cut prompts and blocks."""
+    mode = ("recompute", "swap")[(FAMILIES.index(name) + SMALL_POOLS.index((block_size, budget))) % 2]
     case = cases[name]
     llm = case.llm(
         block_size=block_size,
@@ -91,22 +93,21 @@ def test_requests_that_come_while_others_run(
 
 
 @each_model
-@pytest.mark.parametrize("num_kv_blocks", [24, 300])
-def test_samples_of_cached_prompts_are_what_each_seed_gives_alone(
-    name: str, num_kv_blocks: int, cases: dict[str, SharedCase]
-) -> None:
+def test_samples_of_cached_prompts_are_what_each_seed_gives_alone(name: str, cases: dict[str, SharedCase]) -> None:
+    """In a pool with room for all of them, and in one where they give way."""
     case = cases[name]
     wishes: dict[str, Any] = {"max_tokens": 12, "temperature": 0.8, "top_p": 0.95, "ignore_eos": True}
     prompts = [case.prompts[0], case.prompts[4], case.prompts[1]]
-    llm = case.llm(block_size=4, num_kv_blocks=num_kv_blocks, max_num_batched_tokens=20)
-    shared = llm.generate(prompts, SamplingParams(n=3, seed=11, **wishes), use_tqdm=False)
-    stats = llm.engine.stats
-    assert stats.cached_tokens > 0 and stats.copied_blocks > 0 and (stats.preemptions > 0) == (num_kv_blocks == 24)
-    check_all_free(llm.engine)
     seeds = [SamplingParams(seed=11 + i, **wishes) for i in range(3)]
-    for prompt, output in zip(prompts, shared, strict=True):
-        alone = case.llm("m1").generate([prompt] * 3, seeds, use_tqdm=False)
-        assert [c.token_ids for c in output.outputs] == [o.outputs[0].token_ids for o in alone]
+    m1 = case.llm("m1")
+    alone = [[o.outputs[0].token_ids for o in m1.generate([p] * 3, seeds, use_tqdm=False)] for p in prompts]
+    for num_kv_blocks in (24, 300):
+        llm = case.llm(block_size=4, num_kv_blocks=num_kv_blocks, max_num_batched_tokens=20)
+        shared = llm.generate(prompts, SamplingParams(n=3, seed=11, **wishes), use_tqdm=False)
+        stats = llm.engine.stats
+        assert stats.cached_tokens > 0 and stats.copied_blocks > 0 and (stats.preemptions > 0) == (num_kv_blocks == 24)
+        check_all_free(llm.engine)
+        assert [[c.token_ids for c in output.outputs] for output in shared] == alone
 
 
 def test_penalties_and_minimum_lengths_do_not_mind(cases: dict[str, SharedCase]) -> None:

@@ -90,7 +90,7 @@ def test_lengths_at_the_borders_of_blocks(block_size: int) -> None:
     check(make_ragged(lengths, block_size, (2, 1)), AttentionParams(0.25), backend(16, 32))
 
 
-@pytest.mark.parametrize("group", range(1, 9))
+@pytest.mark.parametrize("group", [1, 3, 4, 7])
 def test_groups_of_query_heads(group: int) -> None:
     for lengths in ([(9, 1), (20, 1)], [(9, 1), (0, 7)]):
         check(make_ragged(lengths, 4, (3 * group, 3)), AttentionParams(0.25), backend(segments=2))
@@ -116,7 +116,7 @@ def test_programs_may_run_in_any_order(group: int, monkeypatch: pytest.MonkeyPat
         check(make_ragged(lengths, 4, (2 * group, 2)), AttentionParams(0.25), backend(segments=2))
 
 
-@pytest.mark.parametrize("head_dim", [1, 8, 24, 64, 72, 96, 128, 256])
+@pytest.mark.parametrize("head_dim", [1, 24, 64, 72, 128, 256])
 def test_head_sizes(head_dim: int) -> None:
     for lengths in ([(20, 1)], [(9, 1), (0, 7)]):
         check(make_ragged(lengths, 4, (6, 3), head_dim), AttentionParams(head_dim**-0.5))
@@ -128,7 +128,7 @@ def test_a_sliding_window_in_prefills_chunks_and_decodes(window: int) -> None:
         check(make_ragged(lengths, 8, (2, 1)), AttentionParams(0.25, window))
 
 
-@pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
+@pytest.mark.parametrize("softcap", [0.5, 50.0])
 def test_a_softcap(softcap: float) -> None:
     for lengths, window in ((MIXED, None), (DECODES, 9)):
         batch = make_ragged(lengths, 8, (2, 1))
@@ -181,9 +181,16 @@ def test_enough_programs_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
         assert launched.pop() == segments
 
 
-@pytest.mark.parametrize("lengths", [MIXED, DECODES], ids=["mixed", "decodes"])
-@pytest.mark.parametrize("padding", [(1, 0), (11, 4)])
-@pytest.mark.parametrize("enough", [1, 10**9])
+@pytest.mark.parametrize(
+    ("lengths", "padding", "enough"),
+    [
+        (MIXED, (1, 0), 1),
+        (MIXED, (11, 4), 10**9),
+        (DECODES, (1, 0), 10**9),
+        (DECODES, (11, 4), 1),
+        (DECODES, (11, 4), 10**9),
+    ],
+)
 def test_padding_changes_no_result_and_comes_out_as_zeros(
     lengths: list[tuple[int, int]], padding: tuple[int, int], enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
