@@ -59,14 +59,14 @@ notebooks: $(if $(NOTEBOOKS),$(VENV)/.installed-notebooks)  ## run every noteboo
 
 docs: $(VENV)/.installed-docs  ## build the course as a site in docs/_build/html
 	@$(PY) -m sphinx -b html -W --keep-going -q docs docs/_build/html
-	@$(PY) tools/check_site.py docs/_build/html
+	@$(PY) docs/check_site.py docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
 tags:  ## set the tags m0 to m4 from the `Milestone:` trailers in the history
-	@$(PYTHON) tools/make_tags.py
+	@$(PYTHON) .ci/make_tags.py
 
 bench: $(VENV)/.installed-base  ## measure on this machine (BENCH_ARGS="--help" lists what)
-	@$(PY) -m folovllm.bench $(BENCH_ARGS)
+	@$(PY) -m folovllm.course.bench $(BENCH_ARGS)
 
 clean:  ## delete caches and build outputs
 	rm -rf build dist docs/_build docs/labs .pytest_cache .ruff_cache .mypy_cache .hypothesis *.egg-info

@@ -20,7 +20,7 @@ extensions = [
     "sphinx.ext.napoleon",
     "glossary_page",
     "native_math",
-    "plain_fields",
+    "api_page",
     "source_links",
     "claim_roles",
     "chapter_parts",

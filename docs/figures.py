@@ -1,6 +1,6 @@
 """The figures of the chapters: what is drawn under which name, from formulas, results files and the engine itself.
 
-The drawing is done by `folovllm.viz`; here stands only what goes in. {drawn} shows a figure by its name.
+The drawing is done by `folovllm.course.viz`; here stands only what goes in. {drawn} shows a figure by its name.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from figures_whole import FIGURES as OF_WHOLE
 from matplotlib.figure import Figure
 from traces import steps_of, traced_requests
 
-from folovllm.engine.detokenizer import Detokenizer
-from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
-from folovllm.models.loader import load_hf_model, resolve_model
-from folovllm.sampling.filters import apply_min_p, apply_temperature, apply_top_k, apply_top_p
-from folovllm.viz import batching
-from folovllm.viz.flow import shape_flow
-from folovllm.viz.kv import cache_timing, kv_bytes_bars, kv_cells
-from folovllm.viz.masks import attention_masks
-from folovllm.viz.padding import (
+from folovllm.course.viz import batching
+from folovllm.course.viz.flow import shape_flow
+from folovllm.course.viz.kv import cache_timing, kv_bytes_bars, kv_cells
+from folovllm.course.viz.masks import attention_masks
+from folovllm.course.viz.padding import (
     batch_rectangle,
     kv_cells_of_static,
     kv_cells_of_trace,
     padding_map,
     padding_over_steps,
 )
-from folovllm.viz.roofline import RooflinePoint, attention_share, roofline
-from folovllm.viz.sampling import Release, filter_stages, text_release
-from folovllm.viz.timeline import latency_timeline, phase_times, request_gantt
+from folovllm.course.viz.roofline import RooflinePoint, attention_share, roofline
+from folovllm.course.viz.sampling import Release, filter_stages, text_release
+from folovllm.course.viz.timeline import latency_timeline, phase_times, request_gantt
+from folovllm.engine.detokenizer import Detokenizer
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
+from folovllm.models.loader import load_hf_model, resolve_model
+from folovllm.sampling.logits import apply_min_p, apply_temperature, apply_top_k, apply_top_p
 
 FILES = sorted((ROOT / "docs").glob("figures*.py"))
 DEPENDS_ON = (*FILES, *sorted(RESULTS.glob("*.json")), *sorted((ROOT / "folovllm" / "viz").glob("*.py")))

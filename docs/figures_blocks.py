@@ -9,11 +9,11 @@ from claims.ledger import result
 from matplotlib.figure import Figure
 from traces import steps_of
 
+from folovllm.course.viz import batching, blocks
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockCopy, BlockPlan
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-from folovllm.viz import batching, blocks
 
 
 def draw_memory_shares() -> Figure:
@@ -46,10 +46,10 @@ def draw_block_tables() -> Figure:
 
 def write(books: BlockManager, request: Request, num_tokens: int) -> BlockPlan:
     """Take room for more tokens of a request, and count them as computed."""
-    plan = books.reserve(request, num_tokens)
+    plan = books.allocate_slots(request, num_tokens)
     if plan is None:
         raise RuntimeError(f"no room for {num_tokens} tokens")
-    books.commit(plan)
+    books.cache_blocks(plan)
     return plan
 
 

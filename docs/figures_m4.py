@@ -10,11 +10,11 @@ from claims.ledger import result
 from matplotlib.figure import Figure
 from traces import steps_of
 
+from folovllm.course.viz import chunks, prefix
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-from folovllm.viz import chunks, prefix
 
 # --- chapter 6 --------------------------------------------------------------------------------------------
 
@@ -68,10 +68,10 @@ def draw_hash_tree() -> Figure:
         words = prompt.split()
         ids = [numbers.setdefault(word, len(numbers)) for word in words]
         request = Request(name, ids, SamplingParams(), (), max_model_len=64)
-        plan = books.reserve(request, len(ids) - books.match(request))
+        plan = books.allocate_slots(request, len(ids) - books.get_computed_blocks(request))
         if plan is None:
             raise RuntimeError(f"no room for {name!r}")
-        books.commit(plan)
+        books.cache_blocks(plan)
         for index, block in enumerate(plan.block_table):
             part = words[index * size : (index + 1) * size]
             if len(part) == size:

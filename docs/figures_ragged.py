@@ -9,8 +9,8 @@ from claims import chapter_5
 from claims.chapter_5 import NAMES
 from matplotlib.figure import Figure
 
-from folovllm.attention.online_softmax import online_softmax
-from folovllm.viz import ragged
+from folovllm.course.lessons.online_softmax import online_softmax
+from folovllm.course.viz import ragged
 
 
 def draw_padded_and_ragged() -> Figure:

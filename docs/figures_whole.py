@@ -9,8 +9,8 @@ from claims import chapter_8
 from claims.ledger import result
 from matplotlib.figure import Figure
 
-from folovllm.grading.latency import COST, ITL_TARGET, LONG, MS, parts_of
-from folovllm.viz.whole import (
+from folovllm.course.grading.latency import COST, ITL_TARGET, LONG, MS, parts_of
+from folovllm.course.viz.whole import (
     Agreement,
     Box,
     Held,
@@ -72,7 +72,7 @@ def draw_matrix() -> Figure:
 
 
 def matrix_of(matrix: dict[str, Any]) -> Figure:
-    """The figure of a matrix as `tools/measure_whole.py` writes it."""
+    """The figure of a matrix as `folovllm/course/measure/whole.py` writes it."""
     cells = matrix["cells"]
     chunks = sorted({cell["chunk"] for cell in cells}, key=lambda size: (size > 0, -size))
     places = [(small, cache, chunk) for small in (False, True) for cache in (False, True) for chunk in chunks]
@@ -126,7 +126,7 @@ def draw_layers() -> Figure:
             ],
             [
                 Box("PagedRunner", "runner/paged_runner.py", (5,), 0),
-                Box("KV storage", "kv_cache/storage.py", (), 1),
+                Box("KV storage", "runner/kv_storage.py", (), 1),
                 Box("attention", "attention/", (6,), 2),
                 Box("Sampler", "sampling/sampler.py", (7,), 3),
             ],
@@ -142,7 +142,7 @@ def draw_layers() -> Figure:
                 Box("Decoder", "models/decoder.py", (6,), 0),
                 Box("layers", "models/layers.py", (), 1),
                 Box("weights", "models/weights.py", (), 2),
-                Box("any HF decoder", "models/hf_paged.py", (), 3),
+                Box("any HF decoder", "contrib/transformers/", (), 3),
             ]
         ],
     )

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from folovllm import LLM, SamplingParams
-from folovllm.engine.prompts import Prompt
-from folovllm.glossary import default_prompts, load_prose
-from folovllm.replay.page import replay_page
-from folovllm.replay.record import Recorder, recording
+from folovllm.course.glossary import default_prompts, load_prose
+from folovllm.course.replay.page import replay_page
+from folovllm.engine.input_processor import Prompt
+from folovllm.engine.recording import Recorder, recording
 
-PARTS = ("assets/replay/*", "replay/*.py", "engine/*.py", "kv_cache/*.py", "scheduler/*.py")
+PARTS = ("assets/replay/*", "course/replay/*.py", "engine/*.py", "kv_cache/*.py", "scheduler/*.py")
 PACKAGE = Path(__file__).resolve().parent.parent / "folovllm"
 DEPENDS_ON = (Path(__file__), *(file for part in PARTS for file in sorted(PACKAGE.glob(part))))
 Run = tuple[str, Callable[[], Recorder], Callable[[dict[str, Any]], bool]]

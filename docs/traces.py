@@ -37,7 +37,7 @@ def snapshot(data: dict[str, Any]) -> BlockSnapshot:
         data["block_size"],
         tables,
         host_tables,
-        tuple(data["ref_counts"]),
+        tuple(data["ref_cnt"]),
         tuple(data["filled"]),
         data["num_free"],
         tuple(data.get("free", ())),
@@ -46,7 +46,7 @@ def snapshot(data: dict[str, Any]) -> BlockSnapshot:
 
 
 def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
-    """The trace of three questions that `tools/measure_course.py engine` recorded."""
+    """The trace of three questions that `folovllm/course/measure/course.py engine` recorded."""
     data = result(chapter_2.TINY)["trace"]
     outputs = [
         RequestOutput(

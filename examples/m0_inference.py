@@ -22,8 +22,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from folovllm.baseline import BaselineReport, BaselineResult, compare, generate_cached, generate_recompute
-from folovllm.glossary import default_prompts
+from folovllm.baseline import BaselineResult, generate_cached, generate_recompute
+from folovllm.course.glossary import default_prompts
+from folovllm.course.lessons.baseline_report import BaselineReport, compare
 from folovllm.models.loader import (
     LOAD_FORMATS,
     eos_token_ids,

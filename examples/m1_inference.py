@@ -15,9 +15,8 @@ from rich.console import Console
 from folovllm import LLM, SamplingParams
 from folovllm.config import check_int
 from folovllm.entrypoints.cli import clean_exit, load_llm
-from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
-from folovllm.viz.console import print_stream
-from folovllm.viz.tables import phase_table, request_table, stats_table
+from folovllm.entrypoints.tables import phase_table, request_table, stats_table
+from folovllm.entrypoints.terminal import make_prompts, print_samples, print_stream, show_ids
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

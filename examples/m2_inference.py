@@ -29,12 +29,12 @@ from transformers import PreTrainedModel
 
 from folovllm import EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from folovllm.config import check_float, check_int
+from folovllm.course.viz.live import watch
 from folovllm.engine.factory import build_engine
 from folovllm.entrypoints.cli import clean_exit, load_llm
+from folovllm.entrypoints.tables import milliseconds, new_table, phase_table, request_table, stats_table, step_table
 from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
-from folovllm.runner.hf_runner import HFRunner
-from folovllm.viz.live import watch
-from folovllm.viz.tables import milliseconds, new_table, phase_table, request_table, stats_table, step_table
+from folovllm.runner.hf.hf_runner import HFRunner
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:

@@ -23,13 +23,13 @@ from rich.table import Table
 
 from folovllm import LLM, BeamSearchParams, RequestOutput, SamplingParams
 from folovllm.config import check_float, check_int
+from folovllm.course.viz.live import watch, watching
 from folovllm.engine.trace import StepTrace
 from folovllm.entrypoints.cli import clean_exit, load_llm
+from folovllm.entrypoints.tables import new_table, phase_table, request_table, stats_table, step_table
 from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
 from folovllm.outputs import BeamSearchOutput
 from folovllm.runner.paged_runner import PagedRunner
-from folovllm.viz.live import watch, watching
-from folovllm.viz.tables import new_table, phase_table, request_table, stats_table, step_table
 
 POOL = 1024  # tokens in the pool by default: in blocks of 16, few enough to see each of them
 

@@ -48,14 +48,14 @@ from rich.table import Table
 
 from folovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
 from folovllm.config import MILESTONES, check_choice, check_float, check_int
+from folovllm.course.glossary import default_prompts, load_prose
+from folovllm.course.viz.live import watching
 from folovllm.engine.factory import build_engine
-from folovllm.engine.prompts import Prompt
+from folovllm.engine.input_processor import Prompt
 from folovllm.entrypoints.cli import clean_exit, load_llm
+from folovllm.entrypoints.tables import milliseconds, new_table, request_table, stats_table, step_table
 from folovllm.entrypoints.terminal import print_samples, show_ids
-from folovllm.glossary import default_prompts, load_prose
-from folovllm.runner.hf_runner import HFRunner
-from folovllm.viz.live import watching
-from folovllm.viz.tables import milliseconds, new_table, request_table, stats_table, step_table
+from folovllm.runner.hf.hf_runner import HFRunner
 
 DOCUMENT = "document"  # the id of the request with the long prompt
 SHARED_IDS, OWN_IDS, DOCUMENT_IDS = 928, 16, 1664  # tokens of random prompts, for a model without a tokenizer

@@ -17,7 +17,7 @@ does not hold yet: the prompt once (prefill), then one token per step (decode).
     cached feeds       [p0 p1 p2]       [t0] + K/V of 0..2   [t1] + K/V of 0..3
     and chooses        t0               t1                   t2
 
-Both choose the same tokens. `compare` sets the work saved (FLOPs, derived) beside the time saved (measured).
+Both choose the same tokens. What that saves is worked out in `course/lessons/baseline_report.py`.
 
 Shapes: T tokens in the text, L tokens fed, V vocabulary, Hkv key/value heads, D head size.
 """
@@ -31,10 +31,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from transformers import DynamicCache, PretrainedConfig
+from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
-
-from folovllm.kv_cache.formulas import Flops, generation_flops
 
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
@@ -165,54 +163,6 @@ def cache_bytes(cache: DynamicCache) -> int:
     """Bytes of all keys and values in the cache, counted from its tensors."""
     layers = [layer for layer in cache.layers if isinstance(layer, DynamicLayer)]
     return sum(kv.nbytes for layer in layers for kv in (layer.keys, layer.values) if kv is not None)
-
-
-@dataclass(frozen=True)
-class BaselineReport:
-    """One generation without and with a cache: the work by formula, the time as measured."""
-
-    same_tokens: bool
-    prompt_len: int
-    new_tokens: int
-    flops_recompute: Flops
-    flops_cached: Flops
-    seconds_recompute: float
-    seconds_cached: float
-    kv_bytes: int
-
-    @property
-    def flop_ratio(self) -> float:
-        """FLOPs without a cache over FLOPs with one. Derived: see `folovllm.kv_cache.formulas`."""
-        return self.flops_recompute.total / self.flops_cached.total
-
-    @property
-    def time_ratio(self) -> float:
-        """Seconds without a cache over seconds with one. Measured: true of this machine and this run."""
-        return self.seconds_recompute / self.seconds_cached
-
-
-def compare(config: PretrainedConfig, recompute: BaselineResult, cached: BaselineResult) -> BaselineReport:
-    """Both results of one prompt side by side; `config` is the model's.
-
-    Work and time are those of the first n tokens that both have, should one have stopped earlier.
-    Raises ValueError for results of different prompts or without a token, and where `generation_flops` does.
-    """
-    n = min(len(recompute.token_ids), len(cached.token_ids))
-    if recompute.prompt_len != cached.prompt_len or n == 0:
-        raise ValueError(
-            f"prompts of {recompute.prompt_len} and {cached.prompt_len} tokens, {n} new tokens in common: "
-            "two results of the same prompt with at least one new token are needed"
-        )
-    return BaselineReport(
-        same_tokens=recompute.token_ids == cached.token_ids,
-        prompt_len=cached.prompt_len,
-        new_tokens=n,
-        flops_recompute=generation_flops(config, cached.prompt_len, n, cached=False),
-        flops_cached=generation_flops(config, cached.prompt_len, n, cached=True),
-        seconds_recompute=sum(recompute.token_times[:n]),
-        seconds_cached=sum(cached.token_times[:n]),
-        kv_bytes=cached.kv_bytes,
-    )
 
 
 def _make_generator(device: torch.device, seed: int | None) -> torch.Generator:

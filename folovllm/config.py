@@ -31,10 +31,10 @@ class Milestone:
 
     name: str
     adds: str
-    max_num_seqs: int  # the default
-    max_num_seqs_limit: int | None = None  # the largest allowed; None: no limit
-    paged: bool = False  # K/V in blocks and our own forward on flattened tokens; else Hugging Face's, per request
-    batchings: tuple[str, ...] = ()  # ways to put requests into forwards; the first is the default
+    max_num_seqs: int  #: the default
+    max_num_seqs_limit: int | None = None  #: the largest allowed; None: no limit
+    paged: bool = False  #: K/V in blocks and our own forward on flattened tokens; else Hugging Face's, per request
+    batchings: tuple[str, ...] = ()  #: ways to put requests into forwards; the first is the default
     policies: tuple[str, ...] = SCHEDULING_POLICIES
     chunked_prefill: bool = False
     prefix_caching: bool = False
@@ -124,23 +124,20 @@ def config(cls: type[T]) -> type[T]:
 
 @config
 class ModelConfig:
-    """Which model, in which numbers, on which device.
+    """Which model, in which numbers, on which device."""
 
-    model: a bundled name ("folo-tiny"), a local folder in Hugging Face format, or a hub id ("Qwen/Qwen3-0.6B").
-    dtype: "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native, else float32.
-    load_format: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone.
-    max_model_len: tokens of prompt and output together; None is the model's max_position_embeddings.
-    seed: of dummy weights and of requests that bring no seed of their own.
-    model_impl: whose code the paged milestones run: "folovllm" has Llama, Mistral, Qwen2 and Qwen3, "transformers" any
-    decoder that leaves attention to us; "auto" is ours where it fits. Before paging it is always Hugging Face's.
-    """
-
+    #: A bundled name ("folo-tiny"), a local folder in Hugging Face format, or a hub id ("Qwen/Qwen3-0.6B")
     model: str = "folo-tiny"
+    #: "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native, else float32
     dtype: str = "auto"
     device: str = "auto"
+    #: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone
     load_format: str = "auto"
+    #: Tokens of prompt and output together; None is the model's max_position_embeddings
     max_model_len: int | None = None
-    seed: int = 0
+    seed: int = 0  #: of dummy weights and of requests that bring no seed of their own
+    #: Whose code the paged milestones run: "folovllm" has Llama, Mistral, Qwen2 and Qwen3, "transformers" any decoder
+    #: that leaves attention to us; "auto" is ours where it fits. Before paging it is always Hugging Face's.
     model_impl: str = "auto"
 
     def __post_init__(self) -> None:
@@ -158,18 +155,14 @@ class ModelConfig:
 
 @config
 class CacheConfig:
-    """How much K/V there is room for, and how it is cut.
+    """How much K/V there is room for, and how it is cut."""
 
-    block_size: tokens per block. num_kv_blocks: the pool's size; None derives it. For a contiguous cache the same two
-    numbers give a budget of num_kv_blocks * block_size tokens, so that it can be compared with paging on equal terms.
-    gpu_memory_utilization: share of the card for weights, activations and K/V. swap_space: GiB of host memory. Both
-    speak of a pool of blocks, and mean nothing to a contiguous cache.
-    """
-
-    block_size: int = 16
+    block_size: int = 16  #: tokens per block
+    #: The pool's size; None derives it. For a contiguous cache the same two numbers give a budget of num_kv_blocks *
+    #: block_size tokens, so that it can be compared with paging on equal terms.
     num_kv_blocks: int | None = None
-    gpu_memory_utilization: float = 0.9
-    swap_space: float = 4
+    gpu_memory_utilization: float = 0.9  #: share of the card for weights, activations and K/V
+    swap_space: float = 4  #: GiB of host memory; like the field above, of no meaning to a contiguous cache
     enable_prefix_caching: bool | None = None
 
     def __post_init__(self) -> None:
@@ -183,19 +176,16 @@ class CacheConfig:
 
 @config
 class SchedulerConfig:
-    """How many requests and tokens share a step, and in which order they come.
+    """How many requests and tokens share a step, and in which order they come."""
 
-    max_num_seqs: requests that run at once; None takes the milestone's. max_num_batched_tokens: tokens one step may
-    compute; None is 2048, or max_model_len where that is longer and prompts are not split. enable_chunked_prefill:
-    split them, so that a prompt may be longer than a step; None is as the milestone says. long_prefill_token_threshold:
-    then no request gets more tokens of a step, so that others fit beside it; 0 for no limit. scheduling_policy: the
-    order of those that wait: "fcfs", "priority" (the lowest first) or "sjf" (the fewest tokens left first).
-    """
-
-    max_num_seqs: int | None = None
+    max_num_seqs: int | None = None  #: requests that run at once; None takes the milestone's
+    #: Tokens one step may compute; None is 2048, or max_model_len where that is longer and prompts are not split
     max_num_batched_tokens: int | None = None
+    #: Split prompts, so that one may be longer than a step; None is as the milestone says
     enable_chunked_prefill: bool | None = None
+    #: With split prompts, the most tokens of one request in a step, so that others fit beside it; 0 for no limit
     long_prefill_token_threshold: int = 0
+    #: The order of waiting requests: "fcfs", "priority" (the lowest first) or "sjf" (the fewest tokens left first)
     scheduling_policy: str = "fcfs"
     preemption_mode: str = "recompute"
 
@@ -212,27 +202,26 @@ class SchedulerConfig:
 
 @config
 class EngineConfig:
-    """One engine: a milestone, its three parts, and how many steps of trace it keeps.
-
-    batching: how M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None
-    for every other milestone. attention_backend: "auto" is "triton" on a GPU and "torch" on a CPU. "torch-compiled"
-    is "torch" with a fused decode, which needs a C++ compiler and seconds at the first step; "reference" is dense and
-    obvious; "triton" on a CPU wants TRITON_INTERPRET=1 in the environment, and patience.
-    trace_blocks: keep the state of every block in each step's record. num_threads: threads of the CPU that a step uses;
-    None: one for a small model, else torch's, and always OMP_NUM_THREADS or the caller's torch.set_num_threads.
-    keep_freed_memory: on a CPU from M3 on, ask the C library to keep up to a GiB of freed memory for the next step, in
-    the whole process. Without it a long prefill waits for zeroed pages in every layer (`results/host-memory-*.json`).
-    """
+    """One engine: a milestone, its three parts, and how many steps of trace it keeps."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     cache: CacheConfig = field(default_factory=CacheConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     milestone: str = NEWEST_MILESTONE
+    #: "auto" is "triton" on a GPU and "torch" on a CPU. "torch-compiled" is "torch" with a fused decode, which needs a
+    #: C++ compiler and seconds at the first step; "reference" is dense and obvious; "triton" on a CPU wants
+    #: TRITON_INTERPRET=1 in the environment, and patience.
     attention_backend: str = "auto"
+    #: How M2 puts requests into forwards: "padded", left-padded into one, or "loop", one after the other; None for
+    #: every other milestone
     batching: str | None = None
     max_trace_steps: int = 10_000
-    trace_blocks: bool = False
+    trace_blocks: bool = False  #: keep the state of every block in each step's record
+    #: Threads of the CPU that a step uses; None: one for a small model, else torch's, and always OMP_NUM_THREADS or the
+    #: caller's torch.set_num_threads
     num_threads: int | None = None
+    #: On a CPU from M3 on, ask the C library to keep up to a GiB of freed memory for the next step, in the whole
+    #: process. Without it a long prefill waits for zeroed pages in every layer (`results/host-memory-*.json`).
     keep_freed_memory: bool = True
 
     def __post_init__(self) -> None:

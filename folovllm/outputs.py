@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from folovllm.sampling.sampler import Logprob
+
+@dataclass(slots=True)
+class Logprob:
+    """A token's log probability."""
+
+    logprob: float
+    rank: int  #: in the vocabulary; 1 is the likeliest
+    decoded_token: str | None = None
 
 
 @dataclass
@@ -56,17 +63,15 @@ class CompletionOutput:
     """One generated sequence.
 
     token_ids include the EOS or stop token that ended it; text does not, unless `include_stop_str_in_output`.
-    finish_reason: "stop", "length", "abort", "error", or None while it grows.
-    stop_reason: the stop string or stop token id that ended it, or what the error was; None for EOS and all else.
-    logprobs: per token, the chosen id and the top ones.
     """
 
     index: int
     text: str
     token_ids: list[int]
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None
-    finish_reason: str | None = None
+    logprobs: list[dict[int, Logprob]] | None = None  #: per token, the chosen id and the top ones
+    finish_reason: str | None = None  #: "stop", "length", "abort", "error", or None while it grows
+    #: The stop string or stop token id that ended it, or what the error was; None for EOS and all else
     stop_reason: int | str | None = None
 
     @property
@@ -77,28 +82,21 @@ class CompletionOutput:
 
 @dataclass
 class BeamSequence:
-    """One result of a beam search: prompt and output in `tokens`, the EOS that ended it included.
-
-    cum_logprob: the sum over the output's tokens. score: what beams are ranked by, the sum over length ** penalty.
-    finish_reason: "stop" for an EOS, "length" else.
-    """
+    """One result of a beam search: prompt and output in `tokens`, the EOS that ended it included."""
 
     tokens: list[int]
     text: str
-    cum_logprob: float
-    score: float
-    finish_reason: str
+    cum_logprob: float  #: the sum over the output's tokens
+    score: float  #: what beams are ranked by, the sum over length ** penalty
+    finish_reason: str  #: "stop" for an EOS, "length" else
 
 
 @dataclass
 class BeamSearchOutput:
-    """The beams of one prompt, best first (vLLM: `vllm/beam_search.py`).
-
-    kv_saved: the largest share of K/V, over the rounds, that beams shared instead of each holding a copy.
-    """
+    """The beams of one prompt, best first (vLLM: `vllm/beam_search.py`)."""
 
     sequences: list[BeamSequence]
-    kv_saved: float
+    kv_saved: float  #: the largest share of K/V, over the rounds, that beams shared instead of each holding a copy
 
 
 @dataclass

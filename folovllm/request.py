@@ -58,25 +58,20 @@ _NEXT = {
 
 @dataclass(eq=False)  # a request is itself, whatever another one holds
 class Request:
-    """One sequence and how far it has come.
-
-    prompt_token_ids: the prompt, at least one token. eos_token_ids: ids that end the output unless `ignore_eos`.
-    max_model_len: the most tokens (prompt and output) the model can hold. arrival_time: seconds on the engine's clock.
-    parent_id: the request whose K/V this one starts with, all but its own last prompt token (see `Scheduler`: parallel
-    sampling and beams); None for all others. hold: keep the K/V after the end, for forks, until it is let go.
-    cache_salt: only requests with the same one share cached prefixes.
-    """
+    """One sequence and how far it has come."""
 
     request_id: str
-    prompt_token_ids: list[int]
+    prompt_token_ids: list[int]  # the prompt, at least one token
     sampling_params: SamplingParams
-    eos_token_ids: tuple[int, ...]
-    max_model_len: int
-    arrival_time: float = 0.0
+    eos_token_ids: tuple[int, ...]  # ids that end the output unless `ignore_eos`
+    max_model_len: int  # the most tokens (prompt and output) the model can hold
+    arrival_time: float = 0.0  # seconds on the engine's clock
     priority: int = 0
+    # The request whose K/V this one starts with, all but its own last prompt token (see `Scheduler`: parallel sampling
+    # and beams); None for all others
     parent_id: str | None = None
-    hold: bool = False
-    cache_salt: str = ""
+    hold: bool = False  # keep the K/V after the end, for forks, until it is let go
+    cache_salt: str = ""  # only requests with the same one share cached prefixes
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -84,50 +84,39 @@ def _logit_bias(value: object) -> dict[int, float] | None:
 class SamplingParams:
     """One request's wishes. Immutable: `dataclasses.replace` makes a changed (and checked) copy.
 
-    n: samples from one prompt. Greedy samples would all be equal, so with temperature 0 only 1 is allowed.
-    presence_penalty, frequency_penalty: subtracted from the logit of each token that the output holds, once
-        and per occurrence; in [-2, 2], 0 is off.
-    repetition_penalty: divides positive and multiplies negative logits of the tokens in prompt and output;
-        > 0, 1 is off.
-    temperature: divides the logits; in [0, 2]. 0 takes the likeliest token and switches top_p, top_k and
-        min_p off. A value in (0, 0.01) becomes 0.01.
-    top_p: sample from the smallest set of likeliest tokens with this much probability; in (0, 1], 1 is off.
-    top_k: sample from the k likeliest tokens and those that tie with the k-th; 0 or -1 is off.
-    min_p: drop tokens less likely than min_p times the likeliest; in [0, 1], 0 is off.
-    seed: of this request's own random stream, which no other request can disturb. None (or -1, as in vLLM):
-        the engine's stream, which all unseeded requests share.
-    stop: strings that end the output when its text contains one; a list after construction.
-    stop_token_ids: ids that end the output, besides EOS; a list after construction.
-    ignore_eos: EOS does not end the output.
-    max_tokens: the most output tokens; None leaves only the model's length as a bound.
-    min_tokens: nothing but the model's length ends the output before this many tokens.
-    logprobs: report, with each output token, the log probabilities of this many likeliest tokens and of the
-        chosen one; 0 is the chosen one alone, -1 the whole vocabulary. They are those of the raw logits,
-        before bias, penalties, temperature and filters.
-    include_stop_str_in_output: the text keeps the stop string.
-    logit_bias: what to add to the logits of some token ids; -inf bans a token.
-
     Raises ValueError that names the field, the value and what is allowed.
     """
 
     _: KW_ONLY
-    n: int = 1
+    n: int = 1  #: samples from one prompt. Greedy samples would all be equal, so with temperature 0 only 1 is allowed.
+    #: presence_penalty, frequency_penalty: subtracted from the logit of each token that the output holds, once and per
+    #: occurrence; in [-2, 2], 0 is off
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    #: Divides positive and multiplies negative logits of the tokens in prompt and output; > 0, 1 is off
     repetition_penalty: float = 1.0
+    #: Divides the logits; in [0, 2]. 0 takes the likeliest token and switches top_p, top_k and min_p off. A value in
+    #: (0, 0.01) becomes 0.01.
     temperature: float = 1.0
+    #: Sample from the smallest set of likeliest tokens with this much probability; in (0, 1], 1 is off
     top_p: float = 1.0
-    top_k: int = 0
-    min_p: float = 0.0
+    top_k: int = 0  #: sample from the k likeliest tokens and those that tie with the k-th; 0 or -1 is off
+    min_p: float = 0.0  #: drop tokens less likely than min_p times the likeliest; in [0, 1], 0 is off
+    #: Of this request's own random stream, which no other request can disturb. None (or -1, as in vLLM): the engine's
+    #: stream, which all unseeded requests share.
     seed: int | None = None
+    #: Strings that end the output when its text contains one; a list after construction
     stop: str | list[str] | None = None
-    stop_token_ids: list[int] | None = None
-    ignore_eos: bool = False
-    max_tokens: int | None = 16
-    min_tokens: int = 0
+    stop_token_ids: list[int] | None = None  #: ids that end the output, besides EOS; a list after construction
+    ignore_eos: bool = False  #: EOS does not end the output
+    max_tokens: int | None = 16  #: the most output tokens; None leaves only the model's length as a bound
+    min_tokens: int = 0  #: nothing but the model's length ends the output before this many tokens
+    #: Report, with each output token, the log probabilities of this many likeliest tokens and of the chosen one; 0 is
+    #: the chosen one alone, -1 the whole vocabulary. They are those of the raw logits, before bias, penalties,
+    #: temperature and filters.
     logprobs: int | None = None
-    include_stop_str_in_output: bool = False
-    logit_bias: dict[int, float] | None = None
+    include_stop_str_in_output: bool = False  #: the text keeps the stop string
+    logit_bias: dict[int, float] | None = None  #: what to add to the logits of some token ids; -inf bans a token
 
     def __post_init__(self) -> None:
         check_int("n", self.n, 1, MAX_N)
@@ -206,21 +195,15 @@ class SamplingParams:
 
 @config
 class BeamSearchParams:
-    """Beam search: keep the `beam_width` best sequences after every step (vLLM: `vllm/sampling_params.py`).
-
-    max_tokens: the most output tokens.
-    temperature: checked, and as in vLLM V1 without effect: beams are scored with raw log probabilities.
-    length_penalty: a beam's score is its log probability / length ** length_penalty, so that a larger one
-        favours longer beams.
-    ignore_eos: EOS does not finish a beam.
-    """
+    """Beam search: keep the `beam_width` best sequences after every step (vLLM: `vllm/sampling_params.py`)."""
 
     beam_width: int
-    max_tokens: int
+    max_tokens: int  #: the most output tokens
     _: KW_ONLY
-    temperature: float = 0.0
+    temperature: float = 0.0  #: checked, and as in vLLM V1 without effect: beams are scored with raw log probabilities
+    #: A beam's score is its log probability / length ** length_penalty, so that a larger one favours longer beams
     length_penalty: float = 1.0
-    ignore_eos: bool = False
+    ignore_eos: bool = False  #: EOS does not finish a beam
 
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)

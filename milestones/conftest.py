@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, Phase, settings
 
-from folovllm.grading.checks import WrongAnswer
+from folovllm.course.grading.checks import WrongAnswer
 
 # Every run draws the same cases, and a failure is shrunk to one small case.
 settings.register_profile(

@@ -40,22 +40,27 @@ import torch.nn.functional as F
 from transformers import DynamicCache, LlamaConfig
 
 from folovllm import LLM, SamplingParams
-from folovllm.bench.machine import cpu_model, probe
-from folovllm.bench.roofline import Row, pass_work
-from folovllm.glossary import load_glossary
-from folovllm.kv_cache.formulas import (
+from folovllm.course.bench.machine import cpu_model, probe
+from folovllm.course.bench.roofline import Row, pass_work
+from folovllm.course.glossary import load_glossary
+from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
-    kv_bytes_per_token,
     linear_flops_per_token,
     linear_params,
     lm_head_params,
 )
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.roofline import (
+    RooflinePoint,
+    attention_share,
+    gemm_sweep,
+    roofline,
+)
+from folovllm.course.viz.style import binary_bytes, engineering
+from folovllm.course.viz.timeline import latency_timeline
+from folovllm.kv_cache.formulas import kv_bytes_per_token
 from folovllm.models.dummy import build_dummy_model
 from folovllm.models.loader import load_config, resolve_model
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.roofline import RooflinePoint, attention_share, gemm_sweep, roofline
-from folovllm.viz.style import binary_bytes, engineering
-from folovllm.viz.timeline import latency_timeline
 
 torch.set_num_threads(THREADS)
 torch.manual_seed(0)
@@ -80,9 +85,9 @@ print(f"{cpu_model()}, torch {torch.__version__}, {SETTING}")
 # %% [markdown]
 # ## 1. The two ceilings of this machine
 #
-# A computation moves bytes and does arithmetic, and each has a speed limit. `probe` from `folovllm/bench/machine.py`
-# measures both: it reads buffers far too large for the processor's caches (bytes per second), and multiplies matrices
-# (floating-point operations per second, FLOP/s; a multiply and an add are two).
+# A computation moves bytes and does arithmetic, and each has a speed limit. `probe` from
+# `folovllm/course/bench/machine.py` measures both: it reads buffers far too large for the processor's caches (bytes
+# per second), and multiplies matrices (floating-point operations per second, FLOP/s; a multiply and an add are two).
 #
 # **Predict.** How many operations can your machine do in the time in which it reads one byte? How many does a matrix
 # times a vector need per byte of its weights, if a weight is a float32?

@@ -33,19 +33,13 @@ import torch
 from transformers import DeepseekV2Config, DynamicCache, LlamaConfig
 
 from folovllm.baseline import cache_bytes, generate_cached, generate_recompute
-from folovllm.kv_cache.formulas import (
-    attention_kind,
-    attention_ratio,
-    generation_flops,
-    kv_bytes,
-    kv_bytes_per_token,
-    linear_ratio,
-)
+from folovllm.course.lessons.formulas import attention_ratio, generation_flops, linear_ratio
+from folovllm.course.viz.kv import cache_timing, kv_bytes_bars, kv_cells, kv_drift
+from folovllm.course.viz.masks import attention_masks, position_grid
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.style import binary_bytes
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes, kv_bytes_per_token
 from folovllm.models.loader import load_config, load_hf_model, load_tokenizer, resolve_model
-from folovllm.viz.kv import cache_timing, kv_bytes_bars, kv_cells, kv_drift
-from folovllm.viz.masks import attention_masks, position_grid
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.style import binary_bytes
 
 torch.set_num_threads(THREADS)
 SETTING = f"{THREADS} thread{'s' * (THREADS > 1)}, float32"

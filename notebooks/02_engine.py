@@ -35,21 +35,21 @@ import torch
 from transformers import DynamicCache
 
 from folovllm import LLM, SamplingParams
+from folovllm.course.glossary import default_prompts
+from folovllm.course.viz.flow import shape_flow
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.panels import sampled_panel
+from folovllm.course.viz.sampling import Release, filter_stages, text_release, token_match
+from folovllm.course.viz.sliders import slider_figure
+from folovllm.course.viz.timeline import phase_times, request_gantt
 from folovllm.engine.detokenizer import Detokenizer
-from folovllm.glossary import default_prompts
-from folovllm.sampling.filters import (
+from folovllm.sampling.logits import (
     apply_min_p,
     apply_temperature,
     apply_top_k,
     apply_top_p,
 )
 from folovllm.sampling.sampler import Sampler, SamplingState
-from folovllm.viz.flow import shape_flow
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.panels import sampled_panel
-from folovllm.viz.sampling import Release, filter_stages, text_release, token_match
-from folovllm.viz.sliders import slider_figure
-from folovllm.viz.timeline import phase_times, request_gantt
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -515,7 +515,7 @@ MarkdownTable(
 # | 1 | a prompt and its parameters come in and are checked | `entrypoints/llm.py`, `sampling_params.py` |
 # | 2 | text becomes token ids, a `Request` is made and queued | `engine/llm_engine.py`, `request.py` |
 # | 3 | the scheduler admits it when there is room | `scheduler/scheduler.py`, `kv_cache/` |
-# | 4 | the runner prepares tensors for the scheduled tokens | `runner/hf_runner.py` |
+# | 4 | the runner prepares tensors for the scheduled tokens | `runner/hf/hf_runner.py` |
 # | 5 | the model's forward: logits, and K/V into the cache | Hugging Face, so far |
 # | 6 | the sampler chooses a token | `sampling/sampler.py` |
 # | 7 | append, check the stop rules, free what is finished | `scheduler/scheduler.py`, `scheduler/stop.py` |

@@ -39,11 +39,11 @@ from statistics import fmean
 import torch
 
 from folovllm import LLM, SamplingParams
-from folovllm.bench.engines import EngineServer
-from folovllm.bench.peers import run_dynamic, run_static
-from folovllm.bench.report import spread
-from folovllm.bench.workloads import BenchRequest
-from folovllm.viz.batching import (
+from folovllm.course.bench.engines import EngineServer
+from folovllm.course.bench.peers import run_dynamic, run_static
+from folovllm.course.bench.report import spread
+from folovllm.course.bench.workloads import BenchRequest
+from folovllm.course.viz.batching import (
     batch_gantt,
     depth_of_trace,
     lives_from_batches,
@@ -54,8 +54,8 @@ from folovllm.viz.batching import (
     throughput_by_batch,
     waiting_times,
 )
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.padding import (
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.padding import (
     batch_rectangle,
     kv_cells_of_static,
     kv_cells_of_trace,
@@ -63,8 +63,8 @@ from folovllm.viz.padding import (
     padding_map,
     padding_over_steps,
 )
-from folovllm.viz.panels import STEP_KINDS, static_step_panel
-from folovllm.viz.sliders import slider_figure
+from folovllm.course.viz.panels import STEP_KINDS, static_step_panel
+from folovllm.course.viz.sliders import slider_figure
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)

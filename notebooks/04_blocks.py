@@ -36,12 +36,10 @@ import torch
 from transformers import LlamaConfig
 
 from folovllm import LLM, BeamSearchParams, SamplingParams
-from folovllm.bench.workloads import draw, get_workload
-from folovllm.glossary import default_prompts
-from folovllm.kv_cache.allocators import Buddy
-from folovllm.kv_cache.block_manager import BlockManager
-from folovllm.kv_cache.formulas import kv_bytes_per_token
-from folovllm.kv_cache.fragmentation import (
+from folovllm.course.bench.workloads import draw, get_workload
+from folovllm.course.glossary import default_prompts
+from folovllm.course.lessons.allocators import Buddy
+from folovllm.course.lessons.fragmentation import (
     POLICIES,
     capacity_of,
     draw_requests,
@@ -50,8 +48,7 @@ from folovllm.kv_cache.fragmentation import (
     replay,
     translate,
 )
-from folovllm.request import Request
-from folovllm.viz.blocks import (
+from folovllm.course.viz.blocks import (
     TableState,
     block_map,
     block_tables,
@@ -59,9 +56,12 @@ from folovllm.viz.blocks import (
     preemption_timeline,
     waste_by_block_size,
 )
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.panels import held_slots_panel
-from folovllm.viz.sliders import slider_figure
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.panels import held_slots_panel
+from folovllm.course.viz.sliders import slider_figure
+from folovllm.kv_cache.block_manager import BlockManager
+from folovllm.kv_cache.formulas import kv_bytes_per_token
+from folovllm.request import Request
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -342,14 +342,14 @@ books = BlockManager(num_blocks=6, block_size=4)
 a, b = (Request(name, [0] * 6, SamplingParams(), (), max_model_len=64) for name in "ab")
 text = ["the", "cat", "sat", "on", "the", "mat"]
 
-books.commit(books.reserve(a, 6))
+books.cache_blocks(books.allocate_slots(a, 6))
 states = {"a has six tokens": TableState(books.snapshot(), {"a": text})}
 books.fork(a, b, num_tokens=5)
 states["b is forked from five of them"] = TableState(
     books.snapshot(), {"a": text, "b": text[:5]}
 )
-plan = books.reserve(b, 1)
-books.commit(plan)
+plan = books.allocate_slots(b, 1)
+books.cache_blocks(plan)
 states["b writes a sixth token of its own"] = TableState(
     books.snapshot(),
     {"a": text, "b": [*text[:5], "hat"]},
@@ -436,12 +436,12 @@ class Rewired:
     def __init__(self, runner, change):
         self.runner, self.change = runner, change
 
-    def execute(self, step):
+    def execute_model(self, step):
         shares = [
             replace(share, plan=replace(share.plan, block_table=self.change(share)))
             for share in step.scheduled
         ]
-        return self.runner.execute(replace(step, scheduled=shares))
+        return self.runner.execute_model(replace(step, scheduled=shares))
 
 
 names = list(range(1, 65))
@@ -526,8 +526,8 @@ print("reversed:", outputs_with(reversed_table, load_format="auto")[0].text)
 # `d` gives way, and then `c`. They come back when the first two are done. Nobody's tokens change: the K/V that is
 # computed again is that of the same tokens, and a copy is a copy. The steps are the same in both modes; what differs
 # is what the return costs: a step over the whole text so far (blue with a plus), or as many block copies as it had
-# blocks. Which one is cheaper depends on the model, the length and the bus; `tools/measure_course.py blocks` measures
-# it here.
+# blocks. Which one is cheaper depends on the model, the length and the bus;
+# `python -m folovllm.course.measure blocks` measures it here.
 # </details>
 
 # %%

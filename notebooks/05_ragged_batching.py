@@ -43,21 +43,21 @@ from transformers import DynamicCache
 from folovllm import LLM, SamplingParams
 from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.attention.online_softmax import online_softmax
 from folovllm.attention.reference import ReferenceBackend, visible_tokens
-from folovllm.glossary import default_prompts
-from folovllm.models.loader import load_hf_model, resolve_model
-from folovllm.viz.notebook import MarkdownTable
-from folovllm.viz.ragged import (
+from folovllm.course.glossary import default_prompts
+from folovllm.course.lessons.online_softmax import online_softmax
+from folovllm.course.viz.notebook import MarkdownTable
+from folovllm.course.viz.ragged import (
     kernel_tiles,
     online_softmax_steps,
     padded_and_ragged,
     ragged_masks,
     slot_arrows,
 )
+from folovllm.models.loader import load_hf_model, resolve_model
 
 try:
-    from folovllm.attention.triton_paged import TritonBackend
+    from folovllm.attention.triton_backend import TritonBackend
 except (
     ImportError
 ):  # macOS, Windows: section 6 then has torch's backend in the kernel's place
@@ -486,7 +486,7 @@ kernel_tiles([12, 7, 1], [12, 23, 17], 4, 8, "abc", title="What each program loa
 
 # %%
 if TritonBackend is None:
-    from folovllm.attention.torch_paged import TorchBackend
+    from folovllm.attention.torch_backend import TorchBackend
 
     kernel = TorchBackend()
 else:
@@ -538,7 +538,7 @@ MarkdownTable(["block size", "query heads / KV heads", "largest difference"], ro
 # exp(own - largest) they are of one scale. Online softmax puts tiles together one after the other; split-KV does it
 # with all of them at once, and the sum is the same. On a CPU the engine uses the same formula for something else: a
 # prefix that several requests share is one part, and what each has of its own is the other
-# (`folovllm/attention/shared_prefix.py`).
+# (`folovllm/attention/cascade.py`).
 # </details>
 
 # %%

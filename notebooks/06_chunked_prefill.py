@@ -37,19 +37,19 @@ import torch
 from transformers import DynamicCache, LlamaConfig
 
 from folovllm import LLM, SamplingParams
-from folovllm.bench.record import percentile
-from folovllm.kv_cache.formulas import kv_bytes
-from folovllm.models.loader import load_hf_model, resolve_model
-from folovllm.viz.chunks import (
+from folovllm.course.bench.record import percentile
+from folovllm.course.viz.chunks import (
     chunk_masks,
     chunked_mask,
     composition,
     latency_by_chunk,
     step_composition,
 )
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.panels import CHUNK_KINDS, chunk_rows_panel
-from folovllm.viz.sliders import slider_figure
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.panels import CHUNK_KINDS, chunk_rows_panel
+from folovllm.course.viz.sliders import slider_figure
+from folovllm.kv_cache.formulas import kv_bytes
+from folovllm.models.loader import load_hf_model, resolve_model
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)

@@ -34,16 +34,16 @@ from itertools import takewhile
 import torch
 
 from folovllm import LLM, SamplingParams
-from folovllm.glossary import default_prompts
+from folovllm.course.glossary import default_prompts
+from folovllm.course.viz.chunks import composition, step_composition
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.panels import REUSE_KINDS, reuse_panel
+from folovllm.course.viz.prefix import hash_tree, hit_rate_by_prefix, lru_order
+from folovllm.course.viz.sliders import slider_figure
+from folovllm.course.viz.timeline import request_gantt
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import PrefixCache, hash_block
 from folovllm.request import Request
-from folovllm.viz.chunks import composition, step_composition
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.panels import REUSE_KINDS, reuse_panel
-from folovllm.viz.prefix import hash_tree, hit_rate_by_prefix, lru_order
-from folovllm.viz.sliders import slider_figure
-from folovllm.viz.timeline import request_gantt
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -128,8 +128,8 @@ print(
 books, texts, tails = BlockManager(16, 4, cache=PrefixCache(4)), {}, {}
 for name, prompt in ids.items():
     request, words = Request(name, prompt, SamplingParams(), (), 64), PROMPTS[name].split()
-    plan = books.reserve(request, len(prompt) - books.match(request))
-    books.commit(plan)
+    plan = books.allocate_slots(request, len(prompt) - books.get_computed_blocks(request))
+    books.cache_blocks(plan)
     for i, block in enumerate(plan.block_table):
         part = words[4 * i : 4 * i + 4]
         if len(part) == 4:
@@ -473,12 +473,12 @@ lru_order(
 class HeadFirst(BlockManager):
     """Gives blocks back in the wrong order."""
 
-    def release(self, request):
+    def free(self, request):
         """The first block goes first."""
         table = self._tables.get(request.request_id)
         if table is not None:
             table.blocks.reverse()
-        super().release(request)
+        super().free(request)
 
 
 rows = []

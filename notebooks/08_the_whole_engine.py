@@ -38,10 +38,10 @@ import torch
 
 from folovllm import LLM, SamplingParams
 from folovllm.baseline import generate_cached, generate_recompute
-from folovllm.bench.engines import from_trace
-from folovllm.bench.peers import generate
-from folovllm.glossary import default_prompts, load_prose
-from folovllm.grading.latency import (
+from folovllm.course.bench.engines import from_trace
+from folovllm.course.bench.peers import generate
+from folovllm.course.glossary import default_prompts, load_prose
+from folovllm.course.grading.latency import (
     COST,
     LONG,
     READERS,
@@ -50,12 +50,9 @@ from folovllm.grading.latency import (
     serve,
     step_cost,
 )
-from folovllm.kv_cache.block_manager import BlockManager
-from folovllm.kv_cache.formulas import kv_bytes_per_token
-from folovllm.models.loader import load_config, load_hf_model, resolve_model
-from folovllm.viz.notebook import MarkdownTable, progress
-from folovllm.viz.timeline import request_gantt
-from folovllm.viz.whole import (
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.course.viz.timeline import request_gantt
+from folovllm.course.viz.whole import (
     Agreement,
     Held,
     Rung,
@@ -64,6 +61,9 @@ from folovllm.viz.whole import (
     speed_waterfall,
     step_costs,
 )
+from folovllm.kv_cache.block_manager import BlockManager
+from folovllm.kv_cache.formulas import kv_bytes_per_token
+from folovllm.models.loader import load_config, load_hf_model, resolve_model
 
 torch.set_grad_enabled(False)
 torch.set_num_threads(THREADS)
@@ -322,9 +322,9 @@ print("settings:", len(found), "all the same:", all(c.same == c.total for c in f
 class Tampered(BlockManager):
     """Hands out another table in decode steps than the one that K/V was written to."""
 
-    def reserve(self, request, num_new_tokens, spare=False):
+    def allocate_slots(self, request, num_new_tokens, spare=False):
         """See `BlockManager.reserve`."""
-        plan = super().reserve(request, num_new_tokens, spare)
+        plan = super().allocate_slots(request, num_new_tokens, spare)
         if plan is None or num_new_tokens > 1 or len(plan.block_table) < 3:
             return plan
         return replace(plan, block_table=self.tamper(request, list(plan.block_table)))

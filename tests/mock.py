@@ -18,9 +18,9 @@ from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import PrefixCache
-from folovllm.runner.interface import ModelRunner, RunnerOutput
+from folovllm.messages import ModelRunnerOutput, NewRequestData, SchedulerOutput
+from folovllm.runner.interface import ModelRunner
 from folovllm.sampling_params import SamplingParams
-from folovllm.scheduler.output import NewRequest, SchedulerOutput
 from folovllm.scheduler.scheduler import Scheduler
 
 VOCAB_SIZE = 64
@@ -52,21 +52,21 @@ class MockRunner(ModelRunner):
 
     def __init__(self) -> None:
         self.slots: dict[str, list[int]] = {}
-        self.known: dict[str, NewRequest] = {}
+        self.known: dict[str, NewRequestData] = {}
         self.steps: list[SchedulerOutput] = []
         self.failing: set[str] = set()  # ids that nothing can be sampled for
 
-    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Copy, forget, learn, write, and read back."""
         self.steps.append(step)
         for op in step.kv_ops:
             self.slots[op.dst] = self.slots[op.src][: op.num_tokens]
-        for request_id in step.finished_ids:
+        for request_id in step.finished_req_ids:
             self.known.pop(request_id, None)
             self.slots.pop(request_id, None)
-        for new in step.new_requests:
+        for new in step.scheduled_new_reqs:
             self.known[new.request_id] = new
-        result = RunnerOutput(forwards=1)
+        result = ModelRunnerOutput(forwards=1)
         for share in step.scheduled:
             slots = self.slots.setdefault(share.request_id, [])
             if len(slots) != share.start:
@@ -95,14 +95,14 @@ class PagedMockRunner(MockRunner):
         self.device: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + 1)]
         self.host: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks + 1)]
 
-    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Copy and swap in order, forget, learn, write every token, and then read back."""
         self.steps.append(step)
         for op in step.kv_ops:
             self.apply(op)
-        for request_id in step.finished_ids:
+        for request_id in step.finished_req_ids:
             self.known.pop(request_id, None)
-        for new in step.new_requests:
+        for new in step.scheduled_new_reqs:
             self.known[new.request_id] = new
         written: set[tuple[int, int]] = set()
         for share in step.scheduled:
@@ -112,7 +112,7 @@ class PagedMockRunner(MockRunner):
                     raise RuntimeError(f"slot {slot} is written twice, or null, by {share.request_id}")
                 written.add(slot)
                 self.device[slot[0]][slot[1]] = token
-        result = RunnerOutput(forwards=1)
+        result = ModelRunnerOutput(forwards=1)
         for share in step.scheduled:
             end = share.start + share.num_tokens
             slots = [self.device[share.plan.block_table[i // self.block_size]][i % self.block_size] for i in range(end)]
@@ -206,8 +206,8 @@ def check_empty(engine: LLMEngine) -> None:
     assert isinstance(runner, MockRunner)
     assert runner.slots == {} and runner.known == {}
     assert scheduler.requests == {} and scheduler.running == [] and scheduler.num_waiting == 0
-    assert len(scheduler._forks) == len(scheduler._followers) == 0 and scheduler._finished_ids == []
+    assert len(scheduler._forks) == len(scheduler._followers) == 0 and scheduler._finished_req_ids == []
     usage = scheduler.kv.usage()
     assert usage.reserved == 0 and usage.used == 0
-    assert engine._sequences == {} and engine._user_requests == {}
+    assert engine._request_states == {} and engine._parent_requests == {}
     assert engine._undelivered == {} and engine._stems == {}

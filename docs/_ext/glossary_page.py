@@ -1,4 +1,4 @@
-"""`{course-glossary}`: the entries of `folovllm.glossary`, by topic, as terms that any page can link to.
+"""`{course-glossary}`: the entries of `folovllm.course.glossary`, by topic, as terms that any page can link to.
 
 The same texts are what the bundled model was trained on, so the page, the model and the prompts cannot drift
 apart. An entry with `listed = false` (greetings and the like) is left out.
@@ -15,7 +15,7 @@ from sphinx.application import Sphinx
 from sphinx.domains.std import make_glossary_term
 from sphinx.util.docutils import SphinxDirective
 
-from folovllm.glossary import GlossaryEntry, load_glossary
+from folovllm.course.glossary import GlossaryEntry, load_glossary
 
 
 class CourseGlossary(SphinxDirective):

@@ -1,4 +1,4 @@
-"""`{bug-museum}`: the exhibits of `museum/*.toml`, room by room, with folded hints and answers.
+"""`{bug-museum}`: the exhibits of `folovllm/course/museum/*.toml`, room by room, with folded hints and answers.
 
 Line numbers and links are looked up when the course is built: an exhibit whose line is gone fails the build.
 """
@@ -15,7 +15,7 @@ from sources import ROOT
 from sphinx.application import Sphinx
 from sphinx.util.docutils import SphinxDirective
 
-from folovllm.grading.museum import CATALOGUE, Exhibit, load_exhibits
+from folovllm.course.grading.museum import CATALOGUE, Exhibit, load_exhibits
 
 
 class BugMuseum(SphinxDirective):

@@ -17,14 +17,14 @@ from claims.ledger import (
     with_range,
 )
 from claims.models import BYTES_16_BIT, LLAMA_2_7B
-from folovllm.kv_cache.formulas import (
+from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
     linear_flops_per_token,
     linear_params,
     lm_head_params,
 )
 
-FORMULAS = "folovllm/kv_cache/formulas.py"
+FORMULAS = "folovllm/course/lessons/formulas.py"
 WORKLOADS = "two-workloads-qwen3-0.6b"
 
 LLAMA_2_TRAINING_TOKENS = 2e12  # arXiv:2307.09288, table 1
@@ -127,7 +127,7 @@ TABLES: dict[str, Table] = {
         "prefill and decode on one machine",
         ("one pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s reached", "of the best rate"),
         workload_rows,
-        source="folovllm/bench/roofline.py:pass_work",
+        source="folovllm/course/bench/roofline.py:pass_work",
         files=(WORKLOADS,),
     ),
     "intensity": Table(

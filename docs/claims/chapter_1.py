@@ -29,17 +29,16 @@ from claims.models import (
     LLAMA_2_70B,
     bundled,
 )
+from folovllm.course.lessons.formulas import attention_ratio, generation_flops, linear_ratio
 from folovllm.kv_cache.formulas import (
     attention_kind,
-    attention_ratio,
-    generation_flops,
     kv_bytes,
     kv_bytes_per_token,
     kv_values_per_layer,
-    linear_ratio,
 )
 
-FORMULAS = "folovllm/kv_cache/formulas.py"
+FORMULAS = "folovllm/course/lessons/formulas.py"
+KV_SIZES = "folovllm/kv_cache/formulas.py"
 TINY, QWEN = "m0-cache-folo-tiny", "m0-cache-qwen3-0.6b"
 MODEL_OF = {TINY: "folo-tiny", QWEN: "qwen3-0.6b"}
 
@@ -138,13 +137,13 @@ TABLES: dict[str, Table] = {
         "bytes of K and V per token, 16 bits",
         ("model", "kind", "layers", "query heads", "KV heads", "head size", "bytes per token"),
         size_rows,
-        source=f"{FORMULAS}:kv_bytes_per_token",
+        source=f"{KV_SIZES}:kv_bytes_per_token",
     ),
     "logit-differences": Table(
         "logits against one plain forward",
         ("compared with one forward over T tokens", "largest difference of a logit"),
         difference_rows,
-        source="tools/measure_course.py:logit_differences",
+        source="folovllm/course/measure/course.py:logit_differences",
         files=(TINY,),
     ),
 }
@@ -156,7 +155,7 @@ def _kv(name: str, says: str, config: PretrainedConfig, *, binary_units: bool) -
         f"bytes of K and V per token, {says}, 16 bits",
         lambda: kv_bytes_per_token(config, BYTES_16_BIT),
         form,
-        f"{FORMULAS}:kv_bytes_per_token",
+        f"{KV_SIZES}:kv_bytes_per_token",
     )
     return f"kv-bytes-{name}", claim
 
@@ -166,7 +165,7 @@ def _per_layer(name: str, says: str, config: PretrainedConfig) -> tuple[str, Cla
         f"numbers that a layer caches per token, {says}",
         lambda: kv_values_per_layer(config),
         plain,
-        f"{FORMULAS}:kv_values_per_layer",
+        f"{KV_SIZES}:kv_values_per_layer",
     )
     return f"kv-values-{name}", claim
 
@@ -222,13 +221,13 @@ CLAIMS |= {
         "K and V of 1000 tokens, Llama-2-7B, 16 bits",
         lambda: kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT),
         binary,
-        f"{FORMULAS}:kv_bytes",
+        f"{KV_SIZES}:kv_bytes",
     ),
     "kv-10x500-llama2-7b": Derived(
         "K and V of 10 texts of 500 tokens, Llama-2-7B, 16 bits",
         lambda: kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
         binary,
-        f"{FORMULAS}:kv_bytes",
+        f"{KV_SIZES}:kv_bytes",
     ),
     "logits-of-a-prompt": Derived(
         "logits of a prompt of 1000 tokens, Qwen3-0.6B, float32",
@@ -249,7 +248,7 @@ CLAIMS |= {
         "K and V of 16 + 256 - 1 tokens, folo-tiny, float32",
         lambda: kv_bytes(bundled("folo-tiny"), 16 + 256 - 1, 4),
         plain,
-        f"{FORMULAS}:kv_bytes",
+        f"{KV_SIZES}:kv_bytes",
     ),
     "causal-cells-4": Derived(
         "cells of a causal mask of 4 tokens that are True", lambda: 4 * 5 // 2, plain, "docs/claims/chapter_1.py:CLAIMS"

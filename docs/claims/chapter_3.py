@@ -232,7 +232,7 @@ TABLES: dict[str, Table] = {
         "a decode step of several texts, in one pass and in one pass each",
         ("texts", "one pass, ms", "a pass each, ms", "a pass each over one pass", "tokens/s in one pass"),
         decode_rows,
-        source="tools/measure_batching.py:forwards_of",
+        source="folovllm/course/measure/batching.py:forwards_of",
         files=(QWEN,),
     ),
     "m2-attribution": Table(
@@ -246,14 +246,14 @@ TABLES: dict[str, Table] = {
         "16 requests on the bundled model, with few seats and with enough",
         ("arm, seats", "passes", "over M1", "first, ms", "last, ms", "rows", "K/V"),
         arm_rows,
-        source="tools/measure_batching.py:serving_of",
+        source="folovllm/course/measure/batching.py:serving_of",
         files=(TINY,),
     ),
     "m2-policies": Table(
         "waits for a seat in steps, 16 requests that arrive together, 4 seats",
         ("policy", "mean wait", "longest wait", "mean wait of the urgent", "steps until all are done"),
         policy_rows,
-        source="tools/measure_batching.py:waits_under",
+        source="folovllm/course/measure/batching.py:waits_under",
         files=(TINY,),
     ),
 }

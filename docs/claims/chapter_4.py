@@ -22,15 +22,16 @@ from claims.ledger import (
     with_range,
 )
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
-from folovllm.kv_cache.allocators import Buddy
+from folovllm.course.lessons.allocators import Buddy
+from folovllm.course.lessons.formulas import linear_flops_per_token
+from folovllm.course.lessons.fragmentation import capacity_of, num_blocks, paged_waste, region_waste, translate
+from folovllm.course.viz.blocks import PAPER_FIG_2
 from folovllm.kv_cache.block_manager import WATERMARK
-from folovllm.kv_cache.formulas import kv_bytes_per_token, linear_flops_per_token
-from folovllm.kv_cache.fragmentation import capacity_of, num_blocks, paged_waste, region_waste, translate
-from folovllm.viz.blocks import PAPER_FIG_2
+from folovllm.kv_cache.formulas import kv_bytes_per_token
 
-BLOCKS = "m3-blocks-folo-tiny"  # by `tools/measure_course.py blocks`
+BLOCKS = "m3-blocks-folo-tiny"  # by `folovllm/course/measure/course.py blocks`
 HERE = "docs/claims/chapter_4.py"
-FRAGMENTATION = "folovllm/kv_cache/fragmentation.py"
+FRAGMENTATION = "folovllm/course/lessons/fragmentation.py"
 
 PAPER = ("Kwon et al. 2023, arXiv:2309.06180", "https://arxiv.org/abs/2309.06180")
 BLOG = ("vLLM blog, June 2023", "https://blog.vllm.ai/2023/06/20/vllm.html")
@@ -194,14 +195,14 @@ TABLES: dict[str, Table] = {
         "blocks that sharing saves, at most in any step",
         ("block size", "samples or beams", "samples save", "beams save"),
         sharing_rows,
-        source="tools/measure_blocks.py:sharing",
+        source="folovllm/course/measure/blocks.py:sharing",
         files=(BLOCKS,),
     ),
     "m3-preemption": Table(
         "w2 with enough blocks and with a quarter of them",
         ("blocks", "gave way", "steps", "prompt tokens computed", "blocks moved", "time over enough"),
         preemption_rows,
-        source="tools/measure_blocks.py:preemption_rounds",
+        source="folovllm/course/measure/blocks.py:preemption_rounds",
         files=(BLOCKS,),
     ),
 }
@@ -400,7 +401,7 @@ CLAIMS: dict[str, Claim] = {
         "FLOPs in the linear layers to compute a token of Llama-2-7B again",
         linear_flops_per_token(LLAMA_2_7B),
         digits(3, "GFLOPs", 1e-9),
-        "folovllm/kv_cache/formulas.py:linear_flops_per_token",
+        "folovllm/course/lessons/formulas.py:linear_flops_per_token",
     ),
     "swap-bytes": _derived(
         "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back",

@@ -24,16 +24,16 @@ from claims.ledger import (
     with_range,
 )
 from claims.models import bundled
-from folovllm.attention.online_softmax import online_softmax
 from folovllm.attention.reference import visible_tokens
 from folovllm.attention.triton_configs import choose_configs
-from folovllm.kv_cache.fragmentation import num_blocks, translate
-from folovllm.viz.ragged import tile_kinds
+from folovllm.course.lessons.fragmentation import num_blocks, translate
+from folovllm.course.lessons.online_softmax import online_softmax
+from folovllm.course.viz.ragged import tile_kinds
 
-RAGGED = "m3-ragged-folo-tiny"  # by `tools/measure_course.py ragged`
+RAGGED = "m3-ragged-folo-tiny"  # by `folovllm/course/measure/course.py ragged`
 HERE = "docs/claims/chapter_5.py"
-SOFTMAX = "folovllm/attention/online_softmax.py:online_softmax"
-TILES = "folovllm/viz/ragged.py:tile_kinds"
+SOFTMAX = "folovllm/course/lessons/online_softmax.py:online_softmax"
+TILES = "folovllm/course/viz/ragged.py:tile_kinds"
 NAMES = "abc"
 
 # --- padded and ragged ------------------------------------------------------------------------------------
@@ -210,14 +210,14 @@ TABLES: dict[str, Table] = {
         "one forward that reads the last logits of three texts, padded and in one row",
         ("tokens", "way", "rows of tokens", "ms"),
         prefill_rows,
-        source="tools/measure_ragged.py:forwards",
+        source="folovllm/course/measure/ragged.py:forwards",
         files=(RAGGED,),
     ),
     "packing": Table(
         "three packed texts: the largest difference of any logit from the text alone",
         ("what the model is told", "a", "b", "c"),
         packing_rows,
-        source="tools/measure_ragged.py:packing",
+        source="folovllm/course/measure/ragged.py:packing",
         files=(RAGGED,),
     ),
     "step-metadata": Table(
@@ -281,7 +281,7 @@ CLAIMS: dict[str, Claim] = {
         "slot of token 5 with the table 5, 2 in blocks of 4",
         translate(5, BLOCK_SIZE, BLOCK_TABLES[1]),
         plain,
-        "folovllm/kv_cache/fragmentation.py:translate",
+        "folovllm/course/lessons/fragmentation.py:translate",
     ),
     "long-step-tokens": _derived(
         "new tokens of a prompt of 200 beside seven decodes", sum(LONG_STEP[0]), plain, f"{HERE}:LONG_STEP"

@@ -20,14 +20,15 @@ from claims.ledger import (
     with_range,
 )
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
+from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
-from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token, linear_params
+from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
+from folovllm.messages import ModelRunnerOutput
 from folovllm.request import Request
-from folovllm.runner.interface import RunnerOutput
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.scheduler import Scheduler
 
-CHUNKS = "m4-chunks-folo-tiny"  # by `tools/measure_course.py chunks`
+CHUNKS = "m4-chunks-folo-tiny"  # by `folovllm/course/measure/course.py chunks`
 HERE = "docs/claims/chapter_6.py"
 
 # --- a prompt of 100,000 tokens -----------------------------------------------------------------------------
@@ -82,7 +83,7 @@ def steps_of_example(budget: int) -> list[dict[str, int]]:
     def step() -> dict[str, int]:
         plan = scheduler.schedule()
         sampled = [[1] if share.samples else [] for share in plan.scheduled]
-        scheduler.update(plan, RunnerOutput(sampled, [None] * len(sampled)))
+        scheduler.update_from_output(plan, ModelRunnerOutput(sampled, [None] * len(sampled)))
         return {share.request_id: share.num_tokens for share in plan.scheduled}
 
     for number in range(DECODES):
@@ -168,14 +169,14 @@ TABLES: dict[str, Table] = {
             *("ITL p95, whole run", "TTFT p50", "TTFT p95"),
         ),
         arm_rows,
-        source="tools/measure_chunks.py:chunks",
+        source="folovllm/course/measure/chunks.py:chunks",
         files=(CHUNKS,),
     ),
     "chunk-logits": Table(
         "the logits of a prompt's last chunk, against one pass over all of it",
         ("way", "largest difference"),
         logit_rows,
-        source="tools/measure_chunks.py:logit_differences",
+        source="folovllm/course/measure/chunks.py:logit_differences",
         files=(CHUNKS,),
     ),
 }

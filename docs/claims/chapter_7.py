@@ -20,12 +20,12 @@ from claims.ledger import (
     result,
     with_range,
 )
-from folovllm.bench.workloads import get_workload
-from folovllm.viz.prefix import hit_tokens
+from folovllm.course.bench.workloads import get_workload
+from folovllm.course.viz.prefix import hit_tokens
 
-PREFIXES = "m4-prefixes-folo-tiny"  # by `tools/measure_course.py prefixes`
+PREFIXES = "m4-prefixes-folo-tiny"  # by `folovllm/course/measure/course.py prefixes`
 HERE = "docs/claims/chapter_7.py"
-HITS = "folovllm/viz/prefix.py:hit_tokens"
+HITS = "folovllm/course/viz/prefix.py:hit_tokens"
 
 # --- the tree -----------------------------------------------------------------------------------------------
 
@@ -130,14 +130,14 @@ TABLES: dict[str, Table] = {
         "20 requests with a system prompt of 400 tokens and 24 of their own",
         ("arm", "prompt tokens computed", "found", "steps", "mean TTFT, ms", "time over no cache"),
         arm_rows,
-        source="tools/measure_chunks.py:prefixes",
+        source="folovllm/course/measure/chunks.py:prefixes",
         files=(PREFIXES,),
     ),
     "m4-sharing-rules": Table(
         "prompt tokens computed for the same requests, all of which arrive together",
         ("budget", "of one request", "no cache", "what is written", "and this forward's", "and following"),
         rule_rows,
-        source="tools/measure_chunks.py:by_rule",
+        source="folovllm/course/measure/chunks.py:by_rule",
         files=(PREFIXES,),
     ),
 }

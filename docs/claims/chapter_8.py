@@ -24,8 +24,8 @@ from claims.ledger import (
     with_range,
 )
 from claims.m3_bench import over
-from folovllm.bench.report import spread
-from folovllm.grading.latency import (
+from folovllm.course.bench.report import spread
+from folovllm.course.grading.latency import (
     COST,
     ITL_TARGET,
     LONG,
@@ -41,7 +41,7 @@ from folovllm.grading.latency import (
 )
 
 WATERFALL = "m4-waterfall-qwen3-0.6b"  # w3 on every milestone, hf:sequential (M0's way) and hf:static
-WHOLE = "m4-whole-folo-tiny"  # by `tools/measure_course.py whole`
+WHOLE = "m4-whole-folo-tiny"  # by `folovllm/course/measure/course.py whole`
 HERE = "docs/claims/chapter_8.py"
 W3 = {
     "hf:sequential": "M0",
@@ -288,14 +288,14 @@ TABLES: dict[str, Table] = {
             "forwards",
         ),
         tiny_rows,
-        source="tools/measure_whole.py:whole",
+        source="folovllm/course/measure/whole.py:whole",
         files=(WHOLE,),
     ),
     "one-request": Table(
         "one request, step by step",
         ("step", "status", "found", "computed", "K/V", "its blocks", "sampled", "runtime", "model"),
         request_rows,
-        source="tools/measure_whole.py:traced",
+        source="folovllm/course/measure/whole.py:traced",
         files=(WHOLE,),
     ),
     "layer-shares": Table(
@@ -335,7 +335,7 @@ def _target(says: str, nanoseconds: int) -> Claim:
     return Derived(f"the exercise's target for {says}", lambda: nanoseconds, digits(4, "ms", 1 / MS), LATENCY)
 
 
-LATENCY = "folovllm/grading/latency.py:step_cost"
+LATENCY = "folovllm/course/grading/latency.py:step_cost"
 IN_MIB = median(digits(3, "MiB", MIB))
 
 CLAIMS: dict[str, Claim] = {

@@ -18,9 +18,9 @@ from claims.ledger import (
     result,
     with_range,
 )
-from folovllm.bench.report import spread
+from folovllm.course.bench.report import spread
 
-ATTENTION = "m3-attention-qwen3-0.6b"  # by `tools/measure_course.py attention`
+ATTENTION = "m3-attention-qwen3-0.6b"  # by `folovllm/course/measure/course.py attention`
 W2 = "m4-qwen3-0.6b"  # by `folovllm bench`, workloads w1 and w2
 HERE = "docs/claims/m3_bench.py"
 

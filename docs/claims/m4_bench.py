@@ -5,7 +5,7 @@ from __future__ import annotations
 from claims.chapter_3 import NOT_TOLD
 from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, plain, result, with_range
 from claims.m3_bench import over
-from folovllm.bench.report import spread
+from folovllm.course.bench.report import spread
 
 BENCH = "m4-qwen3-0.6b"  # w1, w2 and w3 on m3, m4, hf:static and hf:continuous
 MIXED = "m4-mixed-qwen3-0.6b"  # mixed, with two token budgets

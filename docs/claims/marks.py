@@ -6,7 +6,7 @@
     | model | ... |
     <!-- /table -->
 
-What stands between the marks is what `docs/claims` has for the id: `python tools/fill_numbers.py` writes it there, and
+What stands between the marks is what `docs/claims` has for the id: `python docs/fill_numbers.py` writes it there, and
 `tests/course/test_marks.py` fails where it differs.
 """
 
@@ -17,6 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import claims
+from claims import front_page
+from claims.ledger import text as text_of
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 CLAIM = re.compile(r"(<!-- claim: (\S+) -->)(.*?)(<!-- /claim -->)", re.DOTALL)
@@ -48,8 +50,19 @@ def fill(text: str) -> str:
         raise ValueError(
             f"the last {open_kind} is not closed; allowed: <!-- {open_kind}: ID -->...<!-- /{open_kind} -->"
         )
-    text = CLAIM.sub(lambda found: found[1] + claims.claim_text(found[2]) + found[4], text)
-    return TABLE.sub(lambda found: found[1] + markdown(claims.get_table(found[2])) + found[4], text)
+    text = CLAIM.sub(lambda found: found[1] + claim_text(found[2]) + found[4], text)
+    return TABLE.sub(lambda found: found[1] + markdown(table_of(found[2])) + found[4], text)
+
+
+def claim_text(name: str) -> str:
+    """A claim of the front page, or of any chapter, as it is written. Raises ClaimError for an unknown one."""
+    own = front_page.CLAIMS.get(name)
+    return claims.claim_text(name) if own is None else text_of(own)
+
+
+def table_of(name: str) -> claims.Table:
+    """A table of the front page, or of any chapter. Raises ClaimError for an unknown one."""
+    return front_page.TABLES.get(name) or claims.get_table(name)
 
 
 def marked_ids(text: str) -> list[str]:

@@ -88,24 +88,35 @@ def bitten_off() -> Evidence:
 
 
 def who_needs_a_model() -> Evidence:
-    """Whether deciding needs tensors or models: the imports of the rooms that decide."""
-    rooms = ("scheduler", "kv_cache/block_manager.py", "kv_cache/block_pool.py", "kv_cache/prefix_cache.py")
-    paths = [ROOT / "folovllm" / room for room in rooms]
+    """Whether deciding needs tensors or models: the imports of the modules that decide, direct and indirect."""
+    decide = ("scheduler", "kv_cache/block_manager.py", "kv_cache/block_pool.py", "kv_cache/prefix_cache.py")
+    paths = [ROOT / "folovllm" / name for name in decide]
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     asking = [file.name for file in files if {"torch", "transformers", "folovllm.models"} & imported(file)]
     says = "files of scheduler, block manager, pool and prefix cache that import torch, transformers or our models"
     return {"asking": Finding(says, len(asking))}
 
 
-def imported(file: Path) -> set[str]:
-    """The modules that a file imports and the folders they are in: "folovllm.models.decoder", "folovllm.models"."""
-    found = set[str]()
-    for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+def imported(file: Path, seen: set[str] | None = None) -> set[str]:
+    """The modules that a file imports, directly or through others of ours, and the folders they are in.
+
+    What is imported for type checkers alone does not count.
+    """
+    found = set[str]() if seen is None else seen
+    body = [
+        node
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+        if not (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+    ]
+    for node in (inner for statement in body for inner in ast.walk(statement)):
         names = [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         for name in names:
-            parts = name.split(".")
+            parts, known = name.split("."), name in found
             found |= {".".join(parts[:length]) for length in range(1, len(parts) + 1)}
+            inner_file = (ROOT / Path(*parts)).with_suffix(".py")
+            if not known and inner_file.is_file():
+                imported(inner_file, found)
     return found
 
 

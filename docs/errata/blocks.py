@@ -8,8 +8,8 @@ from claims.ledger import ROOT, digits, fixed, percent
 
 from errata.batches import imported
 from errata.finding import Erratum, Evidence, Finding
+from folovllm.course.lessons.fragmentation import mean_empty_slots, num_blocks, paged_waste, region_waste
 from folovllm.kv_cache.block_manager import BlockManager
-from folovllm.kv_cache.fragmentation import mean_empty_slots, num_blocks, paged_waste, region_waste
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -24,9 +24,9 @@ def request(name: str, tokens: list[int]) -> Request:
 
 def computed(manager: BlockManager, new: Request) -> None:
     """The request's whole prompt, as the engine would compute it in one step."""
-    plan = manager.reserve(new, new.num_tokens - manager.match(new))
+    plan = manager.allocate_slots(new, new.num_tokens - manager.get_computed_blocks(new))
     if plan is not None:
-        manager.commit(plan)
+        manager.cache_blocks(plan)
 
 
 # --- how many bytes, and which share is empty ---------------------------------------------------------------
@@ -112,7 +112,7 @@ def a_beam_ends() -> Evidence:
     manager, a, beam, b = BlockManager(8, 4), *(request(name, [7] * 16) for name in ("a", "a's beam", "b"))
     computed(manager, a)
     manager.fork(a, beam, 16)
-    manager.release(a)
+    manager.free(a)
     computed(manager, b)
     tables = manager.snapshot().tables
     kept = set(tables["b"]) & set(tables["a's beam"])
@@ -130,7 +130,9 @@ def by_hash() -> Evidence:
         manager = BlockManager(64, size, cache=PrefixCache(size, secret=b"any"))
         computed(manager, request("first", [*range(alike), *range(100, 140)]))
         second = request("second", [*range(alike), *range(200, 240)])
-        found[f"blocks-of-{size}"] = Finding(f"tokens that the second finds in blocks of {size}", manager.match(second))
+        found[f"blocks-of-{size}"] = Finding(
+            f"tokens that the second finds in blocks of {size}", manager.get_computed_blocks(second)
+        )
     return found
 
 
@@ -145,7 +147,9 @@ def same_key() -> Evidence:
     taken = blocks.get(cache.hash_block(b"", other.prompt_token_ids[:BLOCK_SIZE], ""), [])
     return {
         "trusting": Finding("tokens of another text that a lookup by key alone takes over", len(taken)),
-        "comparing": Finding("tokens that our cache takes over under the same keys", manager.match(other)),
+        "comparing": Finding(
+            "tokens that our cache takes over under the same keys", manager.get_computed_blocks(other)
+        ),
     }
 
 

@@ -19,17 +19,17 @@ WALK = (
     (RUNTIME, "folovllm/scheduler/scheduler.py:Scheduler.add_request"),
     (RUNTIME, "folovllm/engine/core.py:EngineCore.step"),
     (RUNTIME, "folovllm/scheduler/scheduler.py:Scheduler.schedule"),
-    (RUNTIME, "folovllm/kv_cache/block_manager.py:BlockManager.reserve"),
-    (RUNTIME, "folovllm/runner/paged_runner.py:PagedRunner.execute"),
-    (RUNTIME, "folovllm/runner/input_batch.py:InputBuffers.fill"),
+    (RUNTIME, "folovllm/kv_cache/block_manager.py:BlockManager.allocate_slots"),
+    (RUNTIME, "folovllm/runner/paged_runner.py:PagedRunner.execute_model"),
+    (RUNTIME, "folovllm/runner/input_batch.py:InputBatch.fill"),
     (MODEL, "folovllm/models/decoder.py:Decoder.forward"),
     (MODEL, "folovllm/models/decoder.py:Attention.forward"),
     (RUNTIME, "folovllm/attention/backend.py:AttentionBackend.write"),
-    (RUNTIME, "folovllm/attention/torch_paged.py:TorchBackend.attend"),
+    (RUNTIME, "folovllm/attention/torch_backend.py:TorchBackend.attend"),
     (MODEL, "folovllm/models/decoder.py:Decoder.logits"),
     (RUNTIME, "folovllm/sampling/sampler.py:Sampler.__call__"),
-    (RUNTIME, "folovllm/scheduler/scheduler.py:Scheduler.update"),
-    (INTERFACE, "folovllm/engine/output_processor.py:Sequence.add"),
+    (RUNTIME, "folovllm/scheduler/scheduler.py:Scheduler.update_from_output"),
+    (INTERFACE, "folovllm/engine/output_processor.py:RequestState.add"),
 )
 
 

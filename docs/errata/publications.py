@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from errata.finding import Erratum, Evidence, Finding
-from folovllm.viz.blocks import PAPER_FIG_2
+from folovllm.course.viz.blocks import PAPER_FIG_2
 
 TITLE = "Efficient Memory Management for Large Language Model Serving with PagedAttention"
 

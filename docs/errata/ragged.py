@@ -14,13 +14,13 @@ from transformers import DynamicCache
 
 from errata.bundled_model import bundled_model, some_tokens
 from errata.finding import Erratum, Evidence, Finding
-from folovllm.attention.online_softmax import online_softmax
+from folovllm.course.lessons.online_softmax import online_softmax
 
 
 @cache
 def packed() -> dict[str, list[float]]:
     """What chapter 5 measures: the largest difference of a logit from the text alone, per way and text."""
-    from measure_ragged import packing  # in tools/, and only for those who run the experiment
+    from folovllm.course.measure.ragged import packing  # only for those who run the experiment
 
     with torch.inference_mode():
         found: dict[str, list[float]] = packing(bundled_model(), UNEQUAL)["differences"]

@@ -13,15 +13,11 @@ from folovllm.attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """What is fixed per layer.
+    """What is fixed per layer."""
 
-    scale: multiplies the scores. sliding_window: how many tokens a token sees, itself included; None for all. softcap:
-    scores become softcap * tanh(scores / softcap); None for not.
-    """
-
-    scale: float
-    sliding_window: int | None = None
-    softcap: float | None = None
+    scale: float  # multiplies the scores
+    sliding_window: int | None = None  # how many tokens a token sees, itself included; None for all
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap); None for not
 
 
 @dataclass

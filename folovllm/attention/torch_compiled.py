@@ -20,7 +20,7 @@ from torch import Tensor
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.attention.torch_paged import TorchBackend
+from folovllm.attention.torch_backend import TorchBackend
 
 DecodeFunction = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 

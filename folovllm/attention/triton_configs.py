@@ -14,7 +14,7 @@ its inputs to 10 bits), so its products are made one by one and its tiles are sm
 
 The tables hold what compiles for every head size without a spill, which tests check without a GPU, for the pinned
 Triton: another release places registers differently. Which of those that fit is fastest, only a GPU can tell:
-`python tools/sweep_kernels.py` tries them.
+`python -m folovllm.course.measure.sweep_kernels` tries them.
 """
 
 from __future__ import annotations
@@ -30,20 +30,17 @@ ENOUGH_PROGRAMS = 256  # with fewer, parts of a large GPU (an A100 has 108, an H
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One way to cut the attention kernel. Raises ValueError for a number that it cannot be cut with.
+    """One way to cut the attention kernel. Raises ValueError for a number that it cannot be cut with."""
 
-    rows: query tokens times packed heads in a tile. tile: keys in a tile. warps: of 32 threads, per program. stages:
-    how far ahead of the products the compiler may fetch. Where K/V is must be fetched before K/V itself, so 2 fetches
-    one tile ahead, 3 also what the block table says of the next, and only 5 two tiles. segments: pieces that K/V is
-    split into where there would be too few programs; 1 for never. two_loops: one for the tiles that every row sees, one
-    for those that need a mask. That is twice the code, and pays where tensor cores make a mask seem long.
-    """
-
-    rows: int
-    tile: int
-    warps: int
+    rows: int  # query tokens times packed heads in a tile
+    tile: int  # keys in a tile
+    warps: int  # of 32 threads, per program
+    # How far ahead of the products the compiler may fetch. Where K/V is must be fetched before K/V itself, so 2 fetches
+    # one tile ahead, 3 also what the block table says of the next, and only 5 two tiles.
     stages: int
-    segments: int = 1
+    segments: int = 1  # pieces that K/V is split into where there would be too few programs; 1 for never
+    # One for the tiles that every row sees, one for those that need a mask. That is twice the code, and pays where
+    # tensor cores make a mask seem long.
     two_loops: bool = False
 
     def __post_init__(self) -> None:
@@ -57,10 +54,10 @@ class KernelConfig:
 
 @dataclass(frozen=True)
 class KernelConfigs:
-    """prefill: for steps in which some request has several new tokens. decode: for those in which each has one."""
+    """The cuts for one kind of head on one kind of GPU."""
 
-    prefill: KernelConfig
-    decode: KernelConfig
+    prefill: KernelConfig  # for steps in which some request has several new tokens
+    decode: KernelConfig  # for those in which each has one
 
 
 # Largest head size -> configurations. For 16-bit formats on cards with 99 KiB of shared memory or more (from sm_80 on),

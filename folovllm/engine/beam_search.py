@@ -14,19 +14,19 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
-from folovllm.engine.prompts import Prompt
 from folovllm.outputs import BeamSearchOutput, BeamSequence, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 
 @dataclass
 class Beam:
-    """A sequence on its way. request_id: the round's request of it, which the next round forks."""
+    """A sequence on its way."""
 
     tokens: list[int]
     cum_logprob: float
-    request_id: str | None = None
+    request_id: str | None = None  # the round's request of it, which the next round forks
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """LLMEngine: text in, text out, around a core that sees token ids only (vLLM: `vllm/v1/engine/llm_engine.py`).
 
-prompt -tokenizer-> Request(s) -> core.step() -> CoreOutput -detokenizer-> RequestOutput
+prompt -tokenizer-> Request(s) -> core.step() -> EngineCoreOutput -detokenizer-> RequestOutput
                                      ^                          |
                                      +---- stop string found ---+
 """
@@ -12,9 +12,9 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
-from folovllm.engine import output_processor as text
 from folovllm.engine.factory import EngineParts, build_engine
-from folovllm.engine.prompts import Prompt, as_prompt_list, broadcast_params, read_prompt
+from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
+from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
@@ -25,7 +25,7 @@ from folovllm.sampling_params import SamplingParams
 class Submission:
     """A validated prompt on its way in: what the user sees of it, and the core's requests, leader first."""
 
-    user: text.UserRequest
+    user: ParentRequest
     requests: list[Request]
 
 
@@ -59,10 +59,10 @@ class LLMEngine:
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size
         self.max_model_len = built.max_model_len
-        self._user_requests: dict[str, text.UserRequest] = {}
-        self._sequences: dict[str, tuple[text.UserRequest, text.Sequence]] = {}  # by the core's request id
+        self._parent_requests: dict[str, ParentRequest] = {}
+        self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
         self._undelivered: dict[str, RequestOutput] = {}  # completed while somebody else was driving
-        self._stems: Counter[str] = Counter()  # of the ids in `_user_requests`
+        self._stems: Counter[str] = Counter()  # of the ids in `_parent_requests`
         self._next_id = 0
         self.on_step: Callable[[StepTrace], None] | None = None  # last of all in a step: it may be interrupted
 
@@ -124,10 +124,10 @@ class LLMEngine:
         ]
         self.core.scheduler.check_can_run(requests[0])
         sequences = [
-            text.Sequence(r.request_id, i, r.sampling_params, given.token_ids, self.tokenizer)
+            RequestState(r.request_id, i, r.sampling_params, given.token_ids, self.tokenizer)
             for i, r in enumerate(requests)
         ]
-        user = text.UserRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
+        user = ParentRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
         return Submission(user, requests)
 
     def submit(self, submissions: Sequence[Submission]) -> None:
@@ -136,14 +136,14 @@ class LLMEngine:
         for submission in submissions:
             user_id = submission.user.request_id
             ids = {user_id, *(r.request_id for r in submission.requests)}
-            if self.is_live(user_id) or any(i in taken or i in self._sequences for i in ids):
+            if self.is_live(user_id) or any(i in taken or i in self._request_states for i in ids):
                 raise ValueError(f"request_id={user_id!r} is in use; allowed: an id of no unfinished request")
             taken |= ids
         for submission in submissions:
-            self._user_requests[submission.user.request_id] = submission.user
+            self._parent_requests[submission.user.request_id] = submission.user
             self._stems[stem(submission.user.request_id)] += 1
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
-                self._sequences[request.request_id] = (submission.user, sequence)
+                self._request_states[request.request_id] = (submission.user, sequence)
                 self.core.add_request(request)
 
     def next_request_id(self) -> str:
@@ -155,14 +155,14 @@ class LLMEngine:
 
     def is_live(self, request_id: str) -> bool:
         """Whether a request is unfinished, or finished and not handed over yet."""
-        return request_id in self._user_requests or request_id in self._undelivered
+        return request_id in self._parent_requests or request_id in self._undelivered
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests now and free what they hold; returns what they had become. Unknown ids are ignored."""
         if not isinstance(request_id, Iterable):
             raise ValueError(f"request_id={request_id!r} is not valid; allowed: a string or a list of strings")
         request_ids = [request_id] if isinstance(request_id, str) else list(dict.fromkeys(request_id))
-        users = [self._user_requests[i] for i in request_ids if i in self._user_requests]
+        users = [self._parent_requests[i] for i in request_ids if i in self._parent_requests]
         self.core.abort_requests([s.request_id for user in users for s in user.sequences])
         for user in users:
             for sequence in user.sequences:
@@ -172,7 +172,7 @@ class LLMEngine:
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to do or to hand over."""
-        return bool(self._user_requests or self._undelivered)
+        return bool(self._parent_requests or self._undelivered)
 
     # ------------------------------------------------------------------ one step
 
@@ -207,10 +207,10 @@ class LLMEngine:
             self._undelivered |= {o.request_id: o for o in self._end_lost()}
             raise
         now = self.core.clock()
-        moved: dict[str, text.UserRequest] = {}
+        moved: dict[str, ParentRequest] = {}
         stopped: list[str] = []
         for output in outputs:
-            user, sequence = self._sequences[output.request_id]
+            user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
             if sequence.add(output):
                 stopped.append(output.request_id)
@@ -224,8 +224,8 @@ class LLMEngine:
 
     def _end_lost(self) -> list[RequestOutput]:
         """End the sequences that the core gave up in a failed step; the outputs that are complete by it."""
-        lost: dict[str, text.UserRequest] = {}
-        for sequence_id, (user, sequence) in self._sequences.items():
+        lost: dict[str, ParentRequest] = {}
+        for sequence_id, (user, sequence) in self._request_states.items():
             request = self.core.scheduler.requests.get(sequence_id)
             if sequence.finish_reason is None and (request is None or request.is_finished):
                 sequence.abort()
@@ -277,7 +277,7 @@ class LLMEngine:
         if unknown:
             raise ValueError(f"request_ids={unknown} are unknown; allowed: ids of requests that were added")
 
-    def _outputs(self, users: list[text.UserRequest], final_only: bool) -> list[RequestOutput]:
+    def _outputs(self, users: list[ParentRequest], final_only: bool) -> list[RequestOutput]:
         outputs = []
         now = self.core.clock()
         for user in users:
@@ -288,10 +288,10 @@ class LLMEngine:
                 outputs.append(user.output())
         return outputs
 
-    def _forget(self, user: text.UserRequest) -> None:
-        del self._user_requests[user.request_id]
+    def _forget(self, user: ParentRequest) -> None:
+        del self._parent_requests[user.request_id]
         for sequence in user.sequences:
-            del self._sequences[sequence.request_id]
+            del self._request_states[sequence.request_id]
         first = stem(user.request_id)
         self._stems[first] -= 1
         if not self._stems[first]:

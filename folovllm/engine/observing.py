@@ -12,24 +12,24 @@ from folovllm.engine.trace import StepTrace
 
 @contextmanager
 def observing(engine: LLMEngine, observe: Callable[[StepTrace], None]) -> Iterator[None]:
-    """Call `observe` with each step, after whoever watches already.
+    """Call `observe` with each step, after an observer that is there already.
 
     The trace keeps the states of blocks only where the engine does so anyway: for a long run in a large pool they would
     take much memory. Raises ValueError for an engine that keeps no trace.
     """
     check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # steps are handed over by the trace
-    core, watcher = engine.core, engine.on_step
-    keeps_blocks = core.trace_blocks
+    recorder, watcher = engine.core.recorder, engine.on_step
+    keeps_blocks = recorder.trace_blocks
 
     def on_step(step: StepTrace) -> None:
         if watcher is not None:
             watcher(step)
         if not keeps_blocks:
-            core.trace.amend_last(blocks=None)
+            recorder.trace.amend_last(blocks=None)
         observe(step)
 
-    core.trace_blocks, engine.on_step = True, on_step
+    recorder.trace_blocks, engine.on_step = True, on_step
     try:
         yield
     finally:
-        core.trace_blocks, engine.on_step = keeps_blocks, watcher
+        recorder.trace_blocks, engine.on_step = keeps_blocks, watcher

@@ -1,6 +1,7 @@
 """From the core's token ids back to what a user sees (vLLM: `vllm/v1/engine/output_processor.py`).
 
-One `UserRequest` per `add_request`, one `Sequence` per generated sequence of it. A sequence is one request of the core.
+One `ParentRequest` per `add_request`, one `RequestState` per generated sequence of it, which is one request of
+the core.
 """
 
 from __future__ import annotations
@@ -10,14 +11,13 @@ from dataclasses import dataclass, field
 from transformers import PreTrainedTokenizerBase
 
 from folovllm.engine.detokenizer import Detokenizer
-from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from folovllm.sampling.sampler import Logprob
+from folovllm.messages import EngineCoreOutput
+from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.sampling_params import SamplingParams
-from folovllm.scheduler.output import CoreOutput
 
 
 @dataclass
-class Sequence:
+class RequestState:
     """One sequence as text: what the core has sampled for it and what has become visible."""
 
     request_id: str  # the core's
@@ -44,7 +44,7 @@ class Sequence:
                 self.prompt_token_ids,
             )
 
-    def add(self, output: CoreOutput) -> bool:
+    def add(self, output: EngineCoreOutput) -> bool:
         """Take in new tokens. True if their text completed a stop string that the core does not know of."""
         self.token_ids.extend(output.new_token_ids)
         self._add_logprobs(output)
@@ -81,7 +81,7 @@ class Sequence:
             stop_reason=self.stop_reason,
         )
 
-    def _add_logprobs(self, output: CoreOutput) -> None:
+    def _add_logprobs(self, output: EngineCoreOutput) -> None:
         if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
@@ -93,13 +93,13 @@ class Sequence:
 
 
 @dataclass
-class UserRequest:
+class ParentRequest:
     """One call of `add_request`: its prompt, its sequences and its times."""
 
     request_id: str
     prompt: str | None
     prompt_token_ids: list[int]
-    sequences: list[Sequence]
+    sequences: list[RequestState]
     metrics: RequestMetrics
     num_cached_tokens: int = 0
 

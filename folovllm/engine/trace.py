@@ -7,68 +7,82 @@ from __future__ import annotations
 
 import json
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, KVCopy, KVOp, KVUsage, SwapIn, SwapOut
+from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from folovllm.request import Request, RequestStatus
+from folovllm.scheduler.scheduler import Scheduler
 
+MAX_QUEUE = 6  # waiting ids that a record keeps
+MAX_QUEUE_WITH_BLOCKS = 64  # and that it keeps beside the state of every block
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 
 
 @dataclass(frozen=True)
 class RequestStep:
-    """One request's share of one step.
-
-    num_scheduled: tokens computed, of which num_prompt are of the prompt. num_cached: prompt tokens that were found
-    computed when the request was admitted in this step. num_computed and num_output: totals after the step.
-    prompt_len, max_output: tokens of the whole prompt, and the most that the output may have. sampled_ids: the tokens
-    that `num_sampled` counts.
-    """
+    """One request's share of one step."""
 
     request_id: str
-    num_scheduled: int
+    num_scheduled: int  # tokens computed, of which num_prompt are of the prompt
     num_prompt: int
-    num_cached: int
+    num_cached: int  # prompt tokens that were found computed when the request was admitted in this step
+    # num_computed, num_output: totals after the step
     num_computed: int
     num_output: int
     num_sampled: int
     status: str
+    # prompt_len, max_output: tokens of the whole prompt, and the most that the output may have
     prompt_len: int = 0
     max_output: int = 0
-    sampled_ids: tuple[int, ...] = ()
+    sampled_ids: tuple[int, ...] = ()  # the tokens that `num_sampled` counts
+
+    @classmethod
+    def of(cls, share: ScheduledRequest, request: Request, sampled: Sequence[int], admitted: bool) -> RequestStep:
+        """The record of a share. request: as the step left it. admitted: whether it ran for the first time."""
+        return cls(
+            request.request_id,
+            share.num_tokens,
+            max(0, min(share.start + share.num_tokens, request.num_prompt_tokens) - share.start),
+            request.num_cached_tokens if admitted else 0,
+            request.num_computed_tokens,
+            request.num_output_tokens,
+            len(sampled),
+            request.status.name,
+            request.num_prompt_tokens,
+            request.max_output_tokens,
+            tuple(sampled),
+        )
 
 
 @dataclass(frozen=True)
 class StepTrace:
-    """One step of the engine.
-
-    phases: (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a
-    GPU the forward is asynchronous: its time ends in "sample", which waits for the result.
-    padding_tokens, padding_kv_tokens: as in `RunnerOutput`. num_waiting, num_running, kv: after the step. finished and
-    preempted: ids, in this step. aborted: ids that were ended from outside since the step before. next_in_line: the
-    first ids of the queue after the step; samples that wait for the prompt they share are in no line yet. prompts: the
-    token ids of each prompt whose request runs for the first time. blocks: the state of the pool after the step, if
-    snapshots were asked for.
-    """
+    """One step of the engine."""
 
     step: int
+    # (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a GPU
+    # the forward is asynchronous: its time ends in "sample", which waits for the result.
     phases: dict[str, tuple[float, float]]
     requests: list[RequestStep]
-    num_waiting: int
-    num_running: int
+    num_waiting: int  # after the step
+    num_running: int  # after the step
     token_budget: int
     forwards: int
-    padding_tokens: int
-    kv: KVUsage
+    padding_tokens: int  # as in `ModelRunnerOutput`
+    kv: KVUsage  # after the step
     kv_ops: list[KVOp] = field(default_factory=list)
+    # finished, preempted: ids, in this step
     finished: list[str] = field(default_factory=list)
     preempted: list[str] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)
-    padding_kv_tokens: int = 0
+    aborted: list[str] = field(default_factory=list)  # ids that were ended from outside since the step before
+    padding_kv_tokens: int = 0  # as in `ModelRunnerOutput`
+    # The first ids of the queue after the step; samples that wait for the prompt they share are in no line yet
     next_in_line: list[str] = field(default_factory=list)
-    blocks: BlockSnapshot | None = None
+    blocks: BlockSnapshot | None = None  # the state of the pool after the step, if snapshots were asked for
+    # The token ids of each prompt whose request runs for the first time
     prompts: dict[str, list[int]] = field(default_factory=dict)
 
     @property
@@ -203,6 +217,74 @@ class Trace:
         path = Path(path)
         path.write_text(json.dumps(self.to_chrome_trace() if chrome else self.to_json()))
         return path
+
+
+class StepRecorder:
+    """Writes the record of each step, from what the scheduler and the runner said in it."""
+
+    def __init__(self, scheduler: Scheduler, max_steps: int, trace_blocks: bool) -> None:
+        self.scheduler = scheduler
+        self.trace = Trace(max_steps)
+        self.trace_blocks = trace_blocks
+        self.stats = EngineStats()
+        self.aborted: list[str] = []  # from outside, since the last record
+
+    def record(
+        self,
+        step: SchedulerOutput,
+        result: ModelRunnerOutput,
+        requests: Sequence[Request],
+        phases: dict[str, tuple[float, float]],
+    ) -> None:
+        """Add the step's record. requests: those of `step.scheduled`, as the step left them."""
+        admitted = {new.request_id for new in step.scheduled_new_reqs}
+        trace = StepTrace(
+            step=self.stats.steps,
+            phases=phases,
+            requests=[
+                RequestStep.of(share, request, sampled, request.request_id in admitted)
+                for share, request, sampled in zip(step.scheduled, requests, result.sampled_token_ids, strict=True)
+            ],
+            token_budget=self.scheduler.max_num_batched_tokens,
+            forwards=result.forwards,
+            padding_tokens=result.padding_tokens,
+            padding_kv_tokens=result.padding_kv_tokens,
+            kv_ops=step.kv_ops,
+            finished=[request.request_id for request in requests if request.is_finished],
+            preempted=step.preempted_req_ids,
+            aborted=self.aborted,
+            prompts={new.request_id: new.prompt_token_ids for new in step.scheduled_new_reqs},
+            **self._state(),
+        )
+        self.aborted = []
+        self.stats.add(trace)
+        self.trace.append(trace)
+
+    def record_stopped(self, request_ids: Iterable[str]) -> None:
+        """A stop string ended these requests in the newest step: its record says so."""
+        stopped = set(request_ids)
+        if not self.trace or not stopped:
+            return
+        last = self.trace[-1]
+        status = RequestStatus.FINISHED_STOPPED.name
+        finished = stopped | set(last.finished)
+        self.trace.amend_last(
+            requests=[replace(r, status=status) if r.request_id in stopped else r for r in last.requests],
+            finished=[r.request_id for r in last.requests if r.request_id in finished],
+            **self._state(),
+        )
+
+    def _state(self) -> dict[str, Any]:
+        """The fields of a record that describe the state after the step."""
+        scheduler = self.scheduler
+        queue = scheduler.waiting.first(MAX_QUEUE_WITH_BLOCKS if self.trace_blocks else MAX_QUEUE)
+        return {
+            "num_waiting": scheduler.num_waiting,
+            "num_running": len(scheduler.running),
+            "next_in_line": [request.request_id for request in queue],
+            "kv": scheduler.kv.usage(),
+            "blocks": scheduler.kv.snapshot() if self.trace_blocks else None,
+        }
 
 
 def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:

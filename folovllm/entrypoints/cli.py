@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from importlib import import_module
-from importlib.util import find_spec
 from typing import Annotated, Any
 
 import torch
@@ -17,6 +15,7 @@ from typer.core import TyperGroup
 
 from folovllm.config import MILESTONES, NEWEST_MILESTONE, EngineConfig, check_float, check_int
 from folovllm.engine.factory import step_threads
+from folovllm.engine.recording import recording
 from folovllm.entrypoints.llm import LLM, Message
 from folovllm.entrypoints.options import (
     Batching,
@@ -44,36 +43,29 @@ from folovllm.entrypoints.options import (
     TopP,
     TracePath,
 )
-from folovllm.entrypoints.terminal import check_parent, clean_exit, make_prompts, print_samples, show_ids
-from folovllm.kv_cache.formulas import attention_kind, kv_bytes_per_token
+from folovllm.entrypoints.tables import phase_table, request_table, stats_table, step_table
+from folovllm.entrypoints.terminal import (
+    by_name,
+    check_parent,
+    clean_exit,
+    is_installed,
+    make_prompts,
+    print_samples,
+    print_stream,
+    show_ids,
+)
+from folovllm.kv_cache.formulas import attention_kind, head_dim_of, kv_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
-from folovllm.replay.record import recording
 from folovllm.sampling_params import SamplingParams
-from folovllm.viz.console import print_stream
-from folovllm.viz.tables import phase_table, request_table, stats_table, step_table
 
 # What the course adds to the command: found by name, and imported when it is asked for.
 COURSE_COMMANDS = {
-    "replay": "folovllm.replay.command:replay",
-    "bench": "folovllm.bench.cli:bench",
-    "grade": "folovllm.grading.command:grade",
-    "museum": "folovllm.grading.museum_command:museum",
+    "replay": "folovllm.course.replay.command:replay",
+    "bench": "folovllm.course.bench.cli:bench",
+    "grade": "folovllm.course.grading.command:grade",
+    "museum": "folovllm.course.grading.museum_command:museum",
 }
-WATCH = "folovllm.viz.live:watch"
-
-
-def by_name(place: str) -> Any:
-    """What "module:name" leads to."""
-    module, _, name = place.partition(":")
-    return getattr(import_module(module), name)
-
-
-def is_installed(place: str) -> bool:
-    """Whether the module of "module:name" is there. Looking for it imports the package around it, and no more."""
-    try:
-        return find_spec(place.partition(":")[0]) is not None
-    except ModuleNotFoundError:
-        return False
+WATCH = "folovllm.course.viz.live:watch"
 
 
 class Commands(TyperGroup):
@@ -321,7 +313,7 @@ def info(
             "layers": text.num_hidden_layers,
             "hidden size": text.hidden_size,
             "attention": f"{attention_kind(config)}: {text.num_attention_heads} query heads, "
-            f"{text.num_key_value_heads} KV heads of {head_dim(text)}",
+            f"{text.num_key_value_heads} KV heads of {head_dim_of(text)}",
             "vocabulary": f"{text.vocab_size:,}",
             "longest sequence": f"{text.max_position_embeddings:,} tokens",
             "tokenizer": "none (token ids in, token ids out)" if tokenizer is None else type(tokenizer).__name__,
@@ -339,8 +331,3 @@ def info(
         console.print(f"Bundled models: {', '.join(BUNDLED)}", highlight=False)
         for milestone in MILESTONES.values():
             console.print(f"Milestone {milestone.name}: {milestone.adds}", highlight=False)
-
-
-def head_dim(text_config: Any) -> int:
-    """Numbers in one head's key."""
-    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)

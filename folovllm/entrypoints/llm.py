@@ -12,10 +12,10 @@ from tqdm import tqdm
 
 from folovllm.config import EngineConfig
 from folovllm.engine.beam_search import beam_search
+from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, encode
 from folovllm.engine.llm_engine import LLMEngine
-from folovllm.engine.prompts import Prompt, as_prompt_list, broadcast_params, encode
+from folovllm.engine.recording import record
 from folovllm.outputs import BeamSearchOutput, RequestOutput
-from folovllm.replay.record import record
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 Message = dict[str, str]

@@ -1,5 +1,7 @@
 """Paged KV: every request has a table of blocks, wherever these are (PagedAttention, Kwon et al., SOSP 2023).
 
+vLLM V1 calls this class `KVCacheManager` (`vllm/v1/core/kv_cache_manager.py`).
+
     table of a request     [ 7 | 2 | 9 ]        token i stands in block table[i // block_size], at i % block_size
     pool                   1 2 3 4 5 6 7 8 9    blocks of one size, in any order, shared where tables name the same one
 
@@ -40,21 +42,18 @@ from folovllm.kv_cache.interface import (
 from folovllm.kv_cache.prefix_cache import CachedBlock, PrefixCache
 from folovllm.request import Request
 
-WATERMARK = 0.01  # share of the pool that an admission leaves free, as in vLLM
+WATERMARK = 0.01  # share of the pool that an admission leaves free: vLLM V0's value; a newer V1 has 0.0
 
 
 @dataclass
 class BlockTable:
-    """One request's K/V: `computed` tokens in `blocks`, in order, or in `host_blocks` while it is swapped out.
-
-    chain: the prefix cache's entries for its full blocks. caches: whether it makes such entries.
-    """
+    """One request's K/V: `computed` tokens in `blocks`, in order, or in `host_blocks` while it is swapped out."""
 
     blocks: list[int] = field(default_factory=list)
     host_blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    chain: list[CachedBlock] = field(default_factory=list)
-    caches: bool = True
+    chain: list[CachedBlock] = field(default_factory=list)  # the prefix cache's entries for its full blocks
+    caches: bool = True  # whether it makes such entries
 
 
 class BlockManager(KVCacheManager):
@@ -93,7 +92,7 @@ class BlockManager(KVCacheManager):
             f"KV cache has {self.pool.num_blocks}"
         )
 
-    def match(self, request: Request) -> int:
+    def get_computed_blocks(self, request: Request) -> int:
         """The tokens that wait on the host if the request was swapped out; else those of cached blocks."""
         table = self._tables.get(request.request_id)
         return table.computed if table is not None else len(self._hits(request)) * self.block_size
@@ -121,7 +120,7 @@ class BlockManager(KVCacheManager):
     def _hits(self, request: Request) -> list[CachedBlock]:
         return list(takewhile(lambda entry: entry.block is not None, self._find(request)))
 
-    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> BlockPlan | None:
+    def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> BlockPlan | None:
         """Blocks for `num_new_tokens` more tokens, after those cached, and back from the host what was swapped out."""
         table = self._tables.get(request.request_id)
         hits: list[int] = []
@@ -131,7 +130,7 @@ class BlockManager(KVCacheManager):
             table = BlockTable(list(hits), computed=len(hits) * self.block_size, chain=chain)
         missing = max(0, self.blocks_for(table.computed + num_new_tokens) - len(table.blocks))
         shared = self._shared_block(table)
-        wanted = missing + (shared is not None) + sum(self.pool.ref_counts[block] == 0 for block in hits)
+        wanted = missing + (shared is not None) + sum(self.pool.ref_cnt[block] == 0 for block in hits)
         if wanted > 0 and wanted > self.pool.num_free - (self.watermark if spare else 0):
             return None
         self._take(hits)  # before any free block is taken, or the request would evict what it has found
@@ -140,7 +139,7 @@ class BlockManager(KVCacheManager):
             source = table.blocks[shared]
             (copy,) = self._allocate(1)
             self._fill(copy, table.computed % self.block_size)
-            self._release(self.pool.release([source]))
+            self._release(self.pool.free_blocks([source]))
             table.blocks[shared] = copy
             ops.append(BlockCopy(source, copy))
         table.blocks += self._allocate(missing)
@@ -148,7 +147,7 @@ class BlockManager(KVCacheManager):
             for index, (host, block) in enumerate(zip(table.host_blocks, table.blocks, strict=False)):
                 self._fill(block, min(self.block_size, table.computed - index * self.block_size))
                 ops.append(SwapIn(host, block))
-            self.host_pool.release(table.host_blocks)
+            self.host_pool.free_blocks(table.host_blocks)
             table.host_blocks = []
         self._tables[request.request_id] = table
         if self.cache is not None and table.caches:
@@ -162,12 +161,12 @@ class BlockManager(KVCacheManager):
         if source is None or num_tokens > source.computed or source.host_blocks:
             raise RuntimeError(f"request {src.request_id!r} has no K/V for {num_tokens} tokens to fork")
         blocks = source.blocks[: self.blocks_for(num_tokens)]
-        self.pool.share(blocks)
+        self.pool.touch(blocks)
         chain = source.chain[: num_tokens // self.block_size]
         self._tables[dst.request_id] = BlockTable(blocks, computed=num_tokens, chain=chain, caches=source.caches)
         return KVFork(num_tokens)
 
-    def commit(self, plan: KVPlan) -> None:
+    def cache_blocks(self, plan: KVPlan) -> None:
         """Count the plan's tokens as computed."""
         table = self._tables[plan.request_id]
         end = plan.start + plan.num_tokens
@@ -179,13 +178,13 @@ class BlockManager(KVCacheManager):
         if self.cache is not None:
             self.cache.commit(plan.request_id)
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Let go of all blocks, the last first: so a request's tail is taken by others before its head."""
         self.withdraw(request)
         table = self._tables.pop(request.request_id, None)
         if table is not None:
-            self._release(self.pool.release(reversed(table.blocks)))
-            self.host_pool.release(reversed(table.host_blocks))
+            self._release(self.pool.free_blocks(reversed(table.blocks)))
+            self.host_pool.free_blocks(reversed(table.host_blocks))
 
     def withdraw(self, request: Request) -> None:
         """Its promises go, and so do entries of blocks that it has not written."""
@@ -199,9 +198,9 @@ class BlockManager(KVCacheManager):
         if not 0 < needed <= self.host_pool.num_free:
             return None
         self.withdraw(request)
-        host_blocks = self.host_pool.allocate(needed)
+        host_blocks = self.host_pool.get_new_blocks(needed)
         ops = tuple(SwapOut(b, h) for b, h in zip(table.blocks, host_blocks, strict=False))
-        self._release(self.pool.release(reversed(table.blocks)))
+        self._release(self.pool.free_blocks(reversed(table.blocks)))
         table.blocks, table.host_blocks = [], host_blocks
         return ops
 
@@ -230,10 +229,10 @@ class BlockManager(KVCacheManager):
             self.block_size,
             {i: tuple(table.blocks) for i, table in self._tables.items() if table.blocks},
             {i: tuple(table.host_blocks) for i, table in self._tables.items() if table.host_blocks},
-            tuple(self.pool.ref_counts),
+            tuple(self.pool.ref_cnt),
             tuple(self.block_size if b in cached and not self._filled[b] else n for b, n in enumerate(self._filled)),
             self.pool.num_free,
-            tuple(self.pool.free_blocks()),
+            tuple(self.pool.free_list()),
             cached,
             tuple(self._evictions),
         )
@@ -245,8 +244,8 @@ class BlockManager(KVCacheManager):
             (self.host_pool, [t.host_blocks for t in self._tables.values()]),
         ):
             named = Counter(block for table in tables for block in table)
-            counted = {block: count for block, count in enumerate(pool.ref_counts) if count}
-            free = pool.free_blocks()
+            counted = {block: count for block, count in enumerate(pool.ref_cnt) if count}
+            free = pool.free_list()
             if counted != named or NULL_BLOCK in named:
                 raise RuntimeError(f"reference counts {counted} and tables {dict(named)} differ")
             if len(free) + len(counted) != pool.num_blocks or set(free) & set(counted):
@@ -258,7 +257,7 @@ class BlockManager(KVCacheManager):
             if not table.host_blocks and len(table.blocks) < needed:
                 raise RuntimeError(f"{request_id!r} has {len(table.blocks)} blocks for {table.computed} tokens")
         if self._used != sum(self._filled) or any(
-            self._filled[block] for block in range(len(self._filled)) if not self.pool.ref_counts[block]
+            self._filled[block] for block in range(len(self._filled)) if not self.pool.ref_cnt[block]
         ):
             raise RuntimeError(f"{self._used} slots used, and filled {self._filled}")
         if self.cache is not None:
@@ -267,13 +266,13 @@ class BlockManager(KVCacheManager):
     def _shared_block(self, table: BlockTable) -> int | None:
         """The index of the block that the next token goes into, if others hold it too."""
         index = table.computed // self.block_size
-        if index < len(table.blocks) and self.pool.ref_counts[table.blocks[index]] > 1:
+        if index < len(table.blocks) and self.pool.ref_cnt[table.blocks[index]] > 1:
             return index
         return None
 
     def _allocate(self, count: int) -> list[int]:
         """Free blocks, those first that nobody has used for longest. What was cached in them is lost."""
-        blocks = self.pool.allocate(count)
+        blocks = self.pool.get_new_blocks(count)
         if self.cache is not None:
             for block in blocks:
                 num_cached = len(self.cache)
@@ -284,9 +283,9 @@ class BlockManager(KVCacheManager):
     def _take(self, hits: list[int]) -> None:
         """Hold cached blocks, whether others hold them or nobody."""
         for block in hits:
-            if self.pool.ref_counts[block] == 0:
+            if self.pool.ref_cnt[block] == 0:
                 self._fill(block, self.block_size)
-        self.pool.share(hits)
+        self.pool.touch(hits)
 
     def _fill(self, block: int, filled: int) -> None:
         """Slots of a block are written, up to `filled`."""

@@ -36,11 +36,11 @@ class ContiguousKVManager(KVCacheManager):
             f"{request.max_output_tokens} of output) and the whole KV cache holds {self.region}"
         )
 
-    def match(self, request: Request) -> int:
+    def get_computed_blocks(self, request: Request) -> int:
         """Always 0: K/V dies with its request here."""
         return 0
 
-    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
+    def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
         """A plan inside the request's region; the region itself is taken at the first call."""
         if request.request_id not in self._used:
             if not self._has_free_region():
@@ -57,14 +57,14 @@ class ContiguousKVManager(KVCacheManager):
         self._used[dst.request_id] = num_tokens
         return KVFork(num_tokens, (KVCopy(src.request_id, dst.request_id, num_tokens),))
 
-    def commit(self, plan: KVPlan) -> None:
+    def cache_blocks(self, plan: KVPlan) -> None:
         """Count the plan's tokens as used."""
         used = self._used[plan.request_id] + plan.num_tokens
         if plan.start != self._used[plan.request_id] or used > self.region:
             raise RuntimeError(f"{plan} does not continue {self._used[plan.request_id]} tokens in {self.region}")
         self._used[plan.request_id] = used
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Give the region back."""
         self._used.pop(request.request_id, None)
 

@@ -4,7 +4,9 @@ A KV manager keeps books only: it knows how much room there is and who holds it,
 tensors and act on the plans and operations that travel in a `SchedulerOutput`. That is what lets one scheduler drive a
 reservation per request (M1, M2) and blocks in a pool alike.
 
-The life of a request in the books:  why_never_fits -> match -> reserve -> commit -> reserve -> commit -> ... -> release
+The life of a request::
+
+    why_never_fits -> get_computed_blocks -> allocate_slots -> cache_blocks -> allocate_slots -> ... -> free
 """
 
 from __future__ import annotations
@@ -55,22 +57,19 @@ class SwapIn(KVOp):
 
 @dataclass(frozen=True)
 class KVPlan:
-    """Room for the next `num_tokens` tokens of a request, which has K/V for its first `start` tokens already.
-
-    ops: what has to happen to the K/V first, if anything.
-    """
+    """Room for the next `num_tokens` tokens of a request, which has K/V for its first `start` tokens already."""
 
     request_id: str
     start: int
     num_tokens: int
-    ops: tuple[KVOp, ...] = ()
+    ops: tuple[KVOp, ...] = ()  # what has to happen to the K/V first, if anything
 
 
 @dataclass(frozen=True)
 class BlockPlan(KVPlan):
-    """A plan in blocks. block_table: all blocks of the request, in order, those for the new tokens included."""
+    """A plan in blocks."""
 
-    block_table: tuple[int, ...] = ()
+    block_table: tuple[int, ...] = ()  # all blocks of the request, in order, those for the new tokens included
 
 
 @dataclass(frozen=True)
@@ -83,26 +82,20 @@ class KVFork:
 
 @dataclass(frozen=True)
 class Awaited:
-    """A running request that will compute the K/V of tokens which another one has in common with it.
-
-    num_tokens: how many of the first tokens both of them know to have K/V then.
-    """
+    """A running request that will compute the K/V of tokens which another one has in common with it."""
 
     request_id: str
-    num_tokens: int
+    num_tokens: int  # how many of the first tokens both of them know to have K/V then
 
 
 @dataclass(frozen=True)
 class KVUsage:
-    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed.
-
-    unshared: what `reserved` would be if nobody shared a block with anybody else.
-    """
+    """Room, in tokens: the whole, what is set aside for requests, and what holds K/V that was computed."""
 
     capacity: int
     reserved: int
     used: int
-    unshared: int | None = None
+    unshared: int | None = None  # what `reserved` would be if nobody shared a block with anybody else
 
     @property
     def free(self) -> int:
@@ -117,24 +110,21 @@ class KVUsage:
 
 @dataclass(frozen=True)
 class BlockSnapshot:
-    """The state of a pool of blocks. Block 0 is the null block.
-
-    tables, host_tables: request id -> its blocks on the device, or on the host. ref_counts, filled: per block, how many
-    tables name it and how many of its slots are written; a free block that is cached counts as written. free: the free
-    blocks, in the order in which they will be taken. cached: blocks that a request may find by their tokens -> the one
-    before each, None for the first of a prompt. evictions: per block, how often it was given to somebody else while
-    it was cached, so far.
-    """
+    """The state of a pool of blocks. Block 0 is the null block."""
 
     block_size: int
+    # tables, host_tables: request id -> its blocks on the device, or on the host
     tables: dict[str, tuple[int, ...]]
     host_tables: dict[str, tuple[int, ...]]
-    ref_counts: tuple[int, ...]
+    # ref_cnt, filled: per block, how many tables name it and how many of its slots are written; a free block that is
+    # cached counts as written
+    ref_cnt: tuple[int, ...]
     filled: tuple[int, ...]
     num_free: int
-    free: tuple[int, ...] = ()
+    free: tuple[int, ...] = ()  # the free blocks, in the order in which they will be taken
+    # Blocks that a request may find by their tokens -> the one before each, None for the first of a prompt
     cached: dict[int, int | None] = field(default_factory=dict)
-    evictions: tuple[int, ...] = ()
+    evictions: tuple[int, ...] = ()  # per block, how often it was given to somebody else while it was cached, so far
 
     @property
     def num_evicted(self) -> int:
@@ -150,7 +140,7 @@ class KVCacheManager(ABC):
         """None if the request fits an otherwise empty cache at its longest; else the arithmetic that says why not."""
 
     @abstractmethod
-    def match(self, request: Request) -> int:
+    def get_computed_blocks(self, request: Request) -> int:
         """How many of the request's first tokens already have K/V that it may use. Less than `num_tokens`."""
 
     def awaited(self, request: Request) -> Awaited | None:
@@ -158,7 +148,7 @@ class KVCacheManager(ABC):
         return None
 
     @abstractmethod
-    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
+    def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
         """Room for `num_new_tokens` more tokens, all or nothing: a plan, or None with the books unchanged.
 
         spare: leave some room free for those that run already, so that they need not give way at once.
@@ -172,11 +162,11 @@ class KVCacheManager(ABC):
         """
 
     @abstractmethod
-    def commit(self, plan: KVPlan) -> None:
+    def cache_blocks(self, plan: KVPlan) -> None:
         """The forward that the plan was made for has written its K/V."""
 
     @abstractmethod
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """Everything the request holds is free again. A request that holds nothing may be released too."""
 
     def withdraw(self, request: Request) -> None:

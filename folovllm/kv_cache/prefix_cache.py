@@ -40,14 +40,14 @@ def hash_block(parent: bytes, tokens: Sequence[int], cache_salt: str) -> bytes:
 
 @dataclass(eq=False)  # an entry is itself: another one of the same tokens stands on another block
 class CachedBlock:
-    """One full block of tokens. block: None while it is promised. writer: a request; None once K/V is written."""
+    """One full block of tokens."""
 
     key: bytes
     parent: CachedBlock | None
     tokens: tuple[int, ...]
     cache_salt: str
-    writer: str | None
-    block: int | None = None
+    writer: str | None  # a request; None once K/V is written
+    block: int | None = None  # None while it is promised
 
     def holds(self, parent: CachedBlock | None, tokens: tuple[int, ...], cache_salt: str) -> bool:
         """Whether it is what a request is looking for, compared in full."""

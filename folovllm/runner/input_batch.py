@@ -18,16 +18,17 @@ from torch import Tensor
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.kv_cache.block_pool import NULL_BLOCK
 from folovllm.kv_cache.interface import BlockPlan
-from folovllm.scheduler.output import ScheduledRequest
+from folovllm.messages import ScheduledRequest
 
 
 @dataclass
-class InputBatch:
-    """What a forward takes. token_ids, positions: [T]. sample_rows: [N], the rows whose logits are wanted."""
+class ModelInput:
+    """What a forward takes."""
 
+    # token_ids, positions: [T]
     token_ids: Tensor
     positions: Tensor
-    sample_rows: Tensor
+    sample_rows: Tensor  # [N], the rows whose logits are wanted
     metadata: AttentionMetadata
     padding_tokens: int
 
@@ -47,7 +48,7 @@ class Buffer:
         return self.device[:length]
 
 
-class InputBuffers:
+class InputBatch:
     """Room for steps of at most `max_tokens` tokens of `max_requests` requests of `max_blocks` blocks each.
 
     sizes: the lengths that tokens and requests are rounded up to, in ascending order; () for none. A step longer than
@@ -78,7 +79,7 @@ class InputBuffers:
         """The smallest size that holds `count`, or `count` itself."""
         return next((size for size in self.sizes if size >= count), count)
 
-    def fill(self, scheduled: Sequence[ScheduledRequest]) -> InputBatch:
+    def fill(self, scheduled: Sequence[ScheduledRequest]) -> ModelInput:
         """Lay out a step: requests in the order given, their tokens one behind the other."""
         size = self.block_size
         start, num_samples = 0, 0
@@ -118,7 +119,7 @@ class InputBuffers:
             [share.start + share.num_tokens for share in scheduled],
             tables,
         )
-        return InputBatch(
+        return ModelInput(
             self.token_ids.send(num_tokens),
             self.positions.send(num_tokens),
             self.sample_rows.send(num_samples),

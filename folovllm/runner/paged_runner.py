@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from folovllm.attention.backend import AttentionBackend
-from folovllm.kv_cache.storage import KVStorage
+from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.models.paged_model import PagedModel
-from folovllm.runner.input_batch import InputBatch, InputBuffers
-from folovllm.runner.interface import ModelRunner, RunnerOutput
+from folovllm.runner.input_batch import InputBatch, ModelInput
+from folovllm.runner.interface import ModelRunner
+from folovllm.runner.kv_storage import KVStorage
 from folovllm.runner.sampling_states import SamplingStates
 from folovllm.runner.threads import cpu_threads
 from folovllm.sampling.sampler import Sampler
-from folovllm.scheduler.output import SchedulerOutput
 
 
 class PagedRunner(ModelRunner):
@@ -32,7 +32,7 @@ class PagedRunner(ModelRunner):
         storage: KVStorage,
         backend: AttentionBackend,
         sampler: Sampler,
-        buffers: InputBuffers,
+        buffers: InputBatch,
         clock: Callable[[], float] = time.perf_counter,
         num_threads: int | None = None,
     ) -> None:
@@ -44,12 +44,12 @@ class PagedRunner(ModelRunner):
         self.num_threads = num_threads
         self.states = SamplingStates(sampler)
 
-    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """See `ModelRunner.execute`."""
         with cpu_threads(self.num_threads), torch.inference_mode():
             return self._execute(step)
 
-    def _execute(self, step: SchedulerOutput) -> RunnerOutput:
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start = self.clock()
         self.storage.apply(step.kv_ops, self.backend)
         self.states.update(step)
@@ -67,7 +67,7 @@ class PagedRunner(ModelRunner):
         }
         return result
 
-    def _forward(self, batch: InputBatch) -> Tensor | None:
+    def _forward(self, batch: ModelInput) -> Tensor | None:
         """Logits of the rows that sample, [N, V]; None if none do."""
         hidden = self.model(
             batch.token_ids, batch.positions, self.storage.layers, batch.metadata, self.backend

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from folovllm.runner.interface import RunnerOutput
+from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.sampling.sampler import Sampler, SamplingState
-from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
 
 NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
 
@@ -23,17 +22,17 @@ class SamplingStates:
 
     def update(self, step: SchedulerOutput) -> None:
         """Forget those that are gone and learn those that are new."""
-        for request_id in step.finished_ids:
+        for request_id in step.finished_req_ids:
             self._states.pop(request_id, None)
-        for new in step.new_requests:
+        for new in step.scheduled_new_reqs:
             generator = self.sampler.make_generator(new.sampling_params)
             self._states[new.request_id] = SamplingState(
                 new.sampling_params, new.prompt_token_ids, [], new.stop_token_ids, generator
             )
 
-    def sample(self, scheduled: list[ScheduledRequest], logits: Tensor | None) -> RunnerOutput:
+    def sample(self, scheduled: list[ScheduledRequest], logits: Tensor | None) -> ModelRunnerOutput:
         """One token for each share that samples, from logits [N, V], a row per such share in order."""
-        result = RunnerOutput(sampled_token_ids=[[] for _ in scheduled], logprobs=[None] * len(scheduled))
+        result = ModelRunnerOutput(sampled_token_ids=[[] for _ in scheduled], logprobs=[None] * len(scheduled))
         sampling = [i for i, share in enumerate(scheduled) if share.samples]
         if logits is None or not sampling:
             return result

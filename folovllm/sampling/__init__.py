@@ -1,5 +1,5 @@
 """From logits to token ids."""
 
-from folovllm.sampling.sampler import Logprob, Sampler, SamplerOutput, SamplingState
+from folovllm.sampling.sampler import Sampler, SamplerOutput, SamplingState
 
-__all__ = ["Logprob", "Sampler", "SamplerOutput", "SamplingState"]
+__all__ = ["Sampler", "SamplerOutput", "SamplingState"]

@@ -8,7 +8,7 @@ The order is vLLM V1's (`vllm/v1/sample/sampler.py`); each step sees what the on
   4. the others: temperature, min_p, top_k, top_p, softmax, and one draw.
 
 A step that no row asks for is skipped, and a filter touches only the rows that ask for it, so that a row's
-token never depends on its neighbours' wishes.
+token never depends on the sampling parameters of the others.
 """
 
 from __future__ import annotations
@@ -18,8 +18,16 @@ from dataclasses import dataclass, field
 
 import torch
 
-from folovllm.sampling.filters import NEG_INF, apply_min_p, apply_temperature, apply_top_k, apply_top_p
-from folovllm.sampling.penalties import apply_penalties
+from folovllm.outputs import Logprob
+from folovllm.sampling.logits import (
+    NEG_INF,
+    apply_min_p,
+    apply_penalties,
+    apply_temperature,
+    apply_top_k,
+    apply_top_p,
+    count_tokens,
+)
 from folovllm.sampling_params import SamplingParams
 
 NO_TOKEN = -1  # in place of a token id, in a row that no token can be chosen from
@@ -27,42 +35,28 @@ NO_TOKEN = -1  # in place of a token id, in a row that no token can be chosen fr
 
 @dataclass
 class SamplingState:
-    """What the sampler must know of one request; the runner keeps one per live request.
-
-    output_token_ids: may be the request's own growing list; it is read at each call and never changed.
-    stop_token_ids: EOS and `params.stop_token_ids`: banned until the output has `params.min_tokens` tokens.
-    generator: the request's own random stream from `Sampler.make_generator`, which each draw advances; None
-        for the sampler's own stream, which all unseeded requests share.
-    """
+    """What the sampler must know of one request; the runner keeps one per live request."""
 
     params: SamplingParams
     prompt_token_ids: list[int]
-    output_token_ids: list[int]
+    output_token_ids: list[int]  # may be the request's own growing list; it is read at each call and never changed
+    # EOS and `params.stop_token_ids`: banned until the output has `params.min_tokens` tokens
     stop_token_ids: frozenset[int]
+    # The request's own random stream from `Sampler.make_generator`, which each draw advances; None for the sampler's
+    # own stream, which all unseeded requests share
     generator: torch.Generator | None = None
-
-
-@dataclass(slots=True)
-class Logprob:
-    """A token's log probability, its rank in the vocabulary (1 is the likeliest), its text once decoded."""
-
-    logprob: float
-    rank: int
-    decoded_token: str | None = None
 
 
 @dataclass
 class SamplerOutput:
-    """One entry per row; the last two are None for rows that did not ask for log probabilities.
-
-    logprobs: the chosen token first, then the likeliest by rank; a chosen token among these stays in front.
-    chosen_logprobs: the chosen token's alone. bad_rows: rows that offered no distribution to choose from, because they
-    hold NaN or +inf or because everything in them is banned; their token id is `NO_TOKEN` and means nothing.
-    """
+    """One entry per row; the last two are None for rows that did not ask for log probabilities."""
 
     token_ids: list[int]
+    # The chosen token first, then the likeliest by rank; a chosen token among these stays in front
     logprobs: list[dict[int, Logprob] | None]
-    chosen_logprobs: list[float | None]
+    chosen_logprobs: list[float | None]  # the chosen token's alone
+    # Rows that offered no distribution to choose from, because they hold NaN or +inf or because everything in them is
+    # banned; their token id is `NO_TOKEN` and means nothing
     bad_rows: list[int] = field(default_factory=list)
 
 
@@ -185,8 +179,26 @@ def _edit(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
     if biases:
         rows, token_ids = torch.tensor(list(biases), device=device).T
         logits[rows, token_ids] += torch.tensor(list(biases.values()), dtype=torch.float32, device=device)
-    apply_penalties(logits, states)
-    return logits
+    return penalize(logits, states)
+
+
+def penalize(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    """The penalties on the rows that ask for any; the other rows stay as they are."""
+    rows = [row for row, state in enumerate(states) if state.params.has_penalties]
+    if not rows:
+        return logits
+    device, vocab_size = logits.device, logits.shape[-1]
+    asking = [states[row] for row in rows]
+    prompt_counts = count_tokens([state.prompt_token_ids for state in asking], vocab_size, device)  # [P, V]
+    output_counts = count_tokens([state.output_token_ids for state in asking], vocab_size, device)  # [P, V]
+    penalties = torch.tensor(
+        [(s.params.repetition_penalty, s.params.frequency_penalty, s.params.presence_penalty) for s in asking],
+        dtype=torch.float32,
+        device=device,
+    )  # [P, 3]
+    index = torch.tensor(rows, device=device)
+    penalized = apply_penalties(logits[index], prompt_counts, output_counts, *penalties.split(1, dim=1))
+    return logits.index_copy(0, index, penalized)
 
 
 def _gather_logprobs(

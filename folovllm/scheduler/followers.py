@@ -15,10 +15,10 @@ from folovllm.request import Request
 
 @dataclass
 class Place:
-    """A follower, and how many of the leader's tokens it waits for. turn: the order of coming."""
+    """A follower, and how many of the leader's tokens it waits for."""
 
     until: int
-    turn: int
+    turn: int  # the order of coming
     request: Request
 
 

@@ -25,23 +25,23 @@ class RequestQueue(ABC):
     """Requests that wait, each at most once, in the order in which they should run."""
 
     @abstractmethod
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Join the line."""
 
     @abstractmethod
-    def prepend(self, request: Request) -> None:
+    def prepend_request(self, request: Request) -> None:
         """Join again, ahead of equals: for one whose turn had come (a preempted one, or a fork of a served one)."""
 
     @abstractmethod
-    def peek(self) -> Request:
+    def peek_request(self) -> Request:
         """The next in line. Raises IndexError when nobody waits."""
 
     @abstractmethod
-    def pop(self) -> Request:
+    def pop_request(self) -> Request:
         """Take the next in line. Raises IndexError when nobody waits."""
 
     @abstractmethod
-    def remove(self, request: Request) -> None:
+    def remove_request(self, request: Request) -> None:
         """Leave the line from wherever one stands. Raises KeyError for a request that is not in it."""
 
     @abstractmethod
@@ -61,28 +61,28 @@ class FCFSQueue(RequestQueue):
     def __init__(self) -> None:
         self._requests: OrderedDict[str, Request] = OrderedDict()
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Join at the end."""
         self._requests[request.request_id] = request
 
-    def prepend(self, request: Request) -> None:
+    def prepend_request(self, request: Request) -> None:
         """Join in front of everyone."""
         self._requests[request.request_id] = request
         self._requests.move_to_end(request.request_id, last=False)
 
-    def peek(self) -> Request:
+    def peek_request(self) -> Request:
         """The next in line. Raises IndexError when nobody waits."""
         if not self._requests:
             raise IndexError("peek at an empty queue")
         return next(iter(self._requests.values()))
 
-    def pop(self) -> Request:
+    def pop_request(self) -> Request:
         """Take the next in line. Raises IndexError when nobody waits."""
         if not self._requests:
             raise IndexError("pop from an empty queue")
         return self._requests.popitem(last=False)[1]
 
-    def remove(self, request: Request) -> None:
+    def remove_request(self, request: Request) -> None:
         """Leave the line from wherever one stands. Raises KeyError for a request that is not in it."""
         del self._requests[request.request_id]
 
@@ -119,12 +119,12 @@ class SortedQueue(RequestQueue):
         self._places: dict[str, _Place] = {}
         self._last_turn = self._first_turn = 0
 
-    def add(self, request: Request) -> None:
+    def add_request(self, request: Request) -> None:
         """Join behind all of the same rank."""
         self._last_turn += 1
         self._join(request, self._last_turn)
 
-    def prepend(self, request: Request) -> None:
+    def prepend_request(self, request: Request) -> None:
         """Join in front of all of the same rank; a better rank still goes first."""
         self._first_turn -= 1
         self._join(request, self._first_turn)
@@ -134,7 +134,7 @@ class SortedQueue(RequestQueue):
         self._places[request.request_id] = place
         heapq.heappush(self._heap, place)
 
-    def peek(self) -> Request:
+    def peek_request(self) -> Request:
         """The next in line. Raises IndexError when nobody waits."""
         while self._heap:
             request = self._heap[0].request
@@ -143,13 +143,13 @@ class SortedQueue(RequestQueue):
             heapq.heappop(self._heap)
         raise IndexError("peek at an empty queue")
 
-    def pop(self) -> Request:
+    def pop_request(self) -> Request:
         """Take the next in line. Raises IndexError when nobody waits."""
-        request = self.peek()
-        self.remove(request)
+        request = self.peek_request()
+        self.remove_request(request)
         return request
 
-    def remove(self, request: Request) -> None:
+    def remove_request(self, request: Request) -> None:
         """Leave the line from wherever one stands. Raises KeyError for a request that is not in it."""
         self._places.pop(request.request_id).request = None
         if len(self._heap) > 2 * len(self._places):
@@ -184,7 +184,7 @@ def sjf_rank(request: Request) -> tuple[float, ...]:
     return (request.max_total_tokens - request.num_computed_tokens, request.arrival_time)
 
 
-def make_queue(policy: str) -> RequestQueue:
+def create_request_queue(policy: str) -> RequestQueue:
     """The line for a scheduling policy. Raises ValueError for an unknown one."""
     if policy == "fcfs":
         return FCFSQueue()

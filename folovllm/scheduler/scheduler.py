@@ -1,6 +1,6 @@
 """Who runs in the next step, and how many tokens of it (vLLM: `vllm/v1/core/sched/scheduler.py`).
 
-There is one scheduler for every milestone. `schedule()` decides a step, `update()` takes in what the step sampled:
+One scheduler for every milestone: `schedule()` decides a step, `update_from_output()` takes in what it sampled.
 
     waiting --admit--> running --check_stop--> finished
        ^                  |
@@ -29,7 +29,7 @@ line. Its tokens are kept, so what it comes to say does not change. In such a st
 
 Invariants (between two calls):
   1. Every live request is in exactly one of: parked, following, `waiting`, `running`. A held one is in none of them.
-  2. len(running) <= max_running, and a step never holds more than max_num_batched_tokens tokens.
+  2. len(running) <= max_num_running_reqs, and a step never holds more than max_num_batched_tokens tokens.
   3. Only running, held and swapped-out requests hold anything in the KV books, the last on the host.
   4. Nothing done in a step looks at all waiting requests.
 """
@@ -39,12 +39,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from folovllm.kv_cache.interface import KVCacheManager, KVFork, KVPlan
+from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, NewRequestData, ScheduledRequest, SchedulerOutput
 from folovllm.request import Request, RequestStatus
-from folovllm.runner.interface import RunnerOutput
 from folovllm.scheduler.followers import Followers
-from folovllm.scheduler.forks import Forks
-from folovllm.scheduler.output import CoreOutput, NewRequest, ScheduledRequest, SchedulerOutput
-from folovllm.scheduler.request_queue import RequestQueue, make_queue
+from folovllm.scheduler.parallel_sampling import Forks
+from folovllm.scheduler.request_queue import RequestQueue, create_request_queue
 from folovllm.scheduler.stop import check_stop
 
 
@@ -67,17 +66,17 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         self.chunked_prefill = chunked_prefill
         # Tokens of one request in a step, so that others fit beside a long prompt; 0 for no such limit.
-        self.longest_piece = long_prefill_token_threshold if chunked_prefill else 0
+        self.long_prefill_token_threshold = long_prefill_token_threshold if chunked_prefill else 0
         # Every running request needs a token of the budget in every step, so more of them would have to take turns.
-        self.max_running = min(max_num_seqs, max_num_batched_tokens)
+        self.max_num_running_reqs = min(max_num_seqs, max_num_batched_tokens)
         self.requests: dict[str, Request] = {}  # live and held
-        self.waiting: RequestQueue = make_queue(policy)
+        self.waiting: RequestQueue = create_request_queue(policy)
         self.running: list[Request] = []
         self._decodes_skipped = False  # by the last step
         self._forks = Forks()
         self._followers = Followers()
         self._held: set[str] = set()  # finished requests whose K/V others still need
-        self._finished_ids: list[str] = []  # for the next SchedulerOutput
+        self._finished_req_ids: list[str] = []  # for the next SchedulerOutput
 
     # ------------------------------------------------------------------ requests in
 
@@ -104,15 +103,14 @@ class Scheduler:
             raise ValueError(f"parent_id={request.parent_id!r}; allowed: a request that is held or has not run yet")
         self.requests[request.request_id] = request
         if leader is None or held:
-            self.waiting.add(request)
+            self.waiting.add_request(request)
         if leader is not None:
             self._forks.add(leader.request_id, request, park=not held)
 
-    def abort(self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED) -> list[str]:
-        """Finish requests from outside and return their ids; those unknown or finished already are ignored.
-
-        The text side uses this with FINISHED_STOPPED when it has found a stop string.
-        """
+    def finish_requests(
+        self, request_ids: Iterable[str], status: RequestStatus = RequestStatus.FINISHED_ABORTED
+    ) -> list[str]:
+        """Finish requests from outside and return their ids; those unknown or finished already are ignored."""
         ended = [i for i in request_ids if i in self.requests and not self.requests[i].is_finished]
         for request_id in ended:
             request = self.requests[request_id]
@@ -137,16 +135,16 @@ class Scheduler:
         Their K/V may be half written, and to repeat the step on it could give wrong tokens. Returns the aborted ids.
         Nor is it known what reached the host of those that were swapped out: they will compute theirs again.
         """
-        self._finished_ids[:0] = step.finished_ids
-        for request in (self.requests[i] for i in step.preempted_ids if i in self.requests):
-            self.waiting.remove(request)
+        self._finished_req_ids[:0] = step.finished_req_ids
+        for request in (self.requests[i] for i in step.preempted_req_ids if i in self.requests):
+            self.waiting.remove_request(request)
             self._forget(request)
-            self.waiting.prepend(request)
+            self.waiting.prepend_request(request)
         for share in step.scheduled:  # nobody may fork what was to be moved, or found where this step was to write it
-            if share.plan.ops or share.start == 0 or share.request_id in step.resumed_ids:
+            if share.plan.ops or share.start == 0 or share.request_id in step.resumed_req_ids:
                 self._forget(self.requests[share.request_id])
         # The last one first: a leader leaves its place at the front of the line to a child, so the first is then ahead.
-        return self.abort([share.request_id for share in reversed(step.scheduled)])
+        return self.finish_requests([share.request_id for share in reversed(step.scheduled)])
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to compute."""
@@ -154,7 +152,7 @@ class Scheduler:
 
     def has_news_for_runner(self) -> bool:
         """Whether a runner still holds something for requests that are gone."""
-        return bool(self._finished_ids)
+        return bool(self._finished_req_ids)
 
     @property
     def num_waiting(self) -> int:
@@ -171,20 +169,20 @@ class Scheduler:
         self._decodes_skipped = bool(step.scheduled)
         if not step.scheduled:
             self._schedule_running(step)
-            if not step.preempted_ids:
+            if not step.preempted_req_ids:
                 self._admit_waiting(step)
         # Taken last: admitting its last child lets go of a held leader. A runner copies before it forgets.
-        step.finished_ids, self._finished_ids = self._finished_ids, []
+        step.finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
         return step
 
     def _head_needs_a_step_of_its_own(self) -> bool:
         """Whether only the budget that decodes take keeps the head of the line out, and decodes may skip this step."""
-        seats = 0 < len(self.running) < self.max_running
+        seats = 0 < len(self.running) < self.max_num_running_reqs
         if self.chunked_prefill or self._decodes_skipped or not self.waiting or not seats:
             return False
-        head = self.waiting.peek()
-        in_pieces = head.status is RequestStatus.PREEMPTED
-        num_new = 1 if in_pieces or self._leader_to_fork(head) is not None else head.num_tokens - self.kv.match(head)
+        head = self.waiting.peek_request()
+        one = head.status is RequestStatus.PREEMPTED or self._leader_to_fork(head) is not None
+        num_new = 1 if one else head.num_tokens - self.kv.get_computed_blocks(head)
         # One token for each that runs: what those take beyond it who still catch up is no reason to skip a step.
         return num_new > self.max_num_batched_tokens - len(self.running)
 
@@ -200,11 +198,11 @@ class Scheduler:
     def _piece(self, num_tokens: int, step: SchedulerOutput) -> int:
         """How many of a request's `num_tokens` tokens find room in the step."""
         room = self.max_num_batched_tokens - step.total_num_scheduled_tokens
-        return min(num_tokens, room, self.longest_piece or room)
+        return min(num_tokens, room, self.long_prefill_token_threshold or room)
 
     def _reserve(self, request: Request, num_new: int, step: SchedulerOutput) -> KVPlan | None:
         """Room for a running request, at the cost of others if need be; None if it was itself the one to give way."""
-        while (plan := self.kv.reserve(request, num_new)) is None:
+        while (plan := self.kv.allocate_slots(request, num_new)) is None:
             if self._release_held():
                 continue
             victim = self.running[-1]
@@ -224,20 +222,20 @@ class Scheduler:
         else:
             step.kv_ops.extend(ops)
         step.remove(victim.request_id)
-        step.preempted_ids.append(victim.request_id)
+        step.preempted_req_ids.append(victim.request_id)
         self.running.remove(victim)
         victim.set_status(RequestStatus.PREEMPTED)
         self._wake(victim)
-        self.waiting.prepend(victim)
+        self.waiting.prepend_request(victim)
 
     def _forget(self, request: Request) -> None:
-        self.kv.release(request)
+        self.kv.free(request)
         request.num_computed_tokens = 0
 
     def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the head of the line while there is room. Nobody overtakes a head that does not fit."""
-        while self.waiting and len(self.running) < self.max_running:
-            head = self.waiting.peek()
+        while self.waiting and len(self.running) < self.max_num_running_reqs:
+            head = self.waiting.peek_request()
             if self._steps_aside(head) or self._admit(head, step):
                 continue
             # If nothing runs, no room would ever come free: only finished leaders can be in the way.
@@ -255,22 +253,23 @@ class Scheduler:
         fork = self.kv.fork(leader, request, request.num_prompt_tokens - 1) if leader is not None else KVFork(0)
         if fork is None:
             return False
-        start = fork.num_tokens if leader is not None else self.kv.match(request)
+        start = fork.num_tokens if leader is not None else self.kv.get_computed_blocks(request)
         missing = request.num_tokens - start
         num_new = self._piece(missing, step)
         fits = num_new > 0 and (num_new == missing or self.chunked_prefill or not first_time)
-        plan = self.kv.reserve(request, num_new, spare=bool(self.running)) if fits else None
+        plan = self.kv.allocate_slots(request, num_new, spare=bool(self.running)) if fits else None
         if plan is None:
             if leader is not None:
-                self.kv.release(request)
+                self.kv.free(request)
             return False
-        self.waiting.pop()
+        self.waiting.pop_request()
         if first_time:  # a preempted one is known to the runner: its state lives on
             request.num_cached_tokens = 0 if leader is not None else start
             params, stop_ids = request.sampling_params, request.stop_token_ids
-            step.new_requests.append(NewRequest(request.request_id, request.prompt_token_ids, params, stop_ids))
+            data = NewRequestData(request.request_id, request.prompt_token_ids, params, stop_ids)
+            step.scheduled_new_reqs.append(data)
         else:
-            step.resumed_ids.append(request.request_id)
+            step.resumed_req_ids.append(request.request_id)
         request.set_status(RequestStatus.RUNNING)
         request.num_computed_tokens = start
         self.running.append(request)
@@ -286,15 +285,15 @@ class Scheduler:
         step.add(ScheduledRequest(request.request_id, request.tokens(plan.start, end), plan.start, samples, plan))
         self._wake(request, end)
 
-    def update(self, step: SchedulerOutput, result: RunnerOutput) -> list[CoreOutput]:
+    def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
-        outputs: list[CoreOutput] = []
+        outputs: list[EngineCoreOutput] = []
         next_in_line: list[Request] = []
         for share, sampled, logprobs in zip(step.scheduled, result.sampled_token_ids, result.logprobs, strict=True):
             request = self.requests.get(share.request_id)
             if request is None or request.is_finished:
                 continue  # aborted while the step was on its way
-            self.kv.commit(share.plan)
+            self.kv.cache_blocks(share.plan)
             request.num_computed_tokens += share.num_tokens
             next_in_line += self._forks.unpark(request)
             if share.request_id in result.failed:
@@ -310,7 +309,7 @@ class Scheduler:
                     break
             if num_new or request.is_finished:
                 outputs.append(
-                    CoreOutput(
+                    EngineCoreOutput(
                         request.request_id,
                         sampled[:num_new],
                         None if logprobs is None else logprobs[:num_new],
@@ -321,7 +320,7 @@ class Scheduler:
                     )
                 )
         for child in reversed(next_in_line):
-            self.waiting.prepend(child)
+            self.waiting.prepend_request(child)
         return outputs
 
     # ------------------------------------------------------------------ requests out
@@ -331,14 +330,14 @@ class Scheduler:
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
-            self.waiting.remove(request)
+            self.waiting.remove_request(request)
         elif request in self._followers:
             self._followers.remove(request)
         self._wake(request)
         self._fork_done(request)
         complete = request.status in (RequestStatus.FINISHED_STOPPED, RequestStatus.FINISHED_LENGTH_CAPPED)
         if self._forks.has_parked(request.request_id):
-            self.waiting.prepend(self._forks.promote(request))
+            self.waiting.prepend_request(self._forks.promote(request))
         elif self._forks.due(request.request_id) or (request.hold and complete):
             self.kv.withdraw(request)
             self._held.add(request.request_id)  # `let_go`, or `_fork_done` of the last child, releases it
@@ -346,9 +345,9 @@ class Scheduler:
         self._release(request)
 
     def _release(self, request: Request) -> None:
-        self.kv.release(request)
+        self.kv.free(request)
         del self.requests[request.request_id]
-        self._finished_ids.append(request.request_id)
+        self._finished_req_ids.append(request.request_id)
 
     # ------------------------------------------------------------------ followers
 
@@ -357,14 +356,14 @@ class Scheduler:
         awaited = None if self._leader_to_fork(request) is not None else self.kv.awaited(request)
         if awaited is None:
             return False
-        self.waiting.remove(request)
+        self.waiting.remove_request(request)
         self._followers.add(awaited.request_id, awaited.num_tokens, request)
         return True
 
     def _wake(self, leader: Request, num_tokens: int | None = None) -> None:
         """Who followed `leader` as far as `num_tokens`, or at all, is next in line: for this very step."""
         for follower in reversed(self._followers.wake(leader.request_id, num_tokens)):
-            self.waiting.prepend(follower)
+            self.waiting.prepend_request(follower)
 
     # ------------------------------------------------------------------ forks
 

@@ -18,12 +18,12 @@ def tokens_fed(prompt_len: int, n: int, cached: bool) -> list[int]:
 
 
 def linear_flops(num_weights: int, prompt_len: int, n: int, *, cached: bool) -> int:
-    """FLOPs of the linear layers (closed form: `linear_tokens_cached` in folovllm/kv_cache/formulas.py)."""
+    """FLOPs of the linear layers (closed form: `linear_tokens_cached` in folovllm/course/lessons/formulas.py)."""
     return 2 * num_weights * sum(tokens_fed(prompt_len, n, cached))
 
 
 def attention_flops(num_layers: int, num_heads: int, head_dim: int, prompt_len: int, n: int, *, cached: bool) -> int:
-    """FLOPs of attention (closed form: `attention_pairs_cached` in folovllm/kv_cache/formulas.py)."""
+    """FLOPs of attention (closed form: `attention_pairs_cached` in folovllm/course/lessons/formulas.py)."""
     fed = tokens_fed(prompt_len, n, cached)
     pairs = sum(queries * (prompt_len + step) for step, queries in enumerate(fed))
     return 4 * head_dim * num_heads * num_layers * pairs
@@ -83,7 +83,7 @@ def left_pad(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[torch
 def decode_inputs(
     attention_mask: torch.Tensor, tokens: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """One new column. With one text and no padding this is what folovllm/runner/hf_runner.py feeds: position T."""
+    """One new column. With one text and no padding this is what folovllm/runner/hf/hf_runner.py feeds: position T."""
     input_ids = torch.tensor(tokens)[:, None]  # [B, 1]
     position_ids = attention_mask.sum(dim=1, keepdim=True)  # [B, 1]
     return input_ids, torch.cat([attention_mask, torch.ones_like(input_ids)], dim=1), position_ids

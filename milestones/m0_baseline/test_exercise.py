@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PretrainedConfig, PreTrainedModel, Qwen3Config
 
-from folovllm.grading.checks import Call, WrongAnswer
+from folovllm.course.grading.checks import Call, WrongAnswer
 
 KIB = 2**10
 a_length = st.integers(1, 40)

@@ -15,7 +15,7 @@ NEG_INF = float("-inf")
 
 
 def apply_repetition_penalty(logits: torch.Tensor, token_ids: Sequence[int], penalty: float) -> torch.Tensor:
-    """Each token that has occurred, once (folovllm/sampling/penalties.py: `apply_penalties`)."""
+    """Each token that has occurred, once (folovllm/sampling/logits.py: `apply_penalties`)."""
     if penalty <= 0:
         raise ValueError(f"penalty={penalty}: must be greater than 0")
     penalised = logits.clone()
@@ -26,14 +26,14 @@ def apply_repetition_penalty(logits: torch.Tensor, token_ids: Sequence[int], pen
 
 
 def apply_temperature(logits: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Logits over temperature (folovllm/sampling/filters.py)."""
+    """Logits over temperature (folovllm/sampling/logits.py)."""
     if temperature <= 0:
         raise ValueError(f"temperature={temperature}: must be greater than 0")
     return logits / temperature
 
 
 def apply_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
-    """A threshold relative to the likeliest token (folovllm/sampling/filters.py)."""
+    """A threshold relative to the likeliest token (folovllm/sampling/logits.py)."""
     if not 0 <= min_p <= 1:
         raise ValueError(f"min_p={min_p}: must be in [0, 1]")
     probs = logits.softmax(dim=0)  # [V]
@@ -41,7 +41,7 @@ def apply_min_p(logits: torch.Tensor, min_p: float) -> torch.Tensor:
 
 
 def apply_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
-    """Everything from the k-th largest logit up (folovllm/sampling/filters.py)."""
+    """Everything from the k-th largest logit up (folovllm/sampling/logits.py)."""
     if top_k < 1:
         raise ValueError(f"top_k={top_k}: must be at least 1")
     kth_largest = sorted(logits.tolist(), reverse=True)[:top_k][-1]
@@ -49,7 +49,7 @@ def apply_top_k(logits: torch.Tensor, top_k: int) -> torch.Tensor:
 
 
 def apply_top_p(logits: torch.Tensor, top_p: float) -> torch.Tensor:
-    """Take tokens from the likeliest down until top_p is reached (folovllm/sampling/filters.py goes from below)."""
+    """Take tokens from the likeliest down until top_p is reached (folovllm/sampling/logits.py goes from below)."""
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p={top_p}: must be in (0, 1]")
     if top_p == 1:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers.generation import logits_process as hf
 
-from folovllm.grading.checks import Call, WrongAnswer
+from folovllm.course.grading.checks import Call, WrongAnswer
 
 INF = float("inf")
 REPLACEMENT = "\ufffd"

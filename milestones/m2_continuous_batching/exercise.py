@@ -107,19 +107,19 @@ class PriorityQueue:
         """An empty line."""
         raise NotImplementedError("PriorityQueue")
 
-    def add(self, request_id: str, priority: int) -> None:
+    def add_request(self, request_id: str, priority: int) -> None:
         """Join the line. Raises ValueError for an id that waits already; one that has left may join again."""
         raise NotImplementedError("PriorityQueue")
 
-    def peek(self) -> str:
+    def peek_request(self) -> str:
         """The id that is next, which stays in the line. Raises IndexError if nobody waits."""
         raise NotImplementedError("PriorityQueue")
 
-    def pop(self) -> str:
+    def pop_request(self) -> str:
         """Take the id that is next out of the line. Raises IndexError if nobody waits."""
         raise NotImplementedError("PriorityQueue")
 
-    def remove(self, request_id: str) -> None:
+    def remove_request(self, request_id: str) -> None:
         """Take an id out from wherever it stands; the others keep their order. Raises KeyError if it is not there."""
         raise NotImplementedError("PriorityQueue")
 

@@ -11,7 +11,7 @@ import torch
 
 
 def padding_share(lengths: Sequence[int]) -> float:
-    """One minus tokens over cells. The engine counts both kinds: `Padding` in folovllm/runner/hf_runner.py."""
+    """One minus tokens over cells. The engine counts both kinds: `Padding` in folovllm/runner/hf/hf_runner.py."""
     if min(lengths, default=0) < 1:
         raise ValueError(f"lengths={list(lengths)}: at least one row, and no row below 1")
     return 1 - sum(lengths) / (len(lengths) * max(lengths))
@@ -20,7 +20,7 @@ def padding_share(lengths: Sequence[int]) -> float:
 def padded_inputs(
     new_tokens: Sequence[Sequence[int]], cached: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Every row is padded twice, in the cache and among the new tokens (folovllm/runner/hf_runner.py: `HFRunner`).
+    """Every row is padded twice, in the cache and among the new tokens (folovllm/runner/hf/hf_runner.py: `HFRunner`).
 
     The engine feeds prefills and decodes apart, so that a row's padding is all on its left.
     """
@@ -46,7 +46,7 @@ def check_lengths(output_lens: Sequence[int], batch_size: int) -> None:
 
 
 def static_batch_steps(output_lens: Sequence[int], batch_size: int) -> int:
-    """The longest of each batch (`run_static` in folovllm/bench/peers.py is Hugging Face's `generate` doing it)."""
+    """The longest of each batch (`run_static` in folovllm/course/bench/peers.py: Hugging Face's `generate` does it)."""
     check_lengths(output_lens, batch_size)
     return sum(max(output_lens[i : i + batch_size]) for i in range(0, len(output_lens), batch_size))
 
@@ -79,26 +79,26 @@ class PriorityQueue:
         self.places: dict[str, tuple[int, int]] = {}  # id -> (priority, turn): smaller is sooner
         self.turn = 0
 
-    def add(self, request_id: str, priority: int) -> None:
+    def add_request(self, request_id: str, priority: int) -> None:
         """Turns only ever grow, so no two places are equal, and an id is never compared."""
         if request_id in self.places:
             raise ValueError(f"request_id={request_id!r} waits already")
         self.turn += 1
         self.places[request_id] = (priority, self.turn)
 
-    def peek(self) -> str:
+    def peek_request(self) -> str:
         """The smallest place."""
         if not self.places:
             raise IndexError("peek at an empty queue")
         return min(self.places, key=self.places.__getitem__)
 
-    def pop(self) -> str:
+    def pop_request(self) -> str:
         """The smallest place, given up."""
-        request_id = self.peek()
+        request_id = self.peek_request()
         del self.places[request_id]
         return request_id
 
-    def remove(self, request_id: str) -> None:
+    def remove_request(self, request_id: str) -> None:
         """A place given up. A dict raises the KeyError by itself."""
         del self.places[request_id]
 

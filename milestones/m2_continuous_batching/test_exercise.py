@@ -18,10 +18,10 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModelForCausalLM, DynamicCache, LlamaConfig, PreTrainedModel
 
 from folovllm import LLM, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
-from folovllm.glossary import default_prompts
-from folovllm.grading.checks import Call, WrongAnswer
+from folovllm.course.glossary import default_prompts
+from folovllm.course.grading.checks import Call, WrongAnswer
 from folovllm.kv_cache.interface import KVCacheManager
-from folovllm.scheduler.output import SchedulerOutput
+from folovllm.messages import SchedulerOutput
 from folovllm.scheduler.scheduler import Scheduler
 
 # --- what a batch wastes ----------------------------------------------------------------------------------
@@ -300,7 +300,7 @@ def attempt(queue: Any, operation: Operation) -> Any:
     """What the operation gives, an exception's class included if it is one that the task names."""
     name, *arguments = operation
     try:
-        return getattr(queue, name)(*arguments)
+        return getattr(queue, f"{name}_request")(*arguments)
     except (ValueError, IndexError, KeyError) as error:
         return type(error)
 
@@ -317,7 +317,7 @@ def check_line(impl: ModuleType, operations: Sequence[Operation], why: str = "")
     queue, line, steps = impl.PriorityQueue(), list[tuple[str, int]](), ["queue = PriorityQueue()"]
     for operation in operations:
         name, *arguments = operation
-        steps.append(f"queue.{name}({', '.join(map(repr, arguments))})")
+        steps.append(f"queue.{name}_request({', '.join(map(repr, arguments))})")
         want, got = expected(line, operation), attempt(queue, operation)
         says = ""
         if got != want and name in ("add", "remove") and not isinstance(want, type) and not isinstance(got, type):
@@ -352,7 +352,7 @@ class TestPriorityQueue:
         check_line(impl, line, "All have priority 0: r9, r10, r1.")
 
     def test_peek_takes_nothing(self, impl: ModuleType) -> None:
-        """peek leaves the line as it is."""
+        """peek_request leaves the queue as it is."""
         check_line(impl, [("add", "a", 0), ("peek",), ("peek",), ("pop",), ("pop",)])
 
     def test_leaving_from_the_middle(self, impl: ModuleType) -> None:
@@ -622,7 +622,10 @@ class YourScheduler(Scheduler):
         waiting = [(r.request_id, r.num_tokens) for r in self.requests.values() if r in self.waiting]
         running = [r.request_id for r in self.running]
         call = Call(
-            self.decide, waiting, running, **limits(self.max_running, self.max_num_batched_tokens, self.skipped)
+            self.decide,
+            waiting,
+            running,
+            **limits(self.max_num_running_reqs, self.max_num_batched_tokens, self.skipped),
         )
         answer = must_be_a_step(call, waiting, running)
         if not answer and (waiting or running):
@@ -631,16 +634,16 @@ class YourScheduler(Scheduler):
         for request_id, num_tokens in answer:
             request = self.requests[request_id]
             if request in self.running:
-                plan = self.kv.reserve(request, num_tokens)
+                plan = self.kv.allocate_slots(request, num_tokens)
                 if plan is None:
                     raise RuntimeError(f"{request_id} holds a reservation and was refused room in it")
                 self._schedule(request, plan, step)
-            elif len(self.running) == self.max_running:
+            elif len(self.running) == self.max_num_running_reqs:
                 call.fail(answer, why=f"No seat is left for {request_id!r}.")
-            elif self.waiting.peek() is not request or not self._admit(request, step):
+            elif self.waiting.peek_request() is not request or not self._admit(request, step):
                 call.fail(answer, why=f"{request_id!r} is not first in line.")
         self.skipped = bool(running) and not any(request_id in running for request_id, _ in answer)
-        step.finished_ids, self._finished_ids = self._finished_ids, []
+        step.finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
         return step
 
 

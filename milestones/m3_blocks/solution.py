@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 
 
 def blocks_and_waste(num_tokens: int, block_size: int) -> tuple[int, float]:
-    """-(-a // b) rounds up (`num_blocks` in folovllm/kv_cache/fragmentation.py)."""
+    """-(-a // b) rounds up (`num_blocks` in folovllm/course/lessons/fragmentation.py)."""
     if num_tokens < 0 or block_size < 1:
         raise ValueError(f"num_tokens={num_tokens}, block_size={block_size}: at least 0 and 1")
     blocks = -(-num_tokens // block_size)
@@ -29,7 +29,7 @@ def blocks_of_samples(prompt_len: int, output_len: int, n: int, block_size: int)
 
 
 def slot_mapping(block_table: Sequence[int], start: int, num_tokens: int, block_size: int) -> list[int]:
-    """As `InputBuffers` in folovllm/runner/input_batch.py does it for all requests of a step."""
+    """As `InputBatch` in folovllm/runner/input_batch.py does it for all requests of a step."""
     if min(start, num_tokens) < 0 or block_size < 1 or start + num_tokens > len(block_table) * block_size:
         raise ValueError(f"start={start}, num_tokens={num_tokens}, {len(block_table)} blocks of {block_size}")
     positions = range(start, start + num_tokens)
@@ -51,7 +51,7 @@ class BlockManager:
             raise ValueError(f"num_blocks={num_blocks}, block_size={block_size}: at least 1")
         self.block_size = block_size
         self.free_list = deque(range(1, num_blocks + 1))  # taken from the left, given back at the right
-        self.ref_counts = [0] * (num_blocks + 1)
+        self.ref_cnt = [0] * (num_blocks + 1)
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
@@ -59,7 +59,7 @@ class BlockManager:
         """Free blocks, each named once from now on."""
         blocks = [self.free_list.popleft() for _ in range(count)]
         for block in blocks:
-            self.ref_counts[block] = 1
+            self.ref_cnt[block] = 1
         return blocks
 
     def blocks_for(self, num_tokens: int) -> int:
@@ -82,14 +82,14 @@ class BlockManager:
         if num_tokens < 1:
             raise ValueError(f"num_tokens={num_tokens}: at least 1")
         missing = self.blocks_for(length + num_tokens) - len(table)
-        shared = length % self.block_size > 0 and self.ref_counts[table[-1]] > 1
+        shared = length % self.block_size > 0 and self.ref_cnt[table[-1]] > 1
         if missing + shared > len(self.free_list):
             return None
         copies = []
         if shared:
             (own,) = self.take(1)
             copies.append((table[-1], own))
-            self.ref_counts[table[-1]] -= 1
+            self.ref_cnt[table[-1]] -= 1
             table[-1] = own
         table += self.take(missing)
         self.lengths[seq_id] = length + num_tokens
@@ -102,13 +102,13 @@ class BlockManager:
         self.tables[child_id] = self.tables[parent_id][: self.blocks_for(num_tokens)]
         self.lengths[child_id] = num_tokens
         for block in self.tables[child_id]:
-            self.ref_counts[block] += 1
+            self.ref_cnt[block] += 1
 
     def free(self, seq_id: str) -> None:
         """The last block first, so that a sequence's tail is taken by others before its head: M4 has a use for that."""
         for block in reversed(self.tables.pop(seq_id)):
-            self.ref_counts[block] -= 1
-            if self.ref_counts[block] == 0:
+            self.ref_cnt[block] -= 1
+            if self.ref_cnt[block] == 0:
                 self.free_list.append(block)
         del self.lengths[seq_id]
 
@@ -118,7 +118,7 @@ class BlockManager:
 
     def ref_count(self, block: int) -> int:
         """As counted."""
-        return self.ref_counts[block]
+        return self.ref_cnt[block]
 
     def num_free(self) -> int:
         """The length of the free list."""

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule, run_state_machine_as_test
 
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
-from folovllm.glossary import default_prompts
-from folovllm.grading.checks import Call, WrongAnswer
+from folovllm.course.glossary import default_prompts
+from folovllm.course.grading.checks import Call, WrongAnswer
 from folovllm.kv_cache.interface import BlockCopy, BlockPlan, KVCacheManager, KVFork, KVPlan, KVUsage
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request
@@ -618,7 +618,7 @@ class YourBlockManager(KVCacheManager):
 
     def __init__(self, make: Callable[[int, int], Any], num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        self.pool = make(num_blocks, block_size)
+        self.answer = make(num_blocks, block_size)
         self.computed: dict[str, int] = {}  # of every request with a table
 
     def why_never_fits(self, request: Request) -> str | None:
@@ -626,41 +626,41 @@ class YourBlockManager(KVCacheManager):
         needed = -(-request.max_total_tokens // self.block_size)
         return None if needed <= self.num_blocks else f"it needs {needed} of {self.num_blocks} blocks"
 
-    def match(self, request: Request) -> int:
+    def get_computed_blocks(self, request: Request) -> int:
         """Nothing is kept of a request that gave way."""
         return 0
 
-    def reserve(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
+    def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
         """`allocate` for a newcomer, `append` for one that runs."""
         name = request.request_id
         if name in self.computed:
-            copies = self.pool.append(name, num_new_tokens)
+            copies = self.answer.append(name, num_new_tokens)
         else:
-            copies = [] if self.pool.allocate(name, num_new_tokens) else None
+            copies = [] if self.answer.allocate(name, num_new_tokens) else None
         if copies is None:
             return None
         start = self.computed.setdefault(name, 0)
         ops = tuple(BlockCopy(source, target) for source, target in copies)
-        return BlockPlan(name, start, num_new_tokens, ops, tuple(self.pool.table(name)))
+        return BlockPlan(name, start, num_new_tokens, ops, tuple(self.answer.table(name)))
 
     def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
         """`fork`."""
-        self.pool.fork(src.request_id, dst.request_id, num_tokens)
+        self.answer.fork(src.request_id, dst.request_id, num_tokens)
         self.computed[dst.request_id] = num_tokens
         return KVFork(num_tokens)
 
-    def commit(self, plan: KVPlan) -> None:
+    def cache_blocks(self, plan: KVPlan) -> None:
         """The K/V that `append` made room for is written."""
         self.computed[plan.request_id] += plan.num_tokens
 
-    def release(self, request: Request) -> None:
+    def free(self, request: Request) -> None:
         """`free`."""
         if self.computed.pop(request.request_id, None) is not None:
-            self.pool.free(request.request_id)
+            self.answer.free(request.request_id)
 
     def usage(self) -> KVUsage:
         """Counted from the tables."""
-        tables = {name: self.pool.table(name) for name in self.computed}
+        tables = {name: self.answer.table(name) for name in self.computed}
         slots = {
             (block, slot)
             for name, table in tables.items()

@@ -29,7 +29,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the first three exercises can be graded there, too
-    from folovllm.grading.no_triton import tl, triton
+    from folovllm.course.grading.no_triton import tl, triton
 
 
 # --- what a step says of its tokens -----------------------------------------------------------------------

@@ -1,12 +1,11 @@
 """One way to solve the exercises of M3's second part. Try them first: `folovllm grade m3-kernels --hint NAME` helps.
 
-In the package these are `fill` in folovllm/runner/input_batch.py (`query_start_loc`, `step_slots`), `visible_tokens` in
-folovllm/attention/reference.py (`ragged_mask` of one request), `online_softmax` in
-folovllm/attention/online_softmax.py, and, with prefills, windows and softcaps, folovllm/attention/triton_kernels.py:
-`attend_keys` (`online_softmax_kernel`, `attention_kernel`), folovllm/attention/triton_kernels.py: `attention_kernel`
-(`paged_decode_kernel`, `packed_decode_kernel`) and folovllm/attention/triton_kernels.py: `reduce_kernel`
-(`merge_kernel`).
-"""
+In the package these are `fill` in folovllm/runner/input_batch.py (`query_start_loc`, `step_slots`), `visible_tokens`
+in folovllm/attention/reference.py (`ragged_mask` of one request), `online_softmax` in
+folovllm/course/lessons/online_softmax.py, and, with prefills, windows and softcaps,
+folovllm/attention/triton_kernels.py: `attend_keys` (`online_softmax_kernel`, `attention_kernel`),
+folovllm/attention/triton_kernels.py: `attention_kernel` (`paged_decode_kernel`, `packed_decode_kernel`) and
+folovllm/attention/triton_kernels.py: `reduce_kernel` (`merge_kernel`)."""
 
 from __future__ import annotations
 
@@ -18,7 +17,7 @@ try:
     import triton
     import triton.language as tl
 except ImportError:  # macOS, Windows: the first three exercises can be graded there, too
-    from folovllm.grading.no_triton import tl, triton
+    from folovllm.course.grading.no_triton import tl, triton
 
 
 # --- what a step says of its tokens -----------------------------------------------------------------------

@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from folovllm.grading.checks import Call, WrongAnswer, show
+from folovllm.course.grading.checks import Call, WrongAnswer, show
 
 NEAR = {"rtol": 1e-4, "atol": 1e-5}  # of float32 sums, taken in any order
 NOT_YOURS = -7777.0  # around outputs, where a copy of the NaN around an input would be seen

@@ -15,7 +15,10 @@ import torch
 
 
 def split_budget(
-    running: Sequence[tuple[str, int]], waiting: Sequence[tuple[str, int]], budget: int, longest_piece: int = 0
+    running: Sequence[tuple[str, int]],
+    waiting: Sequence[tuple[str, int]],
+    budget: int,
+    long_prefill_token_threshold: int = 0,
 ) -> list[tuple[str, int]]:
     """Share the tokens of one step among the requests that have something to compute.
 
@@ -24,12 +27,12 @@ def split_budget(
         as many as are left of it. 0 is not possible.
     waiting: the same of those that wait, first in line first.
     budget: tokens that the step computes at most.
-    longest_piece: if not 0, nobody gets more tokens than that in one step.
+    long_prefill_token_threshold: if not 0, nobody gets more tokens than that in one step.
 
     First come the decodes: those of `running` that lack exactly 1. Then those of `running` that lack more, since they
     have begun. Then those that wait. Within each of the three groups they keep their order. Each in turn gets as much
-    as it lacks, but no more than the budget has left and no more than `longest_piece`. Whoever would get 0 tokens is
-    not in the step.
+    as it lacks, but no more than the budget has left and no more than `long_prefill_token_threshold`. A request
+    that would get 0 tokens is not in the step.
 
     Returns (id, tokens) of all that take part, in that order.
 
@@ -38,7 +41,7 @@ def split_budget(
         split_budget(running, waiting, 256, 128) is [("a", 1), ("c", 1), ("b", 128), ("d", 5), ("e", 40)]
         split_budget(running, waiting, 150, 128) is [("a", 1), ("c", 1), ("b", 128), ("d", 5), ("e", 15)]
 
-    Raises ValueError for budget < 1 and for longest_piece < 0.
+    Raises ValueError for budget < 1 and for long_prefill_token_threshold < 0.
     """
     raise NotImplementedError("split_budget")
 

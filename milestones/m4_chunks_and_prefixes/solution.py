@@ -11,17 +11,22 @@ import torch
 
 
 def split_budget(
-    running: Sequence[tuple[str, int]], waiting: Sequence[tuple[str, int]], budget: int, longest_piece: int = 0
+    running: Sequence[tuple[str, int]],
+    waiting: Sequence[tuple[str, int]],
+    budget: int,
+    long_prefill_token_threshold: int = 0,
 ) -> list[tuple[str, int]]:
     """A sort keeps the order of equals (`_schedule_running` and `_piece` in folovllm/scheduler/scheduler.py).
 
     The engine asks for blocks as well, and for a seat, before it admits anybody.
     """
-    if budget < 1 or longest_piece < 0:
-        raise ValueError(f"budget={budget}, longest_piece={longest_piece}: at least 1 and 0")
+    if budget < 1 or long_prefill_token_threshold < 0:
+        raise ValueError(
+            f"budget={budget}, long_prefill_token_threshold={long_prefill_token_threshold}: at least 1 and 0"
+        )
     step = []
     for name, missing in [*sorted(running, key=lambda place: place[1] > 1), *waiting]:
-        count = min(missing, budget, longest_piece or budget)
+        count = min(missing, budget, long_prefill_token_threshold or budget)
         if count:
             step.append((name, count))
             budget -= count
@@ -80,7 +85,7 @@ def full_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[tuple[int
 
 
 def reusable_tokens(num_tokens: int, block_size: int, in_cache: Sequence[bool]) -> int:
-    """`match` in folovllm/kv_cache/block_manager.py looks at no more than (num_tokens - 1) // block_size blocks."""
+    """`_find` in folovllm/kv_cache/block_manager.py looks at no more than (num_tokens - 1) // block_size blocks."""
     if min(num_tokens, block_size) < 1 or len(in_cache) != num_tokens // block_size:
         raise ValueError(f"num_tokens={num_tokens}, block_size={block_size}, in_cache has {len(in_cache)} entries")
     found = [*in_cache, False].index(False)

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, rule, run_state_machine_as_test
 
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
-from folovllm.glossary import default_prompts, load_prose
-from folovllm.grading.checks import Call, WrongAnswer
+from folovllm.course.glossary import default_prompts, load_prose
+from folovllm.course.grading.checks import Call, WrongAnswer
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import CachedBlock, PrefixCache
 from folovllm.outputs import RequestOutput
@@ -65,9 +65,9 @@ class TestSplitBudget:
         """An empty step."""
         Call(impl.split_budget, [], [], 64).must_return([])
 
-    @given(running=places, waiting=places, budget=st.integers(1, 40), longest_piece=st.integers(0, 6))
+    @given(running=places, waiting=places, budget=st.integers(1, 40), long_prefill_token_threshold=st.integers(0, 6))
     def test_token_by_token(
-        self, impl: ModuleType, running: list[int], waiting: list[int], budget: int, longest_piece: int
+        self, impl: ModuleType, running: list[int], waiting: list[int], budget: int, long_prefill_token_threshold: int
     ) -> None:
         """Any requests: against a step into which tokens are put one after the other."""
         names = iter("abcdefghij")
@@ -77,10 +77,12 @@ class TestSplitBudget:
         for name, missing in line:
             for _ in range(missing):
                 full = sum(given_tokens.values()) == budget
-                if full or (longest_piece and given_tokens.get(name, 0) == longest_piece):
+                if full or (long_prefill_token_threshold and given_tokens.get(name, 0) == long_prefill_token_threshold):
                     break
                 given_tokens[name] = given_tokens.get(name, 0) + 1
-        Call(impl.split_budget, first, later, budget, longest_piece).must_return(list(given_tokens.items()))
+        Call(impl.split_budget, first, later, budget, long_prefill_token_threshold).must_return(
+            list(given_tokens.items())
+        )
 
     def test_nothing_is_changed(self, impl: ModuleType) -> None:
         """Both lists are the engine's: they are left as they are."""
@@ -93,7 +95,7 @@ class TestSplitBudget:
     def test_refusals(self, impl: ModuleType) -> None:
         """A budget for nobody, and pieces shorter than nothing, are refused."""
         Call(impl.split_budget, [("a", 1)], [], 0).must_refuse("budget < 1.")
-        Call(impl.split_budget, [("a", 1)], [], 8, -1).must_refuse("longest_piece < 0.")
+        Call(impl.split_budget, [("a", 1)], [], 8, -1).must_refuse("long_prefill_token_threshold < 0.")
 
 
 # --- what a chunk may see ---------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 
 What the engine does in their place is in folovllm/scheduler/scheduler.py: `schedule` takes decodes first, then whatever
 still catches up, within a budget that does not change from step to step. How the machine of the exercise counts time is
-in folovllm/grading/latency.py: `step_cost` is the same formula as here.
+in folovllm/course/grading/latency.py: `step_cost` is the same formula as here.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 def step_cost(shares: Sequence[tuple[int, int]], cost: tuple[int, int, int]) -> int:
     """The tokens of a share see start + 1, start + 2, ..., start + count keys: the sum has a formula.
 
-    folovllm/grading/latency.py: `step_cost`.
+    folovllm/course/grading/latency.py: `step_cost`.
     """
     if any(start < 0 or count < 1 for start, count in shares):
         raise ValueError(f"shares={list(shares)}: start >= 0 and count >= 1")

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from folovllm.grading.checks import Call, WrongAnswer
-from folovllm.grading.latency import (
+from folovllm.course.grading.checks import Call, WrongAnswer
+from folovllm.course.grading.latency import (
     COST,
     ITL_TARGET,
     LONG,

@@ -12,14 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import kstest
 
-from folovllm.bench import peers
-from folovllm.bench.arrivals import Arrivals, Batch, by_arrival, dynamic_batch, static_batch
-from folovllm.bench.engines import EngineServer
-from folovllm.bench.peers import TokenClock, run_dynamic, run_sequential, run_static
-from folovllm.bench.record import Measured
-from folovllm.bench.workloads import WORKLOADS, BenchRequest, draw
+from folovllm.course.bench import peers
+from folovllm.course.bench.arrivals import Arrivals, Batch, by_arrival, dynamic_batch, static_batch
+from folovllm.course.bench.engines import EngineServer
+from folovllm.course.bench.peers import TokenClock, run_dynamic, run_sequential, run_static
+from folovllm.course.bench.record import Measured
+from folovllm.course.bench.workloads import WORKLOADS, BenchRequest, draw
+from folovllm.messages import SchedulerOutput
 from folovllm.sampling_params import SamplingParams
-from folovllm.scheduler.output import SchedulerOutput
 from tests.mock import mock_engine, mock_tokens
 
 VOCAB = 1000
@@ -256,13 +256,13 @@ def engine_run(requests: Sequence[BenchRequest], clock: FakeTime) -> Measured:
     """A server around the mock model, whose every step takes a second."""
     engine = mock_engine(max_num_seqs=4, capacity=256)
     runner: Any = engine.core.runner
-    execute = runner.execute
+    execute = runner.execute_model
 
     def slowly(step: SchedulerOutput) -> Any:
         clock.now += bool(step.scheduled)
         return execute(step)
 
-    runner.execute = slowly
+    runner.execute_model = slowly
     engine.core.clock = clock.perf_counter
     llm: Any = SimpleNamespace(engine=engine)
     return EngineServer(llm, "cpu", clock.sleep).run(requests)

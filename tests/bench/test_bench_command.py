@@ -11,12 +11,12 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from folovllm.bench import cli
-from folovllm.bench.one_run import Job
-from folovllm.bench.record import token_hash
-from folovllm.bench.runner import RunFailed, execute_in_process
-from folovllm.bench.systems import parse_milestones
-from folovllm.bench.workloads import WORKLOADS, draw
+from folovllm.course.bench import cli
+from folovllm.course.bench.one_run import Job
+from folovllm.course.bench.record import token_hash
+from folovllm.course.bench.runner import RunFailed, execute_in_process
+from folovllm.course.bench.systems import parse_milestones
+from folovllm.course.bench.workloads import WORKLOADS, draw
 from folovllm.entrypoints.cli import app
 from folovllm.models.loader import load_hf_model, resolve_model
 from tests.bench.test_report import run
@@ -50,7 +50,7 @@ def test_a_whole_bench_end_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
     report = json.loads(out.read_text())
     assert report["schema"] == 1
-    assert report["command"] == f"python -m folovllm.bench {options} --out a.json"
+    assert report["command"] == f"python -m folovllm.course.bench {options} --out a.json"
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", report["date"])
     assert (report["model"], report["dtype"], report["device"]) == ("folo-tiny", "float32", "cpu")
     assert report["workloads"]["w1"]["requests"] == [[26, 13, 0]]
@@ -219,5 +219,5 @@ def test_a_result_without_a_commit_is_announced(tmp_path: Path, monkeypatch: pyt
 def test_the_command_in_the_file_repeats_it_without_naming_folders():
     options = cli.Options(model="/somewhere/my model", rounds=5, base="m1", out=Path("/elsewhere/b.json"), peers="")
     assert cli.command_line(options, "my model") == (
-        "python -m folovllm.bench --model 'my model' --peers '' --rounds 5 --base m1 --out b.json"
+        "python -m folovllm.course.bench --model 'my model' --peers '' --rounds 5 --base m1 --out b.json"
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folovllm.bench import machine
+from folovllm.course.bench import machine
 
 
 @pytest.fixture

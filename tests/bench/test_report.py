@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import LlamaConfig
 
-from folovllm.bench.plot import plot
-from folovllm.bench.record import Measured, distribution, percentile, token_hash
-from folovllm.bench.report import add_roofline, build_report, save_report, spread, summarize
-from folovllm.bench.roofline import least_seconds
-from folovllm.bench.runner import Measurements, Round
-from folovllm.bench.tables import TABLE_WIDTH, tables
-from folovllm.bench.workloads import BenchRequest
+from folovllm.course.bench.plot import plot
+from folovllm.course.bench.record import Measured, distribution, percentile, token_hash
+from folovllm.course.bench.report import add_roofline, build_report, save_report, spread, summarize
+from folovllm.course.bench.roofline import least_seconds
+from folovllm.course.bench.runner import Measurements, Round
+from folovllm.course.bench.tables import TABLE_WIDTH, tables
+from folovllm.course.bench.workloads import BenchRequest
 
 
 def run(rate: float, **other: Any) -> dict[str, Any]:

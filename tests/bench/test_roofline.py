@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig, MistralConfig, Qwen3MoeConfig
 
-from folovllm.bench.roofline import ideal_passes, least_seconds, pass_work
-from folovllm.bench.workloads import WORKLOADS, BenchRequest, draw
-from folovllm.kv_cache.formulas import attention_flops_per_token, generation_flops
+from folovllm.course.bench.roofline import ideal_passes, least_seconds, pass_work
+from folovllm.course.bench.workloads import WORKLOADS, BenchRequest, draw
+from folovllm.course.lessons.formulas import attention_flops_per_token, generation_flops
 from folovllm.models.loader import load_config, resolve_model
 
 # By hand: q, o 2 x 4x4; k, v 2 x 4x2; gate, up, down 3 x 4x8: 32 + 16 + 96 = 144 weights. LM head 4 x 10 = 40.

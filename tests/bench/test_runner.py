@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 
-from folovllm.bench import runner
-from folovllm.bench.one_run import Job
-from folovllm.bench.runner import Plan, RunFailed, Step, execute_in_process, failure_kind, run_rounds
-from folovllm.bench.systems import System
-from folovllm.bench.workloads import WORKLOADS
+from folovllm.course.bench import runner
+from folovllm.course.bench.one_run import Job
+from folovllm.course.bench.runner import Plan, RunFailed, Step, execute_in_process, failure_kind, run_rounds
+from folovllm.course.bench.systems import System
+from folovllm.course.bench.workloads import WORKLOADS
 
 A, B, C = System("a", peer="continuous"), System("b", milestone="m1"), System("c", peer="static")
 TEMPLATE = Job(None, "w1", "folo-tiny", "float32", "cpu", "auto")

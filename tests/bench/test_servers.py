@@ -11,11 +11,12 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from folovllm import LLM
-from folovllm.bench import one_run
-from folovllm.bench.arrivals import Arrivals
-from folovllm.bench.engines import EngineServer, engine_kwargs, from_trace
-from folovllm.bench.one_run import Job, check_complete
-from folovllm.bench.peers import (
+from folovllm.config import MILESTONES
+from folovllm.course.bench import one_run
+from folovllm.course.bench.arrivals import Arrivals
+from folovllm.course.bench.engines import EngineServer, engine_kwargs, from_trace
+from folovllm.course.bench.one_run import Job, check_complete
+from folovllm.course.bench.peers import (
     batch_work,
     generate,
     run_continuous,
@@ -24,10 +25,9 @@ from folovllm.bench.peers import (
     run_sequential,
     run_static,
 )
-from folovllm.bench.record import Measured
-from folovllm.bench.systems import System, parse_milestones, parse_peers
-from folovllm.bench.workloads import WORKLOADS, BenchRequest, draw
-from folovllm.config import MILESTONES
+from folovllm.course.bench.record import Measured
+from folovllm.course.bench.systems import System, parse_milestones, parse_peers
+from folovllm.course.bench.workloads import WORKLOADS, BenchRequest, draw
 from folovllm.engine.trace import RequestStep, StepTrace, Trace
 from folovllm.kv_cache.interface import KVUsage
 from folovllm.models.loader import load_config, resolve_model

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from folovllm.bench.engines import engine_kwargs
-from folovllm.bench.record import token_hash
-from folovllm.bench.systems import (
+from folovllm.config import MILESTONES, EngineConfig
+from folovllm.course.bench.engines import engine_kwargs
+from folovllm.course.bench.record import token_hash
+from folovllm.course.bench.systems import (
     System,
     choose_base,
     not_applicable,
@@ -15,7 +16,7 @@ from folovllm.bench.systems import (
     variants_of,
     with_max_num_seqs,
 )
-from folovllm.bench.workloads import (
+from folovllm.course.bench.workloads import (
     WORKLOADS,
     BenchRequest,
     draw,
@@ -23,7 +24,6 @@ from folovllm.bench.workloads import (
     longest,
     shared_prefix_len,
 )
-from folovllm.config import MILESTONES, EngineConfig
 
 VOCAB = 1000
 

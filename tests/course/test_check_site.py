@@ -1,4 +1,4 @@
-"""tools/check_site.py must find what it is there to find."""
+"""docs/check_site.py must find what it is there to find."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-TOOL = Path(__file__).resolve().parent.parent.parent / "tools" / "check_site.py"
+TOOL = Path(__file__).resolve().parents[2] / "docs" / "check_site.py"
 
 GOOD = """
 <link rel="stylesheet" href="style.css"><link rel="canonical" href="https://example.org/index.html">

@@ -14,14 +14,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 ROOT = Path(__file__).resolve().parent.parent.parent
-sys.path[:0] = [str(ROOT / "docs"), str(ROOT / "tools")]
+sys.path.insert(0, str(ROOT / "docs"))
 
 import claims  # noqa: E402
 import sources  # noqa: E402
 from claims import ledger  # noqa: E402
 from claims.errata import claim_id, evidence  # noqa: E402
 from errata import all_errata  # noqa: E402
-from measuring import LINE, as_text  # noqa: E402
+
+from folovllm.course.measure.measuring import LINE, as_text  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
 BESIDE = [ROOT / "docs" / f"{name}.md" for name in ("errata", "interview", "vllm_map", "open_questions")]
@@ -340,8 +341,8 @@ def results_of_the_course() -> list[str]:
 @pytest.mark.parametrize("file", results_of_the_course())
 def test_a_results_file_says_where_it_was_measured_and_sums_up_its_rounds(file: str) -> None:
     data = json.loads((ROOT / "results" / f"{file}.json").read_text(encoding="utf-8"))
-    of_the_bench = data["command"].startswith("python -m folovllm.bench ")
-    assert of_the_bench or re.match(r"python tools/measure_(course|suite)\.py\b", data["command"])
+    of_the_bench = data["command"].startswith("python -m folovllm.course.bench ")
+    assert of_the_bench or data["command"].startswith("python -m folovllm.course.measure")
     assert data["hardware"]["cpu"] and data["hardware"]["threads"]
     assert data["versions"]["torch"] and data["versions"]["transformers"]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT[\d:]+\+00:00", data["date"])

@@ -13,13 +13,14 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from folovllm.config import MILESTONES
-from folovllm.glossary import load_glossary
+from folovllm.course.glossary import load_glossary
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))  # where the modules of the course's site are
 
 import figures  # noqa: E402
+import reference  # noqa: E402
 import sources  # noqa: E402
 
 CHAPTERS = sorted(DOCS.glob("chapters/*.md"))
@@ -40,14 +41,15 @@ def prose_of(page: Path) -> str:
 
 
 def test_the_reference_names_every_module() -> None:
-    documented = re.findall(r"^\.\. automodule:: (\S+)$", text_of("api.md"), re.MULTILINE)
+    documented = re.findall(r"^\.\. automodule:: (\S+)$", reference.reference(), re.MULTILINE)
     modules = {
         ".".join(file.relative_to(ROOT).with_suffix("").parts)
         for file in (ROOT / "folovllm").rglob("*.py")
-        if not file.name.startswith("__")
+        if not file.name.startswith("__") and re.search(r"^(def|class) [a-zA-Z]", file.read_text("utf-8"), re.MULTILINE)
     }
-    commands = {module for module in modules if module.endswith(".cli")}  # described by their own --help
-    assert sorted(documented) == sorted(modules - commands)
+    programs = {module for module in modules if re.search(r"\.(measure|training)\.", module)}  # they have --help
+    assert set(documented) <= modules and modules - programs - set(documented) == set()
+    assert len(documented) == len(set(documented))
 
 
 def test_the_front_page_says_which_milestones_run() -> None:
@@ -61,7 +63,9 @@ def test_the_front_page_says_which_milestones_run() -> None:
 def test_links_between_files_arrive(page: Path) -> None:
     targets = re.findall(r"\]\(([^)\s]+)", prose_of(page))
     local = [target.partition("#")[0] for target in targets if not re.match(r"[a-z]+:", target)]
-    assert [target for target in local if target and not (page.parent / target).exists()] == []
+    made = {"api.md"}  # by the build
+    lost = [target for target in local if target and not (page.parent / target).exists()]
+    assert [target for target in lost if target not in made] == []
 
 
 def terms_used() -> Iterator[tuple[str, str]]:

@@ -11,7 +11,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-sys.path[:0] = [str(DOCS), str(ROOT / "tools")]
+sys.path.insert(0, str(DOCS))
 
 import claims  # noqa: E402
 from claims.errata import claim_id, evidence  # noqa: E402

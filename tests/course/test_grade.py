@@ -16,10 +16,9 @@ import torch
 from click.testing import Result
 from typer.testing import CliRunner
 
-from folovllm.entrypoints.cli import app
-from folovllm.grading import command, runner
-from folovllm.grading.checks import Call, WrongAnswer, difference
-from folovllm.grading.runner import (
+from folovllm.course.grading import command, runner
+from folovllm.course.grading.checks import Call, WrongAnswer, difference
+from folovllm.course.grading.runner import (
     Exercise,
     Milestone,
     Report,
@@ -29,6 +28,7 @@ from folovllm.grading.runner import (
     read_log,
     run_checks,
 )
+from folovllm.entrypoints.cli import app
 from tests.course.wrong_answers import ALIASES, WRONG_ANSWERS
 
 MILESTONES = find_milestones()
@@ -226,6 +226,26 @@ def test_a_file_that_cannot_be_imported(tmp_path: Path) -> None:
     assert result.exit_code == 1
     assert "my_file.py cannot be loaded" in result.output and "name 'undefined' is not defined" in flat(result.output)
     assert "my_file.py, line 3" in flat(result.output) and "limit = undefined + 1" in result.output
+
+
+@pytest.mark.parametrize(
+    ("milestone", "source", "says"),
+    [
+        ("m2", "class PriorityQueue:\n    def add(self, request_id, priority): ...\n", "`add` is `add_request`"),
+        (
+            "m4",
+            "def split_budget(running, waiting, budget, longest_piece=0): ...\n",
+            "`longest_piece` is `long_prefill_token_threshold`",
+        ),
+    ],
+)
+def test_a_saved_answer_with_an_old_name_is_told_the_new_one(
+    tmp_path: Path, milestone: str, source: str, says: str
+) -> None:
+    file = tmp_path / "answers.py"
+    file.write_text(source)
+    report = run_checks(MILESTONES[milestone], file)
+    assert report.not_loaded is not None and says in report.not_loaded.message and not report.exercises
 
 
 @pytest.mark.parametrize(

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from folovllm.grading.no_triton import MISSING, tl, triton
-from folovllm.grading.runner import environment, find_milestones, pytest_arguments, run_checks
+from folovllm.course.grading.no_triton import MISSING, tl, triton
+from folovllm.course.grading.runner import environment, find_milestones, pytest_arguments, run_checks
 from tests.needs import need_module
 
 KERNELS = find_milestones()["m3-kernels"]

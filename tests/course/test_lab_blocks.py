@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from folovllm.kv_cache.fragmentation import SHARES, draw_requests, replay
+from folovllm.course.lessons.fragmentation import SHARES, draw_requests, replay
 from tests.course.test_notebooks import outputs_as_text, prose, table
 
 LAB = "04_blocks"

@@ -16,10 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm.grading import latency
-from folovllm.grading.checks import WrongAnswer
-from folovllm.grading.latency import COST, LONG, MS, READERS, SHORT, Arrival, Cost, FixedBudget, Place, serve
-from folovllm.grading.runner import find_milestones, run_checks
+from folovllm.course.grading import latency
+from folovllm.course.grading.checks import WrongAnswer
+from folovllm.course.grading.latency import COST, LONG, MS, READERS, SHORT, Arrival, Cost, FixedBudget, Place, serve
+from folovllm.course.grading.runner import find_milestones, run_checks
 from tests.course.wrong_answers_latency import ALIASES_LATENCY, HONEST
 
 MILESTONE = find_milestones()["m4-latency-target"]

@@ -17,7 +17,7 @@ from claims import marks  # noqa: E402
 @pytest.mark.parametrize("path", marks.files(), ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_what_stands_between_marks_is_what_the_ledger_says(path: Path) -> None:
     text = path.read_text(encoding="utf-8")
-    assert marks.fill(text) == text, "run: python tools/fill_numbers.py"
+    assert marks.fill(text) == text, "run: python docs/fill_numbers.py"
 
 
 def test_some_numbers_are_marked_on_every_kind_of_page() -> None:

@@ -21,17 +21,16 @@ import torch
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from folovllm.entrypoints.cli import app
-from folovllm.grading import command
-from folovllm.grading.runner import Milestone, Report, find_milestones, run_checks
-from folovllm.kv_cache.formulas import (
+from folovllm.course.grading import command
+from folovllm.course.grading.runner import Milestone, Report, find_milestones, run_checks
+from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
     attention_ratio,
-    kv_bytes,
-    kv_bytes_per_token,
     linear_params,
     linear_ratio,
 )
+from folovllm.entrypoints.cli import app
+from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
 
 ROOT = Path(__file__).resolve().parents[2]
 MILESTONES = find_milestones()
@@ -117,7 +116,7 @@ def test_a_solution_is_a_little_implementation_of_its_own(milestone: Milestone) 
     tree = ast.parse((milestone.folder / "solution.py").read_text(encoding="utf-8"))
     imported = {n.module for n in ast.walk(tree) if isinstance(n, ast.ImportFrom)}
     imported |= {alias.name for n in ast.walk(tree) if isinstance(n, ast.Import) for alias in n.names}
-    imported -= {"folovllm.grading.no_triton"}  # where there is no Triton: what refuses to be launched
+    imported -= {"folovllm.course.grading.no_triton"}  # where there is no Triton: what refuses to be launched
     assert {name.partition(".")[0] for name in imported if name} <= {
         "__future__",
         "collections",

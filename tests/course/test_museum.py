@@ -16,10 +16,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner, Result
 
+from folovllm.course.grading import museum, museum_command, trials
+from folovllm.course.grading.museum import ROOT, Exhibit, choose_exhibit, load_exhibits
+from folovllm.course.grading.trials import Hunt, Job, Outcome, Ran, Trial, hunt, read_report, run_jobs, try_test
 from folovllm.entrypoints.cli import app
-from folovllm.grading import museum, museum_command, trials
-from folovllm.grading.museum import ROOT, Exhibit, choose_exhibit, load_exhibits
-from folovllm.grading.trials import Hunt, Job, Outcome, Ran, Trial, hunt, read_report, run_jobs, try_test
 
 EXHIBITS = load_exhibits()
 each_exhibit = pytest.mark.parametrize("exhibit", EXHIBITS.values(), ids=EXHIBITS)
@@ -70,13 +70,13 @@ def test_a_line_that_is_not_there_exactly_once_is_an_error(source: str, times: i
 def test_other_fields_and_other_names_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="there is no museum here"):
         load_exhibits(tmp_path)
-    (tmp_path / "museum").mkdir()
-    (tmp_path / "museum/10_a.toml").write_text('room = "a"\n[one]\ntitle = "x"\nlevel = "3"\n')
+    (tmp_path / "folovllm/course/museum").mkdir(parents=True)
+    (tmp_path / "folovllm/course/museum/10_a.toml").write_text('room = "a"\n[one]\ntitle = "x"\nlevel = "3"\n')
     with pytest.raises(ValueError, match=r"exhibit 'one' has the fields \['level', 'title'\]; allowed: \['file'"):
         load_exhibits(tmp_path)
     text = 'room = "a"\n[one]\n' + "".join(f'{f} = "x"\n' for f in ("title", "file", "old", "new", "symptom", "seen"))
     for name in ("10_a", "20_b"):
-        (tmp_path / f"museum/{name}.toml").write_text(text + 'hint = "x"\nkilled_by = ["x"]\n')
+        (tmp_path / f"folovllm/course/museum/{name}.toml").write_text(text + 'hint = "x"\nkilled_by = ["x"]\n')
     with pytest.raises(ValueError, match=r"20_b\.toml: \['one'\] hang in another room, too"):
         load_exhibits(tmp_path)
     with pytest.raises(ValueError, match=r"exhibit='nothing' is not in the museum; allowed: first-decode-position"):
@@ -232,8 +232,8 @@ def test_a_mutant_that_cannot_be_imported_is_not_killed_by_that(repository: Path
 SLEEPER = """
 import sys, time
 from pathlib import Path
-from folovllm.grading.trials import Job, run_jobs
-from folovllm.grading.museum_command import ends_in_order
+from folovllm.course.grading.trials import Job, run_jobs
+from folovllm.course.grading.museum_command import ends_in_order
 
 root = Path(sys.argv[1])
 (root / "tests/test_a.py").write_text("import time\\ndef test_it():\\n    time.sleep(60)\\n")

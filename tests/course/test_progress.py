@@ -11,10 +11,18 @@ import pytest
 from click.testing import Result as Invoked
 from typer.testing import CliRunner
 
+from folovllm.course.grading import command
+from folovllm.course.grading.progress import (
+    Progress,
+    Result,
+    load_progress,
+    record,
+    save_progress,
+    sha256_of,
+    standings,
+)
+from folovllm.course.grading.runner import Check, Exercise, Milestone, Report, find_milestones
 from folovllm.entrypoints.cli import app
-from folovllm.grading import command
-from folovllm.grading.progress import Progress, Result, load_progress, record, save_progress, sha256_of, standings
-from folovllm.grading.runner import Check, Exercise, Milestone, Report, find_milestones
 
 MILESTONES = find_milestones()
 RIGHT = "def apply_temperature(logits, temperature):\n    return logits / temperature\n"

@@ -13,9 +13,9 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from folovllm.kv_cache.fragmentation import draw_requests, replay
-from folovllm.viz import panels, sliders
-from folovllm.viz.sliders import SliderFigure, slider_figure, spread_evenly
+from folovllm.course.lessons.fragmentation import draw_requests, replay
+from folovllm.course.viz import panels, sliders
+from folovllm.course.viz.sliders import SliderFigure, slider_figure, spread_evenly
 from tests.needs import need_module
 
 WIDGET_VIEW = "application/vnd.jupyter.widget-view+json"

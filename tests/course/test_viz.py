@@ -17,17 +17,17 @@ from matplotlib.patches import FancyBboxPatch, Rectangle, StepPatch
 from matplotlib.text import Annotation
 from transformers import LlamaConfig
 
-from folovllm.engine.trace import PHASES, RequestStep, StepTrace
-from folovllm.kv_cache.formulas import (
+from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
     linear_flops_per_token,
     linear_tokens_cached,
     linear_tokens_recompute,
 )
+from folovllm.course.viz import batching, blocks, flow, kv, masks, padding, roofline, sampling, style, timeline
+from folovllm.course.viz.notebook import MarkdownTable, progress
+from folovllm.engine.trace import PHASES, RequestStep, StepTrace
 from folovllm.kv_cache.interface import BlockSnapshot, KVUsage
 from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
-from folovllm.viz import batching, blocks, flow, kv, masks, padding, roofline, sampling, style, timeline
-from folovllm.viz.notebook import MarkdownTable, progress
 
 L = 6
 TOKENS = ["The", "cache", "keeps", "keys", "and", "values"]
@@ -672,8 +672,8 @@ def test_a_map_counts_what_finished_requests_leave_behind() -> None:
 
 def test_cells_of_static_batches_are_those_of_the_bench() -> None:
     # The bench derives them from sums over requests and steps, never from cells.
-    from folovllm.bench.peers import batch_work
-    from folovllm.bench.workloads import BenchRequest
+    from folovllm.course.bench.peers import batch_work
+    from folovllm.course.bench.workloads import BenchRequest
 
     rng = np.random.default_rng(0)
     prompts, most = rng.integers(1, 30, 8).tolist(), rng.integers(1, 20, 8).tolist()
@@ -871,16 +871,16 @@ def test_a_block_map_agrees_with_the_books_of_a_real_pool() -> None:
         request = requests[rng.integers(4)]
         other = requests[(requests.index(request) + 1) % 4]
         if rng.random() < 0.3:
-            books.release(request)
+            books.free(request)
         elif rng.random() < 0.3 and books.can_fork(request, 3):
-            books.release(other)
+            books.free(other)
             books.fork(request, other, 3)
-        elif (plan := books.reserve(request, int(rng.integers(1, 4)))) is not None:
-            books.commit(plan)
+        elif (plan := books.allocate_slots(request, int(rng.integers(1, 4)))) is not None:
+            books.cache_blocks(plan)
         steps.append(StepTrace(number, {}, [], 0, 0, 1, 1, 0, books.usage(), blocks=books.snapshot()))
     ids = [i for i in "abcd" if any(i in step.blocks.tables for step in steps)]  # type: ignore[union-attr]
     codes = blocks.holders([step.blocks.tables for step in steps], ids, 12)  # type: ignore[union-attr]
-    counts = np.array([step.blocks.ref_counts[1:] for step in steps]).T  # type: ignore[union-attr]
+    counts = np.array([step.blocks.ref_cnt[1:] for step in steps]).T  # type: ignore[union-attr]
     assert counts.max() > 1
     assert ((codes == 0) == (counts == 0)).all()
     assert ((codes > len(ids)) == (counts > 1)).all()

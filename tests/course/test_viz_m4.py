@@ -14,14 +14,14 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.text import Annotation
 
+from folovllm.course.viz import chunks, prefix
+from folovllm.course.viz.prefix import hit_tokens
 from folovllm.engine.trace import RequestStep, StepTrace
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockSnapshot, KVUsage
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
-from folovllm.viz import chunks, prefix
-from folovllm.viz.prefix import hit_tokens
 from tests.course.test_viz import (
     cells,
     check_edges,
@@ -206,11 +206,11 @@ def test_the_formula_says_what_a_real_cache_finds(shared: int, prompt_len: int, 
     books = BlockManager(200, block_size, cache=PrefixCache(block_size))
     common = list(range(shared))
     first = Request("first", [*common, *[100] * (prompt_len - shared)], SamplingParams(), (), max_model_len=99)
-    plan = books.reserve(first, prompt_len)
+    plan = books.allocate_slots(first, prompt_len)
     assert plan is not None
-    books.commit(plan)
+    books.cache_blocks(plan)
     second = Request("second", [*common, *[200] * (prompt_len - shared)], SamplingParams(), (), max_model_len=99)
-    assert books.match(second) == hit_tokens(shared, prompt_len, block_size)
+    assert books.get_computed_blocks(second) == hit_tokens(shared, prompt_len, block_size)
 
 
 def boxes(ax: Axes) -> dict[str, Rectangle]:
@@ -312,13 +312,13 @@ def test_the_line_agrees_with_a_plain_model_of_lru() -> None:
     for number in range(60):
         prompt = [int(rng.integers(2)) for _ in range(5)]  # two full blocks, and a third that is not
         request = Request(str(number), prompt, SamplingParams(), (), max_model_len=99)
-        found = books.match(request)
-        plan = books.reserve(request, len(prompt) - found)
+        found = books.get_computed_blocks(request)
+        plan = books.allocate_slots(request, len(prompt) - found)
         assert plan is not None
-        books.commit(plan)
+        books.cache_blocks(plan)
         shares = {request.request_id: (len(prompt) - found, len(prompt) - found, found, len(prompt), 1)}
         steps.append(a_step(2 * number, shares, blocks=books.snapshot()))
-        books.release(request)
+        books.free(request)
         steps.append(a_step(2 * number + 1, {}, blocks=books.snapshot()))
 
         starts = [tuple(prompt[:2]), tuple(prompt[:4])]

@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from matplotlib.patches import ConnectionPatch, Rectangle
 
-from folovllm.attention.online_softmax import online_softmax
-from folovllm.viz import ragged
+from folovllm.course.lessons.online_softmax import online_softmax
+from folovllm.course.viz import ragged
 from tests.course.test_viz import cells, texts, x_labels, y_labels
 
 requests = st.lists(st.tuples(st.integers(1, 5), st.integers(0, 6)), min_size=1, max_size=3)

@@ -12,9 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import FancyBboxPatch, Rectangle
 
-from folovllm.viz import whole
-from folovllm.viz.style import GREY, SKY, VERMILLION, WHITE
-from folovllm.viz.whole import Agreement, Box, Held, Layer, Rung, bar_pieces
+from folovllm.course.viz import whole
+from folovllm.course.viz.style import GREY, SKY, VERMILLION, WHITE
+from folovllm.course.viz.whole import Agreement, Box, Held, Layer, Rung, bar_pieces
 from tests.course.test_viz import check_edges, check_labels, spread_of, texts, y_labels
 
 RUNGS = [

@@ -595,26 +595,26 @@ M2 = {
     "PriorityQueue": {
         "the highest first": """
             class PriorityQueue(RightQueue):
-                def add(self, request_id, priority):
-                    super().add(request_id, -priority)
+                def add_request(self, request_id, priority):
+                    super().add_request(request_id, -priority)
         """,
         "equals by name": """
             class PriorityQueue(RightQueue):
-                def peek(self):
+                def peek_request(self):
                     if not self.places:
                         raise IndexError
                     return min(self.places, key=lambda i: (self.places[i][0], i))
         """,
         "the last of equals first": """
             class PriorityQueue(RightQueue):
-                def add(self, request_id, priority):
-                    super().add(request_id, priority)
+                def add_request(self, request_id, priority):
+                    super().add_request(request_id, priority)
                     self.places[request_id] = (priority, -self.turn)
         """,
         "first come, first served": """
             class PriorityQueue(RightQueue):
-                def add(self, request_id, priority):
-                    super().add(request_id, 0)
+                def add_request(self, request_id, priority):
+                    super().add_request(request_id, 0)
         """,
         "a gap that is filled again": """
             class PriorityQueue(RightQueue):
@@ -622,25 +622,25 @@ M2 = {
                     self.line, self.left, self.turn = [], set(), 0
                 def __len__(self):
                     return len(self.line) - len(self.left)
-                def add(self, request_id, priority):
+                def add_request(self, request_id, priority):
                     if any(r == request_id for _, _, r in self.line) and request_id not in self.left:
                         raise ValueError
                     self.left.discard(request_id)
                     self.turn += 1
                     self.line.append((priority, self.turn, request_id))
                     self.line.sort()
-                def remove(self, request_id):
+                def remove_request(self, request_id):
                     if request_id in self.left or all(r != request_id for _, _, r in self.line):
                         raise KeyError
                     self.left.add(request_id)
-                def peek(self):
+                def peek_request(self):
                     while self.line and self.line[0][2] in self.left:
                         self.left.discard(self.line.pop(0)[2])
                     if not self.line:
                         raise IndexError
                     return self.line[0][2]
-                def pop(self):
-                    self.peek()
+                def pop_request(self):
+                    self.peek_request()
                     return self.line.pop(0)[2]
         """,
         "a heap that is broken by leaving": """
@@ -653,15 +653,15 @@ M2 = {
                     while i and self.line[i] < self.line[(i - 1) // 2]:
                         self.line[i], self.line[(i - 1) // 2] = self.line[(i - 1) // 2], self.line[i]
                         i = (i - 1) // 2
-                def add(self, request_id, priority):
+                def add_request(self, request_id, priority):
                     if any(r == request_id for _, _, r in self.line):
                         raise ValueError
                     self.turn += 1
                     self.line.append((priority, self.turn, request_id))
                     self.sift(len(self.line) - 1)
-                def peek(self):
+                def peek_request(self):
                     return self.line[0][2]
-                def pop(self):
+                def pop_request(self):
                     first, last = self.line[0], self.line.pop()
                     if self.line:
                         self.line[0], i = last, 0
@@ -671,7 +671,7 @@ M2 = {
                                 break
                             self.line[i], self.line[child], i = self.line[child], self.line[i], child
                     return first[2]
-                def remove(self, request_id):
+                def remove_request(self, request_id):
                     for i, (_, _, r) in enumerate(self.line):
                         if r == request_id:
                             self.line[i] = self.line[-1]
@@ -680,16 +680,16 @@ M2 = {
         """,
         "twice in line": """
             class PriorityQueue(RightQueue):
-                def add(self, request_id, priority):
+                def add_request(self, request_id, priority):
                     self.turn += 1
                     self.places[request_id] = (priority, self.turn)
         """,
         "nobody is None": """
             class PriorityQueue(RightQueue):
-                def peek(self):
-                    return super().peek() if self.places else None
-                def pop(self):
-                    return super().pop() if self.places else None
+                def peek_request(self):
+                    return super().peek_request() if self.places else None
+                def pop_request(self):
+                    return super().pop_request() if self.places else None
         """,
     },
     "schedule": {

@@ -204,5 +204,5 @@ ALIASES_LATENCY = {
     "right_cost": "step_cost",
     "right_within": "tokens_within",
     "RightPolicy": "LatencyPolicy",
-    "FixedBudget": '__import__("folovllm.grading.latency", fromlist=["FixedBudget"]).FixedBudget',
+    "FixedBudget": '__import__("folovllm.course.grading.latency", fromlist=["FixedBudget"]).FixedBudget',
 }

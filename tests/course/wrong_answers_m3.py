@@ -162,10 +162,10 @@ M3 = {
                 def append(self, seq_id, num_tokens):
                     last = self.tables[seq_id][-1]
                     partial = self.lengths[seq_id] % self.block_size > 0
-                    self.ref_counts[last] += partial
+                    self.ref_cnt[last] += partial
                     copies = super().append(seq_id, num_tokens)
-                    self.ref_counts[last] -= partial
-                    if copies and not self.ref_counts[last]:
+                    self.ref_cnt[last] -= partial
+                    if copies and not self.ref_cnt[last]:
                         self.free_list.append(last)
                     return copies
         """,
@@ -174,10 +174,10 @@ M3 = {
                 def append(self, seq_id, num_tokens):
                     copies, table = super().append(seq_id, num_tokens), self.tables[seq_id]
                     index = (self.lengths[seq_id] - num_tokens - 1) // self.block_size
-                    if copies == [] and self.ref_counts[table[index]] > 1 and self.num_free():
+                    if copies == [] and self.ref_cnt[table[index]] > 1 and self.num_free():
                         (own,) = self.take(1)
                         copies = [(table[index], own)]
-                        self.ref_counts[table[index]] -= 1
+                        self.ref_cnt[table[index]] -= 1
                         table[index] = own
                     return copies
         """,
@@ -186,7 +186,7 @@ M3 = {
                 def append(self, seq_id, num_tokens):
                     copies = super().append(seq_id, num_tokens)
                     for source, _ in copies or []:
-                        self.ref_counts[source] += 1
+                        self.ref_cnt[source] += 1
                     return copies
         """,
         "the copy's source is freed": """
@@ -194,7 +194,7 @@ M3 = {
                 def append(self, seq_id, num_tokens):
                     copies = super().append(seq_id, num_tokens)
                     for source, _ in copies or []:
-                        self.ref_counts[source] = 0
+                        self.ref_cnt[source] = 0
                         self.free_list.append(source)
                     return copies
         """,
@@ -243,7 +243,7 @@ M3 = {
                     rest = self.tables[parent_id][len(self.tables[child_id]):]
                     self.tables[child_id] += rest
                     for block in rest:
-                        self.ref_counts[block] += 1
+                        self.ref_cnt[block] += 1
         """,
         "a fork copies": """
             class BlockManager(RightManager):
@@ -259,14 +259,14 @@ M3 = {
                 def fork(self, parent_id, child_id, num_tokens):
                     super().fork(parent_id, child_id, num_tokens)
                     for block in self.tables[child_id]:
-                        self.ref_counts[block] -= 1
+                        self.ref_cnt[block] -= 1
         """,
         "the fourth to share is not counted": """
             class BlockManager(RightManager):
                 def fork(self, parent_id, child_id, num_tokens):
                     super().fork(parent_id, child_id, num_tokens)
                     for block in self.tables[child_id]:
-                        self.ref_counts[block] = min(3, self.ref_counts[block])
+                        self.ref_cnt[block] = min(3, self.ref_cnt[block])
         """,
         "the child is as long as the parent": """
             class BlockManager(RightManager):
@@ -285,7 +285,7 @@ M3 = {
             class BlockManager(RightManager):
                 def free(self, seq_id):
                     for block in self.tables.pop(seq_id):
-                        self.ref_counts[block] = 0
+                        self.ref_cnt[block] = 0
                         self.free_list.append(block)
                     del self.lengths[seq_id]
         """,
@@ -293,7 +293,7 @@ M3 = {
             class BlockManager(RightManager):
                 def free(self, seq_id):
                     for block in self.tables.pop(seq_id):
-                        self.ref_counts[block] -= 1
+                        self.ref_cnt[block] -= 1
                     del self.lengths[seq_id]
         """,
         "free twice": """
@@ -301,7 +301,7 @@ M3 = {
                 def free(self, seq_id):
                     table = self.tables[seq_id]
                     super().free(seq_id)
-                    self.free_list.extend(block for block in table if self.ref_counts[block] == 0)
+                    self.free_list.extend(block for block in table if self.ref_cnt[block] == 0)
         """,
         "freed twice in silence": """
             class BlockManager(RightManager):

@@ -5,67 +5,67 @@ from __future__ import annotations
 M4 = {
     "split_budget": {
         "in the order of admission": """
-            def split_budget(running, waiting, budget, longest_piece=0):
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
                 step, left = [], budget
-                right_split(running, waiting, budget, longest_piece)
+                right_split(running, waiting, budget, long_prefill_token_threshold)
                 for name, missing in [*running, *waiting]:
-                    count = min(missing, left, longest_piece or left)
+                    count = min(missing, left, long_prefill_token_threshold or left)
                     if count:
                         step.append((name, count))
                         left -= count
                 return step
         """,
         "short prompts count as decodes": """
-            def split_budget(running, waiting, budget, longest_piece=0):
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
                 short = [place for place in waiting if place[1] == 1]
                 long = [place for place in waiting if place[1] > 1]
-                return right_split([*running, *short], long, budget, longest_piece)
+                return right_split([*running, *short], long, budget, long_prefill_token_threshold)
         """,
         "prompts first": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                right_split(running, waiting, budget, longest_piece)
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                right_split(running, waiting, budget, long_prefill_token_threshold)
                 chunks = [place for place in running if place[1] > 1]
                 decodes = [place for place in running if place[1] == 1]
-                return right_split([], [*chunks, *waiting, *decodes], budget, longest_piece)
+                return right_split([], [*chunks, *waiting, *decodes], budget, long_prefill_token_threshold)
         """,
         "one chunk in a step": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                step = right_split(running, waiting, budget, longest_piece)
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                step = right_split(running, waiting, budget, long_prefill_token_threshold)
                 lacks = dict([*running, *waiting])
                 cut = next((i for i, (name, count) in enumerate(step) if lacks[name] > 1), len(step))
                 return step[: cut + 1]
         """,
         "whole prompts only": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                step = right_split(running, waiting, budget, longest_piece)
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                step = right_split(running, waiting, budget, long_prefill_token_threshold)
                 lacks = dict(waiting)
                 return [(name, count) for name, count in step if lacks.get(name, count) == count]
         """,
         "waiting ones have no longest piece": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                step = right_split(running, [], budget, longest_piece)
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                step = right_split(running, [], budget, long_prefill_token_threshold)
                 left = budget - sum(count for _, count in step)
                 return step + (right_split([], waiting, left) if left else [])
         """,
         "those with nothing are in it": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                step = right_split(running, waiting, budget, longest_piece)
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                step = right_split(running, waiting, budget, long_prefill_token_threshold)
                 names = [name for name, _ in step]
                 return step + [(name, 0) for name, _ in [*running, *waiting] if name not in names]
         """,
         "no limit is a limit of 0": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                step = right_split(running, waiting, budget, longest_piece)
-                return step if longest_piece else []
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                step = right_split(running, waiting, budget, long_prefill_token_threshold)
+                return step if long_prefill_token_threshold else []
         """,
         "sorted in place": """
-            def split_budget(running, waiting, budget, longest_piece=0):
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
                 running.sort(key=lambda place: place[1] > 1)
-                return right_split(running, waiting, budget, longest_piece)
+                return right_split(running, waiting, budget, long_prefill_token_threshold)
         """,
         "nothing is refused": """
-            def split_budget(running, waiting, budget, longest_piece=0):
-                return right_split(running, waiting, max(1, budget), max(0, longest_piece))
+            def split_budget(running, waiting, budget, long_prefill_token_threshold=0):
+                return right_split(running, waiting, max(1, budget), max(0, long_prefill_token_threshold))
         """,
     },
     "chunk_mask": {

@@ -15,8 +15,8 @@ from tests.m3.ragged import Ragged, expected_attention, make_ragged
 if importlib.util.find_spec("triton") is None:
     pytest.skip("Triton is not installed", allow_module_level=True)
 
-from folovllm.attention import triton_paged
-from folovllm.attention.triton_paged import TritonBackend
+from folovllm.attention import triton_backend
+from folovllm.attention.triton_backend import TritonBackend
 
 GPU = torch.device("cuda")
 MIXED = [(0, 5), (16, 1), (3, 1), (15, 1), (7, 9), (0, 1), (31, 2), (0, 200), (333, 70)]
@@ -76,7 +76,7 @@ def test_windows_and_softcaps(
 @each_format
 @pytest.mark.parametrize("enough", [1, 10**9])
 def test_decodes_whole_and_in_segments(dtype: torch.dtype, enough: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_paged, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(triton_backend, "ENOUGH_PROGRAMS", enough)
     check(make_ragged(DECODES, 16, (8, 2), 128, padding=(3, 3), dtype=dtype), AttentionParams(128**-0.5))
 
 

@@ -17,10 +17,10 @@ from folovllm import baseline
 from folovllm.baseline import (
     BaselineResult,
     choose_token,
-    compare,
     generate_cached,
     generate_recompute,
 )
+from folovllm.course.lessons.baseline_report import compare
 from folovllm.kv_cache.formulas import kv_bytes
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 

@@ -17,7 +17,7 @@ import torch
 from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from folovllm.glossary import default_prompts
+from folovllm.course.glossary import default_prompts
 from tests.oracle import hf_greedy, tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]

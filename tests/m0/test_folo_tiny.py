@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from folovllm.glossary import GlossaryEntry, load_glossary
+from folovllm.course.glossary import GlossaryEntry, load_glossary
 from folovllm.models.loader import (
     eos_token_ids,
     load_config,

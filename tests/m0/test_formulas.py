@@ -25,23 +25,25 @@ from transformers import (
     Qwen3NextConfig,
 )
 
-from folovllm.kv_cache.formulas import (
+from folovllm.course.lessons.formulas import (
     DENSE_MODEL_TYPES,
     attention_flops_per_token,
-    attention_kind,
     attention_pairs_cached,
     attention_pairs_recompute,
     attention_ratio,
     generation_flops,
-    kv_bytes,
-    kv_bytes_per_token,
-    kv_values_per_layer,
     linear_flops_per_token,
     linear_params,
     linear_ratio,
     linear_tokens_cached,
     linear_tokens_recompute,
     lm_head_params,
+)
+from folovllm.kv_cache.formulas import (
+    attention_kind,
+    kv_bytes,
+    kv_bytes_per_token,
+    kv_values_per_layer,
 )
 from tests.oracle import FAMILIES, tiny_config
 

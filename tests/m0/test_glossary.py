@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from folovllm.glossary import default_prompts, load_glossary, load_prose
+from folovllm.course.glossary import default_prompts, load_glossary, load_prose
 
 ENTRY = """
 [[entry]]
@@ -30,7 +30,7 @@ def write(folder: Path, **texts: str) -> Path:
 
 def test_bundled_glossary_is_what_its_files_say() -> None:
     """Read by tomllib alone, file by file: every entry is there, in order, with its topic."""
-    folder = Path(str(files("folovllm") / "assets" / "glossary"))
+    folder = Path(str(files("folovllm.course") / "assets" / "glossary"))
     tables = [tomllib.loads(f.read_text(encoding="utf-8")) for f in sorted(folder.glob("*.toml"))]
     expected = [
         (t["topic"], t.get("listed", True), row["term"], row["question"], row["answer"])
@@ -53,7 +53,7 @@ def test_bundled_prose_is_complete_and_in_order() -> None:
     assert list(prose) == sorted(prose)
     assert len(prose) >= 4
     for name, text in prose.items():
-        raw = (files("folovllm") / "assets" / "prose" / f"{name}.md").read_text(encoding="utf-8")
+        raw = (files("folovllm.course") / "assets" / "prose" / f"{name}.md").read_text(encoding="utf-8")
         assert text == raw.strip()
         assert len(text.split()) > 300
 

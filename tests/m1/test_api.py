@@ -13,7 +13,7 @@ from transformers import MambaConfig
 
 import folovllm.entrypoints.llm as llm_module
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
-from folovllm.glossary import default_prompts, load_glossary
+from folovllm.course.glossary import default_prompts, load_glossary
 from folovllm.models.loader import resolve_model
 from tests.mock import mock_engine
 

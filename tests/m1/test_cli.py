@@ -16,9 +16,9 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from folovllm import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
+from folovllm.course.glossary import load_glossary
 from folovllm.entrypoints.cli import app
-from folovllm.glossary import load_glossary
-from folovllm.viz.console import print_stream
+from folovllm.entrypoints.terminal import print_stream
 from tests.mock import mock_engine
 from tests.processes import can_be_interrupted
 

@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from folovllm import LLM, SamplingParams
+from folovllm.messages import ModelRunnerOutput
 from folovllm.request import Request, RequestStatus
-from folovllm.runner.interface import RunnerOutput
 from tests.mock import EOS, VOCAB_SIZE, MockRunner, check_empty, drain, mock_engine, mock_tokens
 
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20)
@@ -67,8 +67,8 @@ def test_abort_and_arrival_at_any_step_leave_others_untouched(work, max_num_seqs
         if action == "add" and waiting:
             i, (prompt, wishes) = waiting.pop(0)
             engine.add_request(str(i), prompt, wishes)
-        elif action == "abort" and engine._user_requests:
-            victim = data.draw(st.sampled_from(sorted(engine._user_requests)))
+        elif action == "abort" and engine._parent_requests:
+            victim = data.draw(st.sampled_from(sorted(engine._parent_requests)))
             outputs = engine.abort_request(victim)
             assert [o.request_id for o in outputs] == [victim] and outputs[0].finished
             for k, c in enumerate(outputs[0].outputs):
@@ -76,10 +76,10 @@ def test_abort_and_arrival_at_any_step_leave_others_untouched(work, max_num_seqs
                 assert c.token_ids == whole[: len(c.token_ids)]
                 assert c.finish_reason == (reason if c.token_ids == whole else "abort")
             aborted.add(victim)
-        elif action == "abort one sequence" and engine._sequences:
+        elif action == "abort one sequence" and engine._request_states:
             # As a stop string does: one of n sequences ends, its siblings go on.
-            victim = data.draw(st.sampled_from(sorted(engine._sequences)))
-            user, sequence = engine._sequences[victim]
+            victim = data.draw(st.sampled_from(sorted(engine._request_states)))
+            user, sequence = engine._request_states[victim]
             engine.core.abort_requests([victim])
             sequence.abort()
             for output in engine._outputs([user], final_only=True):
@@ -138,7 +138,7 @@ def test_a_leader_aborted_before_its_prompt_leaves_the_lead_to_a_child():
     engine.add_request("a", [4, 5, 6], wishes)
     engine.step()  # "first" runs; the leader of "a" still waits
     engine.core.abort_requests(["a/0"])
-    engine._sequences["a/0"][1].abort()
+    engine._request_states["a/0"][1].abort()
     done = drain(engine)
     assert done["a"][0] == [[], *(mock_tokens([4, 5, 6], wishes.child(k))[0] for k in (1, 2))]
     assert engine.stats.copied_tokens == 2  # child 2 forked from child 1
@@ -159,7 +159,7 @@ def test_a_child_that_takes_the_lead_keeps_its_place_in_the_line():
     engine.add_request("a", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
     engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
     engine.core.abort_requests(["a/0"])
-    engine._sequences["a/0"][1].abort()
+    engine._request_states["a/0"][1].abort()
     drain(engine)
     order = [r.request_id for step in engine.trace for r in step.requests]
     assert list(dict.fromkeys(order)) == ["a/1", "a/2", "late"]
@@ -179,8 +179,8 @@ def test_tokens_sampled_after_the_one_that_stops_are_dropped():
     engine = mock_engine()
     engine.add_request("a", [1, 2, 3], SamplingParams(max_tokens=9))
     step = engine.core.scheduler.schedule()
-    result = RunnerOutput(sampled_token_ids=[[7, EOS, 8]], logprobs=[None])
-    (output,) = engine.core.scheduler.update(step, result)
+    result = ModelRunnerOutput(sampled_token_ids=[[7, EOS, 8]], logprobs=[None])
+    (output,) = engine.core.scheduler.update_from_output(step, result)
     assert output.new_token_ids == [7, EOS] and output.finish_reason == "stop"
 
 
@@ -242,7 +242,7 @@ def test_what_completes_beside_a_batch_call_is_handed_over_later():
 def test_an_interrupted_batch_leaves_nothing_behind_and_the_engine_goes_on():
     engine = mock_engine()
     runner = engine.core.runner
-    execute, calls = runner.execute, []
+    execute, calls = runner.execute_model, []
 
     def interrupted(step):
         calls.append(step)
@@ -250,7 +250,7 @@ def test_an_interrupted_batch_leaves_nothing_behind_and_the_engine_goes_on():
             raise KeyboardInterrupt
         return execute(step)
 
-    runner.execute = interrupted
+    runner.execute_model = interrupted
     with pytest.raises(KeyboardInterrupt):
         engine.generate_batch([[1, 2], [3, 4]], SamplingParams(max_tokens=5, ignore_eos=True))
     check_empty(engine)
@@ -269,16 +269,16 @@ def test_a_failed_step_ends_its_own_requests_and_no_others():
     for i in range(3):
         engine.add_request(str(i), [i + 1, 7], wishes)
     engine.step()
-    execute = runner.execute
+    execute = runner.execute_model
 
     def half_done(step):
         execute(step)  # K/V is written, and then something breaks
         raise RuntimeError("out of memory")
 
-    runner.execute = half_done  # type: ignore[method-assign]
+    runner.execute_model = half_done  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.step()
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.execute_model = execute  # type: ignore[method-assign]
     done = drain(engine)
     assert {i: reasons for i, (_, reasons) in done.items()} == {"0": ["abort"], "1": ["abort"], "2": ["length"]}
     assert done["0"][0] == [mock_tokens([1, 7], wishes)[0][:1]]
@@ -314,15 +314,15 @@ def test_a_failure_before_the_runner_has_listened_is_made_up_for():
         engine.add_request(str(i), [i + 1], wishes)
     engine.step()
     engine.step()  # request 0 is complete, and the runner does not know it yet
-    execute = runner.execute
+    execute = runner.execute_model
 
     def deaf(step):
         raise MemoryError
 
-    runner.execute = deaf  # type: ignore[method-assign]
+    runner.execute_model = deaf  # type: ignore[method-assign]
     with pytest.raises(MemoryError):
         engine.step()
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.execute_model = execute  # type: ignore[method-assign]
     drain(engine)
     check_empty(engine)
 
@@ -425,7 +425,7 @@ def test_generate_batch_takes_every_form_of_prompts():
 
 def test_memory_does_not_grow_with_the_number_of_requests():
     engine = mock_engine()
-    engine.core.trace = type(engine.core.trace)(10)
+    engine.core.recorder.trace = type(engine.core.trace)(10)
     wishes = SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True)
 
     def work() -> None:

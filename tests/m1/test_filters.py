@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
 from folovllm.sampling import Sampler
-from folovllm.sampling.filters import apply_min_p, apply_temperature, apply_top_k, apply_top_p
-from folovllm.sampling.penalties import apply_penalties
+from folovllm.sampling.logits import apply_min_p, apply_temperature, apply_top_k, apply_top_p
+from folovllm.sampling.sampler import penalize
 from folovllm.sampling_params import SamplingParams
 from tests.m1.sampling_reference import INF, state
 
@@ -111,7 +111,7 @@ def test_repetition_penalty_is_hugging_faces(row: list[float], data: st.DataObje
     prompt, output = data.draw(ids), data.draw(ids)
     logits = torch.tensor([row])
     theirs = hf.RepetitionPenaltyLogitsProcessor(penalty)(torch.tensor([prompt + output], dtype=torch.long), logits)
-    apply_penalties(logits, [state(prompt=prompt, output=output, repetition_penalty=penalty)])
+    logits = penalize(logits, [state(prompt=prompt, output=output, repetition_penalty=penalty)])
     same(logits, theirs)
 
 
@@ -124,7 +124,7 @@ def test_presence_and_frequency_follow_openais_formula(
     prompt, output = data.draw(ids), data.draw(ids)
     logits = torch.tensor([row])
     params = SamplingParams(presence_penalty=presence, frequency_penalty=frequency)
-    apply_penalties(logits, [state(params, prompt, output)])
+    logits = penalize(logits, [state(params, prompt, output)])
     # mu[j] - c[j] * alpha_frequency - float(c[j] > 0) * alpha_presence, where c counts the output only
     expected = [mu - output.count(j) * frequency - float(output.count(j) > 0) * presence for j, mu in enumerate(row)]
     torch.testing.assert_close(logits[0].double(), torch.tensor(expected).double(), rtol=1e-6, atol=1e-5)
@@ -165,7 +165,7 @@ def test_penalties_touch_only_the_rows_that_ask() -> None:
         state(prompt=[1], output=[2, 2], frequency_penalty=1.0),
         state(prompt=[1], output=[2], min_tokens=3),
     ]
-    apply_penalties(logits, states)
+    logits = penalize(logits, states)
     assert torch.equal(logits[[0, 2]], before[[0, 2]])
     assert (logits[1] != before[1]).nonzero().tolist() == [[2]]
 
@@ -173,7 +173,7 @@ def test_penalties_touch_only_the_rows_that_ask() -> None:
 def test_penalties_ignore_ids_without_a_logit() -> None:
     # Column V of one row must not become column 0 of the next.
     logits = torch.ones(2, 4)
-    apply_penalties(logits, [state(prompt=[4, 9], output=[4, 5], repetition_penalty=2.0)] * 2)
+    logits = penalize(logits, [state(prompt=[4, 9], output=[4, 5], repetition_penalty=2.0)] * 2)
     assert torch.equal(logits, torch.ones(2, 4))
 
 
@@ -181,7 +181,7 @@ def test_penalties_do_not_depend_on_the_default_dtype() -> None:
     logits = torch.ones(1, 4)
     torch.set_default_dtype(torch.bfloat16)
     try:
-        apply_penalties(logits, [state(output=[1, 1], frequency_penalty=0.1, presence_penalty=0.3)])
+        logits = penalize(logits, [state(output=[1, 1], frequency_penalty=0.1, presence_penalty=0.3)])
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(logits, torch.tensor([[1.0, 0.5, 1.0, 1.0]]))

@@ -9,7 +9,7 @@ import pytest
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folovllm import LLM, SamplingParams
-from folovllm.glossary import load_prose
+from folovllm.course.glossary import load_prose
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
 NUM_PROMPTS = 60

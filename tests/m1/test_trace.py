@@ -65,12 +65,12 @@ def test_phases_of_a_step_follow_one_another():
 
 def test_the_trace_is_bounded_and_says_what_it_dropped():
     engine = mock_engine()
-    engine.core.trace = type(engine.core.trace)(3)
+    engine.core.recorder.trace = type(engine.core.trace)(3)
     engine.generate_batch([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert len(engine.trace) == 3 and engine.trace.dropped == 5
     assert [s.step for s in engine.trace] == [5, 6, 7]
     none = mock_engine()
-    none.core.trace = type(none.core.trace)(0)
+    none.core.recorder.trace = type(none.core.trace)(0)
     none.generate_batch([[1, 2, 3]], SamplingParams(max_tokens=8, ignore_eos=True))
     assert len(none.trace) == 0 and none.stats.steps == 8
 

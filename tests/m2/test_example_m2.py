@@ -17,8 +17,8 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
+from folovllm.course.glossary import default_prompts, load_glossary
 from folovllm.entrypoints.cli import app
-from folovllm.glossary import default_prompts, load_glossary
 from tests.processes import can_be_interrupted
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -15,13 +15,13 @@ from rich.console import Console, RenderableType
 from rich.text import Text
 
 from folovllm import LLMEngine, SamplingParams
+from folovllm.course.viz.live import Bar, LiveView, Sparkline, can_redraw, watch
+from folovllm.course.viz.live_state import LiveState
 from folovllm.engine.trace import RequestStep, StepTrace, Trace
+from folovllm.entrypoints.tables import phase_table, request_table, stats_table, step_table
 from folovllm.kv_cache.interface import KVUsage
+from folovllm.messages import SchedulerOutput
 from folovllm.request import Request
-from folovllm.scheduler.output import SchedulerOutput
-from folovllm.viz.live import Bar, LiveView, Sparkline, can_redraw, watch
-from folovllm.viz.live_state import LiveState
-from folovllm.viz.tables import phase_table, request_table, stats_table, step_table
 from tests.mock import MockRunner, check_empty, mock_engine, mock_tokens
 
 POLICIES = ["fcfs", "priority", "sjf"]
@@ -40,7 +40,7 @@ def engine_with(sizes: list[tuple[int, int]], policy: str = "fcfs", seqs: int = 
 def state_of(engine: LLMEngine, titles: dict[str, str] | None = None) -> LiveState:
     scheduler = engine.core.scheduler
     policy = engine.config.scheduler.scheduling_policy
-    return LiveState(scheduler.num_waiting, policy, scheduler.max_running, titles)
+    return LiveState(scheduler.num_waiting, policy, scheduler.max_num_running_reqs, titles)
 
 
 def drawn(view: RenderableType, width: int) -> list[str]:
@@ -53,7 +53,7 @@ def drawn(view: RenderableType, width: int) -> list[str]:
 def queue_of(engine: LLMEngine) -> list[str]:
     """The scheduler's own queue, emptied in a copy."""
     queue = copy.deepcopy(engine.core.scheduler.waiting)
-    return [queue.pop().request_id for _ in range(len(queue))]
+    return [queue.pop_request().request_id for _ in range(len(queue))]
 
 
 def row_of(lines: list[str], request_id: str) -> list[str]:
@@ -95,7 +95,7 @@ def test_after_every_step_the_state_is_the_schedulers(requests, policy, seqs, ab
         for request in scheduler.running:
             assert going_on[request.request_id].share.num_output == request.num_output_tokens
         assert (state.num_waiting, state.num_running) == (scheduler.num_waiting, len(scheduler.running))
-        assert len(state.lanes) <= scheduler.max_running
+        assert len(state.lanes) <= scheduler.max_num_running_reqs
         ended += len(engine.trace[-1].finished)
         assert state.num_finished == ended
         if not engine.has_unfinished_requests():
@@ -117,7 +117,7 @@ def test_when_a_leader_goes_early_its_first_child_leads_the_others():
         core.step()
         state.observe(core.trace[-1])
         queue = copy.deepcopy(core.scheduler.waiting)
-        assert state.queue_head == [queue.pop().request_id for _ in range(len(queue))]
+        assert state.queue_head == [queue.pop_request().request_id for _ in range(len(queue))]
         lines.append("".join(state.queue_head))
     assert lines == ["by", "cdy", "cdy", "dy", "dy", "y", "y", "", ""]
 
@@ -350,11 +350,11 @@ def test_at_full_speed_the_last_step_is_still_shown():
 class Interrupted(MockRunner):
     """Ctrl-C in the third step."""
 
-    def execute(self, step: SchedulerOutput):
+    def execute_model(self, step: SchedulerOutput):
         if len(self.steps) == 2 and step.scheduled:
             self.steps.append(step)
             raise KeyboardInterrupt
-        return super().execute(step)
+        return super().execute_model(step)
 
 
 @pytest.mark.parametrize("terminal", [True, False])
@@ -406,7 +406,7 @@ def test_a_watcher_sees_each_step_once_and_is_not_told_of_none():
 
 def test_a_trace_without_room_is_refused_and_stops_no_engine():
     engine = engine_with([(4, 3)])
-    engine.core.trace = Trace(0)
+    engine.core.recorder.trace = Trace(0)
     engine.on_step = lambda step: pytest.fail("there is no record")
     assert engine.run_to_completion(["0"])["0"].finished
     with pytest.raises(ValueError, match="max_trace_steps=0"):

@@ -42,7 +42,7 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> LLM:
     """An engine over the mock model that counts, in `CountingDict.seen`, each look at a request that lives."""
     llm = LLM.__new__(LLM)
     llm.engine = mock_engine(max_num_seqs=16, capacity=64 * 17)
-    llm.engine._user_requests, llm.engine._sequences = CountingDict(), CountingDict()
+    llm.engine._parent_requests, llm.engine._request_states = CountingDict(), CountingDict()
     is_live = LLMEngine.is_live
 
     def counting(self: LLMEngine, request_id: str) -> bool:
@@ -67,7 +67,7 @@ def test_to_add_requests_one_by_one_looks_at_each_a_few_times(counted: LLM) -> N
     for i in range(COUNT):
         engine.add_request(engine.next_request_id(), prompt(i), WISHES)
     assert CountingDict.seen <= 4 * COUNT
-    assert len(engine._user_requests) == engine.core.scheduler.num_waiting == COUNT
+    assert len(engine._parent_requests) == engine.core.scheduler.num_waiting == COUNT
     engine.abort_request([str(i) for i in range(COUNT)])
     check_empty(engine)
 

@@ -13,10 +13,10 @@ import torch
 from folovllm import LLM, SamplingParams
 from folovllm.engine.trace import StepTrace
 from folovllm.kv_cache.interface import KVPlan
-from folovllm.runner.hf_runner import HFRunner
-from folovllm.runner.padded_cache import layers
+from folovllm.messages import NewRequestData, ScheduledRequest, SchedulerOutput
+from folovllm.runner.hf.hf_runner import HFRunner
+from folovllm.runner.hf.padded_cache import layers
 from folovllm.sampling.sampler import Sampler
-from folovllm.scheduler.output import NewRequest, ScheduledRequest, SchedulerOutput
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
 Checkpoint = Callable[[str], str]
@@ -233,7 +233,7 @@ def test_several_new_tokens_behind_old_ones_get_a_forward_each(oracle_stats: Ora
     model = tiny_model("llama", seed=3)
     runner = HFRunner(model, Sampler(0), "padded")
     prompts = {"a": random_prompt(20, seed=1), "b": random_prompt(13, seed=2), "c": random_prompt(6, seed=3)}
-    new = [NewRequest(i, tokens, greedy(4), frozenset()) for i, tokens in prompts.items()]
+    new = [NewRequestData(i, tokens, greedy(4), frozenset()) for i, tokens in prompts.items()]
     first = SchedulerOutput(
         [
             share("a", prompts["a"][:9], 0, False),
@@ -242,13 +242,13 @@ def test_several_new_tokens_behind_old_ones_get_a_forward_each(oracle_stats: Ora
         ],
         new,
     )
-    result = runner.execute(first)
+    result = runner.execute_model(first)
     assert result.forwards == 1 and result.sampled_token_ids[:2] == [[], []]
     output = {"a": [], "b": [], "c": list(result.sampled_token_ids[2])}
     second = SchedulerOutput(
         [share("a", prompts["a"][9:], 9, True), share("b", prompts["b"][4:], 4, True), share("c", output["c"], 6, True)]
     )
-    result = runner.execute(second)
+    result = runner.execute_model(second)
     assert result.forwards == 3 and result.padding_tokens == result.padding_kv_tokens == 0
     for request_id, tokens in zip(output, result.sampled_token_ids, strict=True):
         output[request_id] += tokens

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from torch import Tensor
 
-from folovllm.runner.padded_cache import PaddedBatch, PaddedCaches, layers, pad_left
+from folovllm.runner.hf.padded_cache import PaddedBatch, PaddedCaches, layers, pad_left
 
 LAYERS, HEADS, DIM = 2, 2, 3
 PADDING = 7.0  # what a forward leaves in the columns of nobody: anything finite

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from folovllm import SamplingParams
 from folovllm.request import Request
-from folovllm.scheduler.request_queue import SortedQueue, make_queue
+from folovllm.scheduler.request_queue import SortedQueue, create_request_queue
 
 MAX_MODEL_LEN = 32
 POLICIES = ("fcfs", "priority", "sjf")
@@ -45,7 +45,7 @@ class QueueMachine(RuleBasedStateMachine):
     @initialize(policy=st.sampled_from(POLICIES))
     def start(self, policy: str) -> None:
         self.policy = policy
-        self.queue = make_queue(policy)
+        self.queue = create_request_queue(policy)
         self.line: list[Request] = []
         self.gone: list[Request] = []
         self.most = self.made = 0
@@ -72,14 +72,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def add(self, data: st.DataObject) -> None:
         request = self.make(data)
-        self.queue.add(request)
+        self.queue.add_request(request)
         self.line.append(request)
         self.sort()
 
     @rule(data=st.data())
     def prepend(self, data: st.DataObject) -> None:
         request = self.make(data)
-        self.queue.prepend(request)
+        self.queue.prepend_request(request)
         self.line.insert(0, request)
         self.sort()
 
@@ -87,14 +87,14 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def pop(self) -> None:
         request = self.line.pop(0)
-        assert self.queue.pop() is request
+        assert self.queue.pop_request() is request
         self.gone.append(request)
 
     @precondition(lambda self: self.line)
     @rule(data=st.data())
     def remove(self, data: st.DataObject) -> None:
         request = self.line.pop(data.draw(st.integers(0, len(self.line) - 1), "place"))
-        self.queue.remove(request)
+        self.queue.remove_request(request)
         self.gone.append(request)
 
     @rule(count=st.integers(0, 8))
@@ -105,15 +105,15 @@ class QueueMachine(RuleBasedStateMachine):
     @rule()
     def remove_one_that_is_not_in_it(self) -> None:
         with pytest.raises(KeyError):
-            self.queue.remove(self.gone[-1])
+            self.queue.remove_request(self.gone[-1])
 
     @precondition(lambda self: not self.line)
     @rule()
     def ask_an_empty_line(self) -> None:
         with pytest.raises(IndexError, match="peek"):
-            self.queue.peek()
+            self.queue.peek_request()
         with pytest.raises(IndexError, match="empty queue"):
-            self.queue.pop()
+            self.queue.pop_request()
 
     @invariant()
     def it_is_the_list(self) -> None:
@@ -121,7 +121,7 @@ class QueueMachine(RuleBasedStateMachine):
         assert all(request in self.queue for request in self.line)
         assert not any(request in self.queue for request in self.gone)
         if self.line:
-            assert self.queue.peek() is self.line[0]
+            assert self.queue.peek_request() is self.line[0]
 
     @invariant()
     def gaps_never_outnumber_requests(self) -> None:
@@ -130,7 +130,7 @@ class QueueMachine(RuleBasedStateMachine):
 
     def teardown(self) -> None:
         if hasattr(self, "queue"):
-            assert [self.queue.pop() for _ in range(len(self.line))] == self.line
+            assert [self.queue.pop_request() for _ in range(len(self.line))] == self.line
             assert len(self.queue) == 0
 
 
@@ -139,26 +139,26 @@ TestQueueMachine.settings = settings(max_examples=100, stateful_step_count=40, d
 
 
 def ids(queue) -> list[str]:
-    return [queue.pop().request_id for _ in range(len(queue))]
+    return [queue.pop_request().request_id for _ in range(len(queue))]
 
 
 def test_priority_serves_the_lowest_value_first_and_equals_by_arrival():
-    queue = make_queue("priority")
+    queue = create_request_queue("priority")
     for request_id, priority, arrival in (("d", 1, 0), ("c", 0, 3), ("a", -5, 9), ("b", 0, 2), ("e", 1, 1)):
-        queue.add(make_request(request_id, priority=priority, arrival=arrival))
+        queue.add_request(make_request(request_id, priority=priority, arrival=arrival))
     assert ids(queue) == ["a", "b", "c", "d", "e"]
 
 
 def test_sjf_counts_prompt_and_output_and_what_the_model_has_room_for():
-    queue = make_queue("sjf")
-    queue.add(make_request("the whole model", prompt=2, max_tokens=None))  # 32 in all
-    queue.add(make_request("long output", prompt=1, max_tokens=20))  # 21
-    queue.add(make_request("long prompt", prompt=15, max_tokens=2))  # 17
-    queue.add(make_request("later and equal", prompt=1, max_tokens=16, arrival=1.0))  # 17
-    queue.add(make_request("short", prompt=3, max_tokens=3))  # 6
+    queue = create_request_queue("sjf")
+    queue.add_request(make_request("the whole model", prompt=2, max_tokens=None))  # 32 in all
+    queue.add_request(make_request("long output", prompt=1, max_tokens=20))  # 21
+    queue.add_request(make_request("long prompt", prompt=15, max_tokens=2))  # 17
+    queue.add_request(make_request("later and equal", prompt=1, max_tokens=16, arrival=1.0))  # 17
+    queue.add_request(make_request("short", prompt=3, max_tokens=3))  # 6
     half_done = make_request("half done", prompt=2, max_tokens=18)  # 20, of which 15 are computed
     half_done.num_computed_tokens = 15
-    queue.add(half_done)
+    queue.add_request(half_done)
     expected = ["half done", "short", "long prompt", "later and equal", "long output", "the whole model"]
     assert ids(queue) == expected
 
@@ -167,10 +167,10 @@ def test_who_is_prepended_stands_before_equals_and_under_fcfs_before_everyone():
     first, second, better = make_request("1"), make_request("2"), make_request("better", priority=-1, max_tokens=1)
     orders = {}
     for policy in POLICIES:
-        queue = make_queue(policy)
-        queue.add(better)
-        queue.add(second)
-        queue.prepend(first)
+        queue = create_request_queue(policy)
+        queue.add_request(better)
+        queue.add_request(second)
+        queue.prepend_request(first)
         orders[policy] = ids(queue)
     assert orders == {
         "fcfs": ["1", "better", "2"],
@@ -181,7 +181,7 @@ def test_who_is_prepended_stands_before_equals_and_under_fcfs_before_everyone():
 
 def test_an_unknown_policy_is_refused_by_name():
     with pytest.raises(ValueError, match="scheduling_policy='lifo' is not valid; allowed: 'fcfs', 'priority', 'sjf'"):
-        make_queue("lifo")
+        create_request_queue("lifo")
 
 
 # ---------------------------------------------------------------------- what an operation looks at
@@ -218,7 +218,7 @@ def sorted_line(count: int) -> tuple[SortedQueue, list[Request]]:
     requests = [make_request(str(i), priority=i * 7919 % count) for i in range(count)]
     queue = SortedQueue(lambda request: (Counted(request.priority),))  # type: ignore[arg-type, return-value]
     for request in requests:
-        queue.add(request)
+        queue.add_request(request)
     return queue, requests
 
 
@@ -228,51 +228,51 @@ def test_a_sorted_line_compares_no_more_than_its_heap_is_high(count: int) -> Non
     height = math.log2(count)
     # Each level of a heap costs at most two comparisons of places, and those look at a rank at most twice.
     limit = 4 * (height + 2)
-    assert comparisons(queue.peek) == 0
+    assert comparisons(queue.peek_request) == 0
     assert comparisons(lambda: requests[3] in queue) == 0
     assert comparisons(lambda: len(queue)) == 0
-    assert comparisons(lambda: queue.remove(requests[3])) == 0
+    assert comparisons(lambda: queue.remove_request(requests[3])) == 0
     for _ in range(5):
-        assert 0 < comparisons(lambda: (queue.pop(), queue.peek())) <= limit
-        assert 0 < comparisons(lambda: queue.add(requests[3])) <= limit
-        queue.remove(requests[3])
-        assert 0 < comparisons(lambda: queue.prepend(requests[3])) <= limit
-        queue.remove(requests[3])
+        assert 0 < comparisons(lambda: (queue.pop_request(), queue.peek_request())) <= limit
+        assert 0 < comparisons(lambda: queue.add_request(requests[3])) <= limit
+        queue.remove_request(requests[3])
+        assert 0 < comparisons(lambda: queue.prepend_request(requests[3])) <= limit
+        queue.remove_request(requests[3])
         assert 0 < comparisons(lambda: queue.first(3)) <= 3 * 2 * limit
 
 
 def test_to_empty_a_sorted_line_from_the_middle_costs_n_log_n_in_all():
     count = 4096
     queue, requests = sorted_line(count)
-    total = comparisons(lambda: [(queue.remove(r), len(queue) and queue.peek()) for r in requests])
+    total = comparisons(lambda: [(queue.remove_request(r), len(queue) and queue.peek_request()) for r in requests])
     assert total <= 4 * count * (math.log2(count) + 2)
     assert len(queue) == 0
 
 
 def test_gaps_stay_bounded_while_requests_come_and_go():
     """Nobody is ever served, so no gap comes to the front: without a rebuild the heap would hold 10,000 places."""
-    queue = make_queue("priority")
+    queue = create_request_queue("priority")
     for i in range(3):
-        queue.add(make_request(f"stays {i}", priority=-1))
+        queue.add_request(make_request(f"stays {i}", priority=-1))
     assert isinstance(queue, SortedQueue)
     for i in range(10_000):
         request = make_request(str(i))
-        queue.add(request)
-        queue.remove(request)
+        queue.add_request(request)
+        queue.remove_request(request)
         assert len(queue._heap) <= 6
     assert ids(queue) == ["stays 0", "stays 1", "stays 2"]
 
 
 @pytest.mark.parametrize("policy", POLICIES)
 def test_a_line_keeps_no_request_alive_that_has_left(policy: str) -> None:
-    queue = make_queue(policy)
-    queue.add(make_request("front", priority=-1, max_tokens=1))
+    queue = create_request_queue(policy)
+    queue.add_request(make_request("front", priority=-1, max_tokens=1))
     leaves = [make_request(str(i)) for i in range(2)]
     for request in leaves:
-        queue.add(request)
-    queue.remove(leaves[0])
+        queue.add_request(request)
+    queue.remove_request(leaves[0])
     references = [weakref.ref(leaves[0])]
-    queue.remove(leaves[1])
+    queue.remove_request(leaves[1])
     references.append(weakref.ref(leaves[1]))
     del request
     leaves.clear()

@@ -16,7 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from folovllm import LLM, SamplingParams
-from folovllm.glossary import load_prose
+from folovllm.course.glossary import load_prose
 from folovllm.outputs import RequestOutput
 from tests.oracle import (
     FAMILIES,

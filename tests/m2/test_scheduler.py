@@ -116,15 +116,15 @@ def test_children_whose_leaders_fail_in_one_step_keep_the_order_of_arrival():
     add(engine, "b", 3, 2, n=2, seed=1)
     add(engine, "c", 3, 2)
     runner = engine.core.runner
-    execute = runner.execute
+    execute = runner.execute_model
 
     def broken(step):
         raise RuntimeError("out of memory")
 
-    runner.execute = broken
+    runner.execute_model = broken
     with pytest.raises(RuntimeError):
         engine.step()
-    runner.execute = execute
+    runner.execute_model = execute
     drain(engine)
     assert first_scheduled(engine) == ["a/1", "b/1", "c"]
     check_empty(engine)

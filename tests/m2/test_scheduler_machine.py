@@ -15,10 +15,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from folovllm import SamplingParams
+from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
-from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import SchedulerOutput
 from tests.mock import VOCAB_SIZE, check_empty, mock_engine, mock_tokens
 
 MAX_MODEL_LEN = 32
@@ -56,7 +55,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limit = min(max_num_seqs, budget)
         self.engine = mock_engine(max_num_seqs, budget, MAX_MODEL_LEN, capacity, policy)
         self.scheduler, self.runner = self.engine.core.scheduler, self.engine.core.runner
-        self.execute, self.runner.execute = self.runner.execute, self.watched  # type: ignore[method-assign]
+        self.execute, self.runner.execute_model = self.runner.execute_model, self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.arrivals = 0
         self.failure = ""
@@ -140,7 +139,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.policy == "fcfs" and has_children and request in self.scheduler.waiting:
             return  # its heir joins the front of the line, not the leader's place
         self.cut(victim)
-        user, sequence = self.engine._sequences[victim]
+        user, sequence = self.engine._request_states[victim]
         self.engine.core.abort_requests([victim])
         sequence.abort()
         for output in self.engine._outputs([user], final_only=True):
@@ -158,7 +157,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         for output in outputs:
             self.take(output)
 
-    def watched(self, step: SchedulerOutput) -> RunnerOutput:
+    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
         self.check_plan(step)
         self.runner_was_given = [share.request_id for share in step.scheduled]
@@ -174,10 +173,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def unfinished(self) -> list[str]:
         """The samples that go on."""
-        return [s.request_id for _, s in self.engine._sequences.values() if s.finish_reason is None]
+        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
 
     def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._sequences[sequence_id]
+        user, sequence = self.engine._request_states[sequence_id]
         self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
@@ -202,7 +201,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def place(self, request: Request) -> tuple[int, int, int]:
         """Where the policy puts a request: its rank, then the arrival of the user's request, then the sample."""
-        user, sequence = self.engine._sequences[request.request_id]
+        user, sequence = self.engine._request_states[request.request_id]
         record = self.records[user.request_id]
         rank = {"fcfs": 0, "priority": record.priority, "sjf": record.longest()}[self.policy]
         return rank, record.arrival, sequence.index
@@ -245,7 +244,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert set(shares) <= set(running)
 
         # Who is admitted is the head of the line: in order, and nobody overtakes one that does not fit.
-        admitted = [new.request_id for new in step.new_requests]
+        admitted = [new.request_id for new in step.scheduled_new_reqs]
         assert admitted == [r.request_id for r in self.line[: len(admitted)]]
 
         # Who runs goes on. All of them skip a step together, for a prompt that needs it, and never two in a row.

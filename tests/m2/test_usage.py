@@ -91,7 +91,7 @@ def test_the_defaults_of_m2() -> None:
     engine = LLMEngine(engine_config=EngineConfig(ModelConfig(dtype="float32", device="cpu"), milestone="m2"))
     runner, scheduler = engine.core.runner, engine.core.scheduler
     assert runner.batching == "padded"  # type: ignore[attr-defined]
-    assert (scheduler.max_running, scheduler.max_num_batched_tokens) == (16, 4096)
+    assert (scheduler.max_num_running_reqs, scheduler.max_num_batched_tokens) == (16, 4096)
     # A region for each running request, and one for a leader whose children are late.
     assert scheduler.kv.usage().capacity == 17 * 4096
 

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel
 
 from folovllm import LLM, SamplingParams
-from folovllm.glossary import load_prose
+from folovllm.course.glossary import load_prose
 from tests.m3.helpers import check_all_free
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 

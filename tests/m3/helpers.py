@@ -44,7 +44,7 @@ def check_all_free(engine: LLMEngine) -> None:
     assert scheduler.requests == {} and scheduler.running == [] and len(scheduler.waiting) == 0
     assert scheduler.num_waiting == 0 and not scheduler.has_news_for_runner()
     assert (len(scheduler._forks), len(scheduler._followers), scheduler._held) == (0, 0, set())
-    assert not engine._sequences and not engine._user_requests and not engine._undelivered
+    assert not engine._request_states and not engine._parent_requests and not engine._undelivered
     if isinstance(runner, PagedRunner):
         assert len(runner.states) == 0
     else:

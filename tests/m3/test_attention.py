@@ -13,7 +13,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams
 from folovllm.attention.reference import ReferenceBackend, visible_tokens
-from folovllm.attention.torch_paged import TorchBackend
+from folovllm.attention.torch_backend import TorchBackend
 from tests.m3.ragged import attend, expected_attention, make_ragged
 
 BACKENDS: dict[str, Callable[[], AttentionBackend]] = {"reference": ReferenceBackend, "torch": TorchBackend}

@@ -14,9 +14,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.engine.beam_search import beam_search
+from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import BeamSearchOutput
-from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import SchedulerOutput
 from tests.m3.helpers import check_all_free, manager_of
 from tests.oracle import OracleStats, float64_logits, random_prompt, tiny_model
 
@@ -390,19 +389,19 @@ def test_an_interrupted_search_leaves_nothing(
     case = searched["qwen3", "none"]
     llm = case.llm(milestone="m3", num_kv_blocks=40, block_size=4)
     runner = llm.engine.core.runner
-    execute, calls = runner.execute, 0
+    execute, calls = runner.execute_model, 0
 
-    def interrupted(step: SchedulerOutput) -> RunnerOutput:
+    def interrupted(step: SchedulerOutput) -> ModelRunnerOutput:
         nonlocal calls
         calls += bool(step.scheduled)
         if step.scheduled and calls == after + 1:
             raise kind("stop")
         return execute(step)
 
-    runner.execute = interrupted  # type: ignore[method-assign]
+    runner.execute_model = interrupted  # type: ignore[method-assign]
     with pytest.raises(kind, match="stop"):
         llm.beam_search(PROMPTS, BeamSearchParams(3, 7))
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.execute_model = execute  # type: ignore[method-assign]
     check_all_free(llm.engine)
     check_beams(llm.beam_search(PROMPTS, BeamSearchParams(3, 7)), case.beams(3, 7, 1.0), oracle_stats)
     check_all_free(llm.engine)

@@ -90,7 +90,7 @@ class Books:
 
 def state(manager: BlockManager) -> tuple[Any, ...]:
     """Everything that a refused call must leave as it was."""
-    pools = [(p.free_blocks(), list(p.ref_counts)) for p in (manager.pool, manager.host_pool)]
+    pools = [(p.free_list(), list(p.ref_cnt)) for p in (manager.pool, manager.host_pool)]
     return deepcopy(manager._tables), manager.snapshot(), manager.usage(), pools
 
 
@@ -108,8 +108,8 @@ class ManagerMachine(RuleBasedStateMachine):
         self.made = 0
         if num_blocks >= 100:  # all but a few are taken, so that the watermark is felt
             hog = self.new_request()
-            plan = self.manager.reserve(hog, (num_blocks - 5) * size)
-            self.manager.commit(plan)
+            plan = self.manager.allocate_slots(hog, (num_blocks - 5) * size)
+            self.manager.cache_blocks(plan)
             self.books.tables["q0"] = [self.books.take() for _ in range(num_blocks - 5)]
             self.books.tokens["q0"] = [("q0", i) for i in range((num_blocks - 5) * size)]
             for i, token in enumerate(self.books.tokens["q0"]):
@@ -142,7 +142,7 @@ class ManagerMachine(RuleBasedStateMachine):
         spared = int(0.01 * books.num_blocks) if spare else 0
 
         before = state(self.manager)
-        plan = self.manager.reserve(request, tokens, spare)
+        plan = self.manager.allocate_slots(request, tokens, spare)
         if needed and needed > len(books.free) - spared:
             assert plan is None and state(self.manager) == before
             if i not in books.tokens:
@@ -176,21 +176,21 @@ class ManagerMachine(RuleBasedStateMachine):
         plan = self.plans.pop(i)
         if tuple(self.books.tables[i]) != plan.block_table:
             return  # somebody forked it meanwhile and it has a newer plan: a scheduler makes one plan per step
-        self.manager.commit(plan)
+        self.manager.cache_blocks(plan)
         for position in range(plan.start, plan.start + plan.num_tokens):
             token = (i, position)
             self.books.write(i, position, token)
             self.books.tokens[i].append(token)
         with pytest.raises(RuntimeError, match="does not continue"):
-            self.manager.commit(plan)
+            self.manager.cache_blocks(plan)
 
     @precondition(lambda self: self.requests)
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         request = self.some(data)
         i = request.request_id
-        self.manager.release(request)
-        self.manager.release(request)  # who holds nothing may be released, too
+        self.manager.free(request)
+        self.manager.free(request)  # who holds nothing may be released, too
         self.books.drop(i)
         self.books.host_free += reversed(self.books.host_tables.pop(i, []))
         del self.books.tables[i], self.books.tokens[i], self.requests[i]
@@ -215,7 +215,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         fork = self.manager.fork(source, child, count)
         assert (fork.num_tokens, fork.ops) == (count, ())
-        assert self.manager.pool.free_blocks() == books.free  # a fork costs nothing
+        assert self.manager.pool.free_list() == books.free  # a fork costs nothing
         books.tables[child.request_id] = books.tables[i][: ceil(count / books.size)]
         books.tokens[child.request_id] = done[:count]
 
@@ -248,9 +248,9 @@ class ManagerMachine(RuleBasedStateMachine):
         manager, books = self.manager, self.books
         manager.check()
         counts = Counter(block for table in books.tables.values() for block in table)
-        assert manager.pool.ref_counts == [counts[block] for block in range(books.num_blocks + 1)]
-        assert manager.pool.free_blocks() == books.free
-        assert manager.host_pool.free_blocks() == books.host_free
+        assert manager.pool.ref_cnt == [counts[block] for block in range(books.num_blocks + 1)]
+        assert manager.pool.free_list() == books.free
+        assert manager.host_pool.free_list() == books.host_free
         assert len(books.free) + len(counts) == books.num_blocks and not set(books.free) & set(counts)
         assert 0 not in counts and 0 not in books.free
 
@@ -269,7 +269,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert snapshot.block_size == books.size and snapshot.num_free == len(books.free)
         assert snapshot.tables == {i: tuple(t) for i, t in books.tables.items() if t}
         assert snapshot.host_tables == {i: tuple(t) for i, t in books.host_tables.items()}
-        assert snapshot.ref_counts == tuple(manager.pool.ref_counts)
+        assert snapshot.ref_cnt == tuple(manager.pool.ref_cnt)
         assert snapshot.filled == tuple(len(books.known.get(block, ())) for block in range(books.num_blocks + 1))
 
     @invariant()
@@ -278,7 +278,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         books = self.books
         for i, tokens in books.tokens.items():
-            assert self.manager.match(self.requests[i]) == len(tokens)
+            assert self.manager.get_computed_blocks(self.requests[i]) == len(tokens)
             table, cells = books.tables[i], books.cells
             if i in books.host_tables:
                 table, cells = books.host_tables[i], books.host_cells
@@ -306,9 +306,9 @@ TestManager.settings = settings(max_examples=150, stateful_step_count=40, deadli
 
 def computed(manager: BlockManager, request: Request, num_tokens: int) -> BlockPlan:
     """Reserve and commit."""
-    plan = manager.reserve(request, num_tokens)
+    plan = manager.allocate_slots(request, num_tokens)
     assert plan is not None
-    manager.commit(plan)
+    manager.cache_blocks(plan)
     return plan
 
 
@@ -333,17 +333,17 @@ def test_a_reservation_is_all_or_nothing() -> None:
     computed(manager, first, 5)
     computed(manager, second, 1)
     before = state(manager)
-    assert manager.reserve(second, 2) is None and state(manager) == before
-    assert manager.reserve(make_request("c"), 1) is None and state(manager) == before
-    assert manager.reserve(first, 1) is not None  # its last block has room
-    assert manager.reserve(second, 1) is not None
+    assert manager.allocate_slots(second, 2) is None and state(manager) == before
+    assert manager.allocate_slots(make_request("c"), 1) is None and state(manager) == before
+    assert manager.allocate_slots(first, 1) is not None  # its last block has room
+    assert manager.allocate_slots(second, 1) is not None
 
 
 def test_a_tail_is_taken_by_others_before_its_head() -> None:
     manager, old, new = BlockManager(4, 1), make_request("old"), make_request("new")
     computed(manager, old, 4)
-    manager.release(old)
-    assert manager.pool.free_blocks() == [4, 3, 2, 1]
+    manager.free(old)
+    assert manager.pool.free_list() == [4, 3, 2, 1]
     assert computed(manager, new, 2).block_table == (4, 3)
 
 
@@ -364,7 +364,7 @@ def test_the_last_holder_writes_without_a_copy() -> None:
     manager, leader, child = BlockManager(3, 4), make_request("leader"), make_request("child")
     computed(manager, leader, 3)
     manager.fork(leader, child, 2)
-    manager.release(leader)
+    manager.free(leader)
     assert computed(manager, child, 1) == BlockPlan("child", 2, 1, (), (1,))
 
 
@@ -382,7 +382,11 @@ def test_a_copy_needs_a_free_block_and_is_refused_without_one() -> None:
     computed(manager, leader, 2)
     manager.fork(leader, child, 2)
     before = state(manager)
-    assert manager.reserve(child, 1) is None and manager.reserve(leader, 1) is None and state(manager) == before
+    assert (
+        manager.allocate_slots(child, 1) is None
+        and manager.allocate_slots(leader, 1) is None
+        and state(manager) == before
+    )
 
 
 def test_operations_come_in_an_order_that_loses_nothing() -> None:
@@ -393,28 +397,28 @@ def test_operations_come_in_an_order_that_loses_nothing() -> None:
     computed(manager, writer, 1)
     assert manager.swap_out(victim) == (SwapOut(1, 1), SwapOut(2, 2))
     assert computed(manager, writer, 3).block_table == (3, 2)
-    manager.release(writer)
-    plan = manager.reserve(victim, 1)
+    manager.free(writer)
+    plan = manager.allocate_slots(victim, 1)
     assert plan is not None
     assert plan.ops == (SwapIn(1, 1), SwapIn(2, 2)) and plan.start == 4
     assert manager.host_pool.num_held == 0
-    manager.commit(plan)
+    manager.cache_blocks(plan)
     manager.fork(victim, child, 3)
-    assert manager.reserve(child, 1) is None  # the pool is full
-    manager.release(victim)
+    assert manager.allocate_slots(child, 1) is None  # the pool is full
+    manager.free(victim)
     assert computed(manager, child, 1).ops == ()
 
 
 def test_swapping_out_frees_what_was_reserved_too_and_moves_only_what_was_computed() -> None:
     manager, request = BlockManager(8, 2, num_host_blocks=2), make_request()
     computed(manager, request, 3)
-    manager.reserve(request, 6)
+    manager.allocate_slots(request, 6)
     assert manager.pool.num_held == 5
     assert manager.swap_out(request) == (SwapOut(1, 1), SwapOut(2, 2))
-    assert manager.pool.num_held == 0 and manager.host_pool.num_held == 2 and manager.match(request) == 3
+    assert manager.pool.num_held == 0 and manager.host_pool.num_held == 2 and manager.get_computed_blocks(request) == 3
     assert not manager.can_fork(request, 1)
-    manager.release(request)
-    assert manager.host_pool.num_free == 2 and manager.match(request) == 0
+    manager.free(request)
+    assert manager.host_pool.num_free == 2 and manager.get_computed_blocks(request) == 0
 
 
 @pytest.mark.parametrize("host_blocks", [0, 1])
@@ -430,17 +434,17 @@ def test_the_watermark_is_for_those_who_come_and_not_for_those_who_run(num_block
     manager = BlockManager(num_blocks, 1)
     computed(manager, make_request("runs"), num_blocks - kept_free - 1)
     comes = make_request("comes")
-    assert manager.reserve(comes, 2, spare=True) is None
-    assert manager.reserve(comes, kept_free + 2, spare=False) is None
-    assert manager.reserve(comes, 1, spare=True) is not None
+    assert manager.allocate_slots(comes, 2, spare=True) is None
+    assert manager.allocate_slots(comes, kept_free + 2, spare=False) is None
+    assert manager.allocate_slots(comes, 1, spare=True) is not None
     assert manager.pool.num_free == kept_free
-    assert manager.reserve(comes, kept_free + 1) is not None and manager.pool.num_free == 0
+    assert manager.allocate_slots(comes, kept_free + 1) is not None and manager.pool.num_free == 0
 
 
 def test_who_needs_no_block_is_not_held_up_by_the_watermark() -> None:
     manager, request = BlockManager(100, 2), make_request()
     computed(manager, request, 199)
-    assert manager.pool.num_free == 0 and manager.reserve(request, 1, spare=True) is not None
+    assert manager.pool.num_free == 0 and manager.allocate_slots(request, 1, spare=True) is not None
 
 
 def test_usage_counts_shared_blocks_once_and_says_what_sharing_saves() -> None:
@@ -457,7 +461,7 @@ def test_usage_counts_shared_blocks_once_and_says_what_sharing_saves() -> None:
     assert (usage.capacity, usage.reserved, usage.unshared, usage.used) == (40, 20, 32, 4 + 4 * 3)
     assert usage.free == 20 and usage.sharing_saves == 1 - 5 / 8
     for request in (leader, *children):
-        manager.release(request)
+        manager.free(request)
     assert (manager.usage().reserved, manager.usage().used, manager.usage().unshared) == (0, 0, 0)
     assert manager.usage().sharing_saves == 0
 
@@ -498,14 +502,14 @@ def test_a_plan_is_committed_once_and_in_its_place() -> None:
     manager, request = BlockManager(8, 4), make_request()
     plan = computed(manager, request, 3)
     with pytest.raises(RuntimeError, match="does not continue 3 tokens in 1 blocks"):
-        manager.commit(plan)
+        manager.cache_blocks(plan)
     with pytest.raises(RuntimeError, match="does not continue 3 tokens in 1 blocks"):
-        manager.commit(BlockPlan("r", 3, 2, (), plan.block_table))
-    manager.commit(BlockPlan("r", 3, 1, (), plan.block_table))
+        manager.cache_blocks(BlockPlan("r", 3, 2, (), plan.block_table))
+    manager.cache_blocks(BlockPlan("r", 3, 1, (), plan.block_table))
 
 
 def corrupt_count(manager: BlockManager) -> None:
-    manager.pool.ref_counts[1] += 1
+    manager.pool.ref_cnt[1] += 1
 
 
 def corrupt_free_list(manager: BlockManager) -> None:
@@ -518,20 +522,20 @@ def lose_a_block(manager: BlockManager) -> None:
 
 def name_the_null_block(manager: BlockManager) -> None:
     manager._tables["a"].blocks.append(0)
-    manager.pool.ref_counts[0] += 1
+    manager.pool.ref_cnt[0] += 1
 
 
 def hold_both_kinds(manager: BlockManager) -> None:
-    manager._tables["a"].host_blocks = manager.host_pool.allocate(1)
+    manager._tables["a"].host_blocks = manager.host_pool.get_new_blocks(1)
 
 
 def forget_a_block(manager: BlockManager) -> None:
-    manager.pool.release([manager._tables["a"].blocks.pop()])
+    manager.pool.free_blocks([manager._tables["a"].blocks.pop()])
     manager._used, manager._filled[2] = manager._used - manager._filled[2], 0
 
 
 def hold_too_many_host_blocks(manager: BlockManager) -> None:
-    manager._tables["b"].host_blocks += manager.host_pool.allocate(1)
+    manager._tables["b"].host_blocks += manager.host_pool.get_new_blocks(1)
 
 
 def miscount_used(manager: BlockManager) -> None:

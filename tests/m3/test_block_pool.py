@@ -21,17 +21,17 @@ class PoolMachine(RuleBasedStateMachine):
     def allocate(self, count: int) -> None:
         if count > len(self.free):
             with pytest.raises(RuntimeError, match=f"{count} blocks were asked for and {len(self.free)} are free"):
-                self.pool.allocate(count)
+                self.pool.get_new_blocks(count)
             return
         expected, self.free = self.free[:count], self.free[count:]
-        assert self.pool.allocate(count) == expected
+        assert self.pool.get_new_blocks(count) == expected
         self.counts |= dict.fromkeys(expected, 1)
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
         """Held blocks and free ones, these from wherever they stand in the line."""
         blocks = data.draw(st.lists(st.sampled_from(list(self.counts)), unique=True) if self.counts else st.just([]))
-        self.pool.share(blocks)
+        self.pool.touch(blocks)
         for block in blocks:
             self.counts[block] += 1
         self.free = [block for block in self.free if block not in blocks]
@@ -45,24 +45,24 @@ class PoolMachine(RuleBasedStateMachine):
             self.counts[block] -= 1
             if self.counts[block] == 0:
                 freed.append(block)
-        assert self.pool.release(iter(blocks)) == freed
+        assert self.pool.free_blocks(iter(blocks)) == freed
         self.free += freed
 
     @rule(data=st.data())
     def release_what_nobody_holds(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from([NULL_BLOCK, *self.free]))
         with pytest.raises(RuntimeError, match=f"block {block} is released and nobody holds it"):
-            self.pool.release([block])
+            self.pool.free_blocks([block])
 
     @invariant()
     def it_is_as_the_list_says(self) -> None:
         if not hasattr(self, "pool"):
             return
-        assert self.pool.free_blocks() == self.free
+        assert self.pool.free_list() == self.free
         assert self.pool.num_free == len(self.free)
         assert self.pool.num_held == sum(count > 0 for count in self.counts.values())
         assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks == len(self.counts)
-        assert self.pool.ref_counts == [0, *self.counts.values()]
+        assert self.pool.ref_cnt == [0, *self.counts.values()]
 
 
 TestPool = PoolMachine.TestCase
@@ -71,23 +71,23 @@ TestPool.settings = settings(max_examples=150, stateful_step_count=30, deadline=
 
 def test_nobody_is_given_the_null_block() -> None:
     pool = BlockPool(5)
-    assert NULL_BLOCK == 0 and sorted(pool.allocate(5)) == [1, 2, 3, 4, 5]
+    assert NULL_BLOCK == 0 and sorted(pool.get_new_blocks(5)) == [1, 2, 3, 4, 5]
 
 
 def test_what_has_been_free_longest_goes_first() -> None:
     pool = BlockPool(4)
-    pool.allocate(4)
-    pool.release([3, 1])
-    pool.release([4])
-    assert pool.allocate(3) == [3, 1, 4]
+    pool.get_new_blocks(4)
+    pool.free_blocks([3, 1])
+    pool.free_blocks([4])
+    assert pool.get_new_blocks(3) == [3, 1, 4]
 
 
 def test_a_shared_block_is_free_when_the_last_one_lets_go() -> None:
     pool = BlockPool(2)
-    (block,) = pool.allocate(1)
-    pool.share([block])
-    assert pool.release([block]) == [] and pool.num_free == 1
-    assert pool.release([block]) == [block] and pool.num_free == 2
+    (block,) = pool.get_new_blocks(1)
+    pool.touch([block])
+    assert pool.free_blocks([block]) == [] and pool.num_free == 1
+    assert pool.free_blocks([block]) == [block] and pool.num_free == 2
 
 
 def test_a_free_block_leaves_the_middle_of_the_line_without_a_look_at_the_others() -> None:
@@ -105,8 +105,8 @@ def test_a_free_block_leaves_the_middle_of_the_line_without_a_look_at_the_others
     pool = BlockPool(1000)
     pool._free = type(pool._free).fromkeys(Watched(block) for block in pool._free)
     Watched.looks = 0
-    pool.share([500])
-    assert Watched.looks <= 2 and pool.free_blocks()[498:500] == [499, 501]
+    pool.touch([500])
+    assert Watched.looks <= 2 and pool.free_list()[498:500] == [499, 501]
 
 
 def test_a_negative_size_is_refused() -> None:

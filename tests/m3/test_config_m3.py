@@ -14,11 +14,11 @@ import torch
 
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
 from folovllm.attention.reference import ReferenceBackend
-from folovllm.attention.torch_paged import TorchBackend
-from folovllm.engine import paged
+from folovllm.attention.torch_backend import TorchBackend
 from folovllm.kv_cache.interface import BlockSnapshot
+from folovllm.messages import ScheduledRequest
+from folovllm.runner import memory
 from folovllm.runner.paged_runner import PagedRunner
-from folovllm.scheduler.output import ScheduledRequest
 from tests.m3.helpers import check_all_free, manager_of
 from tests.oracle import random_prompt, tiny_model
 
@@ -122,7 +122,7 @@ def test_an_engine_from_configurations_is_the_same_engine(folder: str) -> None:
     )
     manager, scheduler = manager_of(engine), engine.core.scheduler
     assert (manager.block_size, manager.pool.num_blocks, manager.host_pool.num_blocks) == (8, 20, 100)
-    assert (scheduler.max_running, scheduler.max_num_batched_tokens, scheduler.swaps) == (3, 120, True)
+    assert (scheduler.max_num_running_reqs, scheduler.max_num_batched_tokens, scheduler.swaps) == (3, 120, True)
 
 
 # ---------------------------------------------------------------------- how large the pool becomes
@@ -134,10 +134,10 @@ def test_a_quarter_of_the_free_memory_of_a_cpu(
     block_size: int, dtype: str, number: int, folder: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = 10_000_000
-    monkeypatch.setattr(paged, "free_cpu_bytes", lambda: free)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: free)
     llm = make(folder, dtype=dtype, block_size=block_size)
     blocks = manager_of(llm.engine).pool.num_blocks
-    assert paged.CPU_MEMORY_SHARE == 0.25
+    assert memory.CPU_MEMORY_SHARE == 0.25
     assert blocks == free // 4 // block_bytes(block_size, number)
     runner = llm.engine.core.runner
     assert isinstance(runner, PagedRunner)
@@ -148,7 +148,7 @@ def test_a_quarter_of_the_free_memory_of_a_cpu(
 
 def test_more_than_can_ever_be_used_is_not_taken(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """All that run at their longest, and as much again for those who are held."""
-    monkeypatch.setattr(paged, "free_cpu_bytes", lambda: 1000 * GIB)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 1000 * GIB)
     llm = make(folder, max_num_seqs=5, max_model_len=100, block_size=16)
     assert manager_of(llm.engine).pool.num_blocks == 2 * 5 * 7
     llm = make(folder, max_num_seqs=500, max_num_batched_tokens=100, max_model_len=100, block_size=16)
@@ -157,19 +157,19 @@ def test_more_than_can_ever_be_used_is_not_taken(folder: str, monkeypatch: pytes
 
 def test_not_a_single_block_is_an_error_with_the_numbers(folder: str, monkeypatch: pytest.MonkeyPatch) -> None:
     needed = block_bytes(16)
-    monkeypatch.setattr(paged, "free_cpu_bytes", lambda: 4 * needed - 1)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 4 * needed - 1)
     with pytest.raises(ValueError) as caught:
         make(folder)
     message = str(caught.value)
     assert f"the model leaves {needed - 1:,} bytes for K/V and a block takes {needed:,}" in message
     assert "allowed: a smaller block_size" in message and "num_kv_blocks of your choice" in message
     assert manager_of(make(folder, num_kv_blocks=3).engine).pool.num_blocks == 3  # nobody asks for the memory then
-    monkeypatch.setattr(paged, "free_cpu_bytes", lambda: 4 * needed)
+    monkeypatch.setattr(memory, "free_cpu_bytes", lambda: 4 * needed)
     assert manager_of(make(folder).engine).pool.num_blocks == 1
 
 
 def test_the_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    free = paged.free_cpu_bytes()
+    free = memory.free_cpu_bytes()
     assert free > 0
     if hasattr(os, "sysconf"):
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
@@ -180,15 +180,15 @@ def test_the_free_memory_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> Non
 
     monkeypatch.setattr(builtins, "open", nothing_there)
     if hasattr(os, "sysconf"):
-        assert paged.free_cpu_bytes() == total
+        assert memory.free_cpu_bytes() == total
         monkeypatch.delattr(os, "sysconf")
-    assert paged.free_cpu_bytes() == 8 * GIB
+    assert memory.free_cpu_bytes() == 8 * GIB
 
 
 def test_a_gpu_gives_what_the_longest_step_leaves_of_its_share(monkeypatch: pytest.MonkeyPatch) -> None:
     """Of 80 GiB 10 are taken by others and 3 by the model, and a step takes 2 more for a while: 72 - 15 are left."""
     ran = []
-    monkeypatch.setattr(paged, "run_longest_step", lambda *args: ran.append(args))
+    monkeypatch.setattr(memory, "profile_run", lambda *args: ran.append(args))
     for name, value in (
         ("synchronize", None),
         ("reset_peak_memory_stats", None),
@@ -201,7 +201,7 @@ def test_a_gpu_gives_what_the_longest_step_leaves_of_its_share(monkeypatch: pyte
     model = SimpleNamespace(device=torch.device("cuda"))
     for utilization, left in ((0.9, 57 * GIB), (1.0, 65 * GIB), (0.1, 0)):
         config = EngineConfig(cache=CacheConfig(gpu_memory_utilization=utilization), milestone="m3")
-        assert paged.free_bytes(config, model, None, None, None, 1) == left  # type: ignore[arg-type]
+        assert memory.determine_available_memory(config, model, None, None, None) == left  # type: ignore[arg-type]
     assert len(ran) == 3
 
 
@@ -219,7 +219,7 @@ def test_the_longest_step_is_one_that_can_be(max_model_len: int, folder: str, mo
         return fill(scheduled)
 
     monkeypatch.setattr(runner.buffers, "fill", watched)
-    paged.run_longest_step(runner.model, runner.buffers, runner.states.sampler, runner.backend)
+    memory.profile_run(runner.model, runner.buffers, runner.states.sampler, runner.backend)
     ((*shares,),) = steps
     assert sum(share.num_tokens for share in shares) == 300
     assert max(share.num_tokens for share in shares) == min(300, max_model_len)
@@ -272,11 +272,11 @@ def test_snapshots_are_kept_when_asked_for(folder: str, tmp_path: Path) -> None:
             for request_id, table in tables.items():
                 assert len(table) == -(-computed[request_id] // 4) and 0 not in table
         named = [block for table in snapshot.tables.values() for block in table]
-        assert list(snapshot.ref_counts) == [named.count(block) for block in range(13)]
+        assert list(snapshot.ref_cnt) == [named.count(block) for block in range(13)]
         assert snapshot.num_free == 12 - len(set(named)) and sum(snapshot.filled) == step.kv.used
         assert step.kv.reserved == 4 * len(set(named)) and step.kv.unshared == 4 * len(named)
         hosts += bool(snapshot.host_tables)
-        shared += max(snapshot.ref_counts) > 1
+        shared += max(snapshot.ref_cnt) > 1
     assert hosts > 0 and shared > 0
     assert llm.engine.trace[-1].blocks.tables == {}
     saved = json.loads(llm.engine.trace.save(tmp_path / "trace.json").read_text())

@@ -20,13 +20,13 @@ from folovllm import LLM, SamplingParams
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import ReferenceBackend
-from folovllm.attention.torch_paged import TorchBackend
-from folovllm.engine.paged import make_storage
+from folovllm.attention.torch_backend import TorchBackend
 from folovllm.models import weights
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.layers import Linear, packing_works
 from folovllm.models.loader import load_config, load_hf_model, resolve_model
 from folovllm.models.weights import fill_dummy, load_decoder, targets
+from folovllm.runner.kv_storage import KVStorage
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_config, tiny_model
 
 CPU = torch.device("cpu")
@@ -67,7 +67,7 @@ class Paged:
     tables: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.storage = make_storage(self.decoder, 200, 0, BLOCK_SIZE)
+        self.storage = KVStorage.of_model(self.decoder, 200, 0, BLOCK_SIZE)
         self.storage.device_pool.fill_(torch.nan)  # nobody may read what was not written
         self.free = torch.randperm(200, generator=torch.Generator().manual_seed(0)).add(1).tolist()
 

@@ -15,10 +15,10 @@ import pytest
 from typer.testing import CliRunner
 
 from folovllm import LLM, SamplingParams
+from folovllm.course.glossary import default_prompts, load_glossary
 from folovllm.engine.trace import RequestStep, StepTrace
 from folovllm.entrypoints.cli import app
 from folovllm.entrypoints.terminal import make_prompts
-from folovllm.glossary import default_prompts, load_glossary
 from folovllm.kv_cache.interface import KVUsage
 
 ROOT = Path(__file__).resolve().parents[2]

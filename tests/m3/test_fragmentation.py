@@ -10,9 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from folovllm.kv_cache.allocators import Allocator, Buddy, FirstFit, round_up_pow2
-from folovllm.kv_cache.formulas import kv_bytes_per_token
-from folovllm.kv_cache.fragmentation import (
+from folovllm.course.lessons.allocators import Allocator, Buddy, FirstFit, round_up_pow2
+from folovllm.course.lessons.fragmentation import (
     POLICIES,
     SHARES,
     Capacity,
@@ -26,6 +25,7 @@ from folovllm.kv_cache.fragmentation import (
     replay,
     translate,
 )
+from folovllm.kv_cache.formulas import kv_bytes_per_token
 
 # --- the allocators --------------------------------------------------------------------------------------------
 

@@ -15,11 +15,10 @@ from folovllm import LLM, SamplingParams
 from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import ReferenceBackend
-from folovllm.attention.torch_paged import TorchBackend
-from folovllm.models import hf_check
-from folovllm.models.decoder import Decoder
-from folovllm.models.hf_check import check_config, checked, row_distance
-from folovllm.models.hf_paged import (
+from folovllm.attention.torch_backend import TorchBackend
+from folovllm.contrib.transformers import check as hf_check
+from folovllm.contrib.transformers.check import check_config, checked, row_distance
+from folovllm.contrib.transformers.decoder import (
     IMPLEMENTATION,
     HFPagedModel,
     KVShape,
@@ -28,7 +27,8 @@ from folovllm.models.hf_paged import (
     register,
     window_of_mask,
 )
-from folovllm.models.paged_model import what_decoder_lacks
+from folovllm.engine.factory import what_decoder_lacks
+from folovllm.models.decoder import Decoder
 from tests.m3.helpers import check_all_free, manager_of
 from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt, randomize, tiny_config
 

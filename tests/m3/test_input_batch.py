@@ -14,11 +14,12 @@ from hypothesis import strategies as st
 
 from folovllm import LLM, SamplingParams
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.engine.paged import GPU_SIZES
+from folovllm.attention.torch_backend import StepLayout
+from folovllm.engine.factory import GPU_SIZES
 from folovllm.kv_cache.interface import BlockPlan, KVPlan
-from folovllm.runner.input_batch import InputBatch, InputBuffers
+from folovllm.messages import ScheduledRequest
+from folovllm.runner.input_batch import InputBatch, ModelInput
 from folovllm.runner.paged_runner import PagedRunner
-from folovllm.scheduler.output import ScheduledRequest
 from tests.m3.helpers import check_all_free
 from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
@@ -41,14 +42,14 @@ def steps(draw: st.DrawFn, sizes: tuple[int, ...] = (1, 2, 3, 16, 256)) -> tuple
     return size, shares
 
 
-def spoil(buffers: InputBuffers) -> None:
+def spoil(buffers: InputBatch) -> None:
     """What a longer step before this one might have left."""
     for buffer in vars(buffers).values():
         if hasattr(buffer, "array"):
             buffer.array[...] = 12345
 
 
-def check_layout(batch: InputBatch, size: int, shares: list[ScheduledRequest], padded: tuple[int, int]) -> None:
+def check_layout(batch: ModelInput, size: int, shares: list[ScheduledRequest], padded: tuple[int, int]) -> None:
     """Token by token and request by request. padded: the lengths of the axes of tokens and of requests."""
     meta = batch.metadata
     tokens, positions, slots, starts, lens, rows, samples = [], [], [], [0], [], [], []
@@ -90,7 +91,7 @@ def check_layout(batch: InputBatch, size: int, shares: list[ScheduledRequest], p
 @given(steps())
 def test_the_layout_is_the_loops(step: tuple[int, list[ScheduledRequest]]) -> None:
     size, shares = step
-    buffers = InputBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, size, CPU)
+    buffers = InputBatch(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, size, CPU)
     spoil(buffers)
     buffers.query_start_loc.array[0] = 0  # nobody ever writes there
     check_layout(buffers.fill(shares), size, shares, (sum(s.num_tokens for s in shares), len(shares)))
@@ -100,7 +101,7 @@ def test_the_layout_is_the_loops(step: tuple[int, list[ScheduledRequest]]) -> No
 @given(steps(), st.lists(st.integers(1, 70), max_size=6, unique=True).map(sorted))
 def test_padded_to_sizes_the_rest_belongs_to_nobody(step: tuple[int, list[ScheduledRequest]], sizes: list[int]) -> None:
     size, shares = step
-    buffers = InputBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, size, CPU, sizes)
+    buffers = InputBatch(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, size, CPU, sizes)
     spoil(buffers)
     buffers.query_start_loc.array[0] = 0
 
@@ -114,9 +115,9 @@ def test_padded_to_sizes_the_rest_belongs_to_nobody(step: tuple[int, list[Schedu
 def test_the_sizes_for_a_gpu_are_the_small_powers_of_two_and_multiples_of_8() -> None:
     assert GPU_SIZES[:5] == (1, 2, 4, 8, 16) and GPU_SIZES[-1] == 512 and list(GPU_SIZES) == sorted(set(GPU_SIZES))
     assert all(size % 8 == 0 for size in GPU_SIZES[3:]) and len(GPU_SIZES) == 3 + 64
-    buffers = InputBuffers(2048, 256, 4, 16, CPU, GPU_SIZES)
+    buffers = InputBatch(2048, 256, 4, 16, CPU, GPU_SIZES)
     assert [buffers.padded(n) for n in (1, 2, 3, 5, 9, 511, 512, 513, 2048)] == [1, 2, 4, 8, 16, 512, 512, 513, 2048]
-    assert len(InputBuffers(16, 4, 4, 16, CPU, GPU_SIZES).token_ids.host) == 512  # there is room for the largest size
+    assert len(InputBatch(16, 4, 4, 16, CPU, GPU_SIZES).token_ids.host) == 512  # there is room for the largest size
 
 
 @settings(max_examples=30, deadline=None, derandomize=True)
@@ -125,7 +126,7 @@ def test_every_step_is_laid_out_in_the_same_memory(
     many: list[tuple[int, list[ScheduledRequest]]], padded: bool
 ) -> None:
     """A recorded graph is replayed on the addresses it was recorded with."""
-    buffers = InputBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, 16, CPU, GPU_SIZES if padded else ())
+    buffers = InputBatch(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, 16, CPU, GPU_SIZES if padded else ())
     addresses = set()
     for _, shares in many:
         batch = buffers.fill(shares)
@@ -141,7 +142,7 @@ def test_every_step_is_laid_out_in_the_same_memory(
 
 
 def test_a_plan_without_blocks_is_not_for_this_runner() -> None:
-    buffers = InputBuffers(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, 16, CPU)
+    buffers = InputBatch(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, 16, CPU)
     with pytest.raises(RuntimeError, match="request 'r' was planned without blocks"):
         buffers.fill([ScheduledRequest("r", [1], 0, True, KVPlan("r", 0, 1))])
 
@@ -169,7 +170,7 @@ def test_places_lead_to_every_slot_in_order(size: int, requests: list[tuple[list
     kv_lens = [1 + length % (len(table) * size) for table, length in requests]
     nothing = torch.zeros(0, dtype=torch.int64)
     meta = AttentionMetadata(nothing, nothing, nothing, nothing, size, [1] * len(tables), kv_lens, tables)
-    places = meta.places
+    places = StepLayout(meta).places
     pool = np.arange(50 * size)  # a slot holds its own number
     blocks = [] if places.scattered_blocks is None else places.scattered_blocks.tolist()
     copied = np.concatenate([np.arange(b * size, (b + 1) * size) for b in blocks]) if blocks else pool[:0]
@@ -207,7 +208,7 @@ def test_padding_as_on_a_gpu_changes_no_token(
         )
         runner = llm.engine.core.runner
         assert isinstance(runner, PagedRunner)
-        runner.buffers = InputBuffers(2048, 4, 32, 8, CPU, sizes)
+        runner.buffers = InputBatch(2048, 4, 32, 8, CPU, sizes)
         outputs = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=16), use_tqdm=False)
         for prompt, output in zip(prompts, outputs, strict=True):
             expected = hf_greedy(model, prompt, 16)
@@ -227,10 +228,10 @@ def test_the_runners_inputs_stay_where_they_are(tmp_path: Path, monkeypatch: pyt
     llm = LLM(str(tmp_path), milestone="m3", dtype="float32", device="cpu", max_num_seqs=4)
     runner = llm.engine.core.runner
     assert isinstance(runner, PagedRunner)
-    fill: Callable[..., InputBatch] = runner.buffers.fill
+    fill: Callable[..., ModelInput] = runner.buffers.fill
     addresses = []
 
-    def watched(scheduled: list[ScheduledRequest]) -> InputBatch:
+    def watched(scheduled: list[ScheduledRequest]) -> ModelInput:
         batch = fill(scheduled)
         meta = batch.metadata
         tensors = (batch.token_ids, batch.positions, meta.slot_mapping, meta.query_start_loc, meta.block_table)

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from folovllm.kv_cache.storage import KVStorage, lazy_zeros
+from folovllm.runner.kv_storage import KVStorage, lazy_zeros
 
 CPU = torch.device("cpu")
 

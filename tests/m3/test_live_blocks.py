@@ -12,9 +12,8 @@ from rich.cells import cell_len
 from rich.console import Console
 
 from folovllm import LLMEngine, SamplingParams
-from folovllm.kv_cache.interface import BlockSnapshot
-from folovllm.viz.live import LABEL, LINES_AROUND, LiveView, watch, watching
-from folovllm.viz.live_blocks import (
+from folovllm.course.viz.live import LABEL, LINES_AROUND, LiveView, watch, watching
+from folovllm.course.viz.live_blocks import (
     LEVELS,
     LEVELS_ASCII,
     blocks_per_cell,
@@ -24,7 +23,8 @@ from folovllm.viz.live_blocks import (
     level,
     per_row,
 )
-from folovllm.viz.live_state import LiveState
+from folovllm.course.viz.live_state import LiveState
+from folovllm.kv_cache.interface import BlockSnapshot
 from tests.m3.helpers import check_all_free, manager_of
 from tests.mock import paged_mock_engine
 
@@ -50,8 +50,8 @@ def engine_with(
 
 
 def state_of(engine: LLMEngine) -> LiveState:
-    engine.core.trace_blocks = True
-    return LiveState(engine.core.scheduler.num_waiting, max_running=engine.core.scheduler.max_running)
+    engine.core.recorder.trace_blocks = True
+    return LiveState(engine.core.scheduler.num_waiting, max_running=engine.core.scheduler.max_num_running_reqs)
 
 
 def drawn(state: LiveState, width: int, ascii_only: bool = False, rows: int = 20) -> list[str]:
@@ -90,7 +90,7 @@ def check_map(engine: LLMEngine, state: LiveState, lines: list[str], ascii_only:
     letters: dict[str, set[str]] = {}
     tables = {request_id: table.blocks for request_id, table in manager._tables.items()}
     for block, cell in enumerate(cells, start=1):
-        count, filled = manager.pool.ref_counts[block], manager._filled[block]
+        count, filled = manager.pool.ref_cnt[block], manager._filled[block]
         assert (cell == f"{dot} ") == (count == 0)
         if count == 0:
             continue
@@ -130,7 +130,7 @@ def test_after_every_step_the_map_is_the_managers(requests, num_blocks, mode, wi
         assert {cell_len(line) for line in lines} == {width}
         assert not ascii_only or all(ord(c) < 128 for line in lines for c in line[EDGE:-EDGE] if c not in "─╭╮╰╯│")
         check_map(engine, state, lines, ascii_only)
-        shared = sum(count > 1 for count in manager.pool.ref_counts)
+        shared = sum(count > 1 for count in manager.pool.ref_cnt)
         counts = f"{manager.pool.num_held} held, {shared} of them shared, {manager.pool.num_free} free"
         assert line_of(lines, "pool").startswith(counts)
         preempted = {r.request_id for r in engine.core.scheduler.requests.values() if r.status.name == "PREEMPTED"}
@@ -300,11 +300,11 @@ def terminal(**options: object) -> tuple[Console, io.StringIO]:
 @pytest.mark.parametrize("keeps", [False, True])
 def test_watching_shows_blocks_and_keeps_them_only_where_the_engine_does(keeps):
     engine = engine_with([(6, 8, 2), (7, 8, 1)], num_blocks=8)
-    engine.core.trace_blocks = keeps
+    engine.core.recorder.trace_blocks = keeps
     console, file = terminal()
     outputs = watch(console, engine, ["0", "1"], pace=0.001)
     assert [o.finished for o in outputs] == [True, True]
-    assert engine.core.trace_blocks == keeps and engine.on_step is None
+    assert engine.core.recorder.trace_blocks == keeps and engine.on_step is None
     assert all((step.blocks is not None) == keeps for step in engine.trace)
     assert "preempted" in file.getvalue() and "partly full" in file.getvalue()
     check_all_free(engine)
@@ -328,5 +328,5 @@ def test_an_error_meanwhile_leaves_engine_and_terminal_in_order():
     console, file = terminal()
     with pytest.raises(RuntimeError, match="mine"), watching(console, engine):
         raise RuntimeError("mine")
-    assert engine.on_step is None and not engine.core.trace_blocks
+    assert engine.on_step is None and not engine.core.recorder.trace_blocks
     assert file.getvalue().rindex("\x1b[?25h") > file.getvalue().rindex("\x1b[?25l")

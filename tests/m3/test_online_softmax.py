@@ -9,7 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from folovllm.attention.online_softmax import online_softmax
+from folovllm.course.lessons.online_softmax import online_softmax
 
 rows = st.lists(st.floats(-50, 50), min_size=1, max_size=20)
 

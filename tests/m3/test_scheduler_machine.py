@@ -26,10 +26,9 @@ from hypothesis.stateful import (
 
 from folovllm import SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
+from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
-from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import SchedulerOutput
 from tests.m3.helpers import check_all_free, manager_of
 from tests.mock import VOCAB_SIZE, PagedMockRunner, mock_tokens, paged_mock_engine
 
@@ -103,8 +102,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
         runner = self.engine.core.runner
         assert isinstance(runner, PagedMockRunner)
-        self.runner, self.execute = runner, runner.execute
-        runner.execute = self.watched  # type: ignore[method-assign]
+        self.runner, self.execute = runner, runner.execute_model
+        runner.execute_model = self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
         self.made = 0
@@ -207,7 +206,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     def end_one_sample(self, victim: str) -> None:
         """As a stop string does: one of several samples ends, its siblings go on."""
         self.cut(victim)
-        user, sequence = self.engine._sequences[victim]
+        user, sequence = self.engine._request_states[victim]
         self.engine.core.abort_requests([victim])
         sequence.abort()
         for output in self.engine._outputs([user], final_only=True):
@@ -227,7 +226,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(output)
         self.in_order = True
 
-    def watched(self, step: SchedulerOutput) -> RunnerOutput:
+    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
         self.check_plan(step)
         self.was_given = [share.request_id for share in step.scheduled]
@@ -263,10 +262,10 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def unfinished(self) -> list[str]:
         """The samples that go on."""
-        return [s.request_id for _, s in self.engine._sequences.values() if s.finish_reason is None]
+        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
 
     def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._sequences[sequence_id]
+        user, sequence = self.engine._request_states[sequence_id]
         self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
@@ -305,7 +304,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         table = self.manager.snapshot().tables.get(request.request_id, ())
         position = request.num_computed_tokens
         needed = -(-(position + num_tokens) // self.size) - len(table)
-        if position // self.size < len(table) and self.manager.pool.ref_counts[table[position // self.size]] > 1:
+        if position // self.size < len(table) and self.manager.pool.ref_cnt[table[position // self.size]] > 1:
             needed += 1
         return max(0, needed)
 
@@ -325,7 +324,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.needed_before = sum(self.blocks_needed(r, 1) for r in self.before)
         self.first_need = 0
         if self.scheduler.waiting:
-            head = self.scheduler.waiting.peek()
+            head = self.scheduler.waiting.peek_request()
             preempted = head.status is RequestStatus.PREEMPTED
             self.first_need = 1 if preempted or self.forks(head) else head.num_prompt_tokens
         self.to_compute = {r.request_id: r.num_tokens - r.num_computed_tokens for r in self.before}
@@ -357,14 +356,14 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.policy == "priority":
             victims.sort(key=lambda r: (r.priority, r.arrival_time))
         expected = [r.request_id for r in reversed(victims)]
-        assert step.preempted_ids == expected[: len(step.preempted_ids)]
+        assert step.preempted_req_ids == expected[: len(step.preempted_req_ids)]
         if self.needed_before <= self.free_before and all(n == 1 for n in self.to_compute.values()):
-            assert not step.preempted_ids
-        if step.preempted_ids:
-            assert not self.scheduler._held and not step.new_requests
+            assert not step.preempted_req_ids
+        if step.preempted_req_ids:
+            assert not self.scheduler._held and not step.scheduled_new_reqs
             self.seen["preempted"] += 1
-            self.seen["preempted two at once"] += len(step.preempted_ids) > 1
-        for request_id in step.preempted_ids:
+            self.seen["preempted two at once"] += len(step.preempted_req_ids) > 1
+        for request_id in step.preempted_req_ids:
             request = self.scheduler.requests[request_id]
             assert request.status is RequestStatus.PREEMPTED and request in self.scheduler.waiting
             on_host = request_id in self.manager.snapshot().host_tables
@@ -374,15 +373,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_running(self, step: SchedulerOutput, shares: dict[str, Any], total: int) -> None:
         """Who runs goes on. All of them skip a step together, for a prompt that needs it, and never two in a row."""
         goes_on = [i for i in shares if i in self.to_compute]
-        stay = [r.request_id for r in self.before if r.request_id not in step.preempted_ids]
+        stay = [r.request_id for r in self.before if r.request_id not in step.preempted_req_ids]
         skips = bool(self.before) and not goes_on
         if skips:
-            assert step.new_requests and not self.skipped and not step.preempted_ids
+            assert step.scheduled_new_reqs and not self.skipped and not step.preempted_req_ids
             assert self.first_need > self.budget - len(self.before)
             self.seen["skipped"] += 1
         else:
             assert [i for i in stay if self.to_compute[i] == 1] == [i for i in goes_on if self.to_compute[i] == 1]
-            if not step.preempted_ids:
+            if not step.preempted_req_ids:
                 wanted = sum(self.to_compute.values())
                 assert sum(shares[i].num_tokens for i in goes_on) == min(self.budget, wanted)
         self.skipped = skips
@@ -390,9 +389,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def check_admitted(self, step: SchedulerOutput, shares: dict[str, Any], total: int) -> None:
         """Whoever is admitted is next in line, and who is left out is left out for a reason."""
         admitted = [i for i in shares if i not in self.to_compute]
-        new = {n.request_id for n in step.new_requests}
+        new = {n.request_id for n in step.scheduled_new_reqs}
         assert new <= set(admitted)
-        if step.preempted_ids:
+        if step.preempted_req_ids:
             assert not admitted
             return
         left_out = [self.in_line[i] for i in self.in_line if i not in admitted]
@@ -410,10 +409,10 @@ class SchedulerMachine(RuleBasedStateMachine):
         room = self.budget - total
         if not self.scheduler.waiting or len(self.scheduler.running) == self.limit or room == 0:
             return
-        head = self.scheduler.waiting.peek()
+        head = self.scheduler.waiting.peek_request()
         free = self.manager.pool.num_free - self.manager.watermark
         if head.status is RequestStatus.PREEMPTED:
-            start = self.manager.match(head)
+            start = self.manager.get_computed_blocks(head)
             needed = -(-(start + min(head.num_tokens - start, room)) // self.size)
         elif self.forks(head):
             needed = 1  # a block for the last token of the prompt, or a copy of the one that it goes into

@@ -8,8 +8,8 @@ import pytest
 
 from folovllm import LLMEngine, SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
+from folovllm.messages import SchedulerOutput
 from folovllm.request import RequestStatus
-from folovllm.scheduler.output import SchedulerOutput
 from tests.m3.helpers import Finished, check_all_free, manager_of, run_to_the_end
 from tests.mock import PagedMockRunner, mock_tokens, paged_mock_engine
 
@@ -163,7 +163,7 @@ def test_recompute_starts_again_at_0_with_prompt_and_output() -> None:
     add(engine, "b", 7, 3)
     steps_until(engine, preempted)
     known = engine.core.scheduler.requests["b"].num_tokens
-    assert known == 7 + 2 and manager_of(engine).match(engine.core.scheduler.requests["b"]) == 0
+    assert known == 7 + 2 and manager_of(engine).get_computed_blocks(engine.core.scheduler.requests["b"]) == 0
     run_to_the_end(engine)
     back = [s for step in engine.core.runner.steps for s in step.scheduled if s.request_id == "b"]
     assert [(s.start, s.num_tokens) for s in back] == [(0, 7), (7, 1), (0, 9)]
@@ -179,7 +179,7 @@ def test_swap_goes_on_where_it_stopped() -> None:
     add(engine, "b", 7, 3)
     steps_until(engine, preempted)
     manager = manager_of(engine)
-    assert manager.match(engine.core.scheduler.requests["b"]) == 8 and manager.host_pool.num_held == 2
+    assert manager.get_computed_blocks(engine.core.scheduler.requests["b"]) == 8 and manager.host_pool.num_held == 2
     assert engine.trace[-1].kv_ops == [SwapOut(3, 1), SwapOut(4, 2)]
     run_to_the_end(engine)
     back = [s for step in engine.core.runner.steps for s in step.scheduled if s.request_id == "b"]
@@ -454,7 +454,7 @@ def test_children_of_a_preempted_leader_start_alone(mode: str) -> None:
     assert preempted(engine) == ["s/0"]
     assert not manager_of(engine).can_fork(scheduler.requests["s/0"], 6)
     engine.core.abort_requests(["s/0"])
-    engine._sequences["s/0"][1].abort()
+    engine._request_states["s/0"][1].abort()
     done = run_to_the_end(engine)
     assert done["s"][0][1] == mock_tokens(prompt_of("s", 7), wishes(6, n=2, seed=1).child(1))[0]
     assert engine.stats.copied_blocks == 0
@@ -585,7 +585,7 @@ def failing(engine: LLMEngine, before: bool) -> SchedulerOutput:
     """Let the next step fail, before the runner has done anything or after; what it was."""
     runner = engine.core.runner
     assert isinstance(runner, PagedMockRunner)
-    execute, steps = runner.execute, []
+    execute, steps = runner.execute_model, []
 
     def broken(step: SchedulerOutput) -> Any:
         steps.append(step)
@@ -593,10 +593,10 @@ def failing(engine: LLMEngine, before: bool) -> SchedulerOutput:
             execute(step)
         raise RuntimeError("out of memory")
 
-    runner.execute = broken  # type: ignore[method-assign]
+    runner.execute_model = broken  # type: ignore[method-assign]
     with pytest.raises(RuntimeError, match="out of memory"):
         engine.step()
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.execute_model = execute  # type: ignore[method-assign]
     return steps[0]
 
 
@@ -608,9 +608,9 @@ def test_a_failed_step_that_swapped_somebody_out_makes_him_compute_his_tokens_ag
     engine.step()
     engine.step()
     step = failing(engine, before)
-    assert step.preempted_ids == ["b"] and [s.request_id for s in step.scheduled] == ["a"]
+    assert step.preempted_req_ids == ["b"] and [s.request_id for s in step.scheduled] == ["a"]
     scheduler = engine.core.scheduler
-    assert list(scheduler.requests) == ["b"] and scheduler.waiting.peek().request_id == "b"
+    assert list(scheduler.requests) == ["b"] and scheduler.waiting.peek_request().request_id == "b"
     assert manager_of(engine).pool.num_held == 0 and manager_of(engine).host_pool.num_held == 0
     done = run_to_the_end(engine)
     assert done["a"][1] == ["abort"]
@@ -645,7 +645,7 @@ def test_the_runner_hears_of_an_end_even_if_the_step_that_told_it_failed() -> No
     add(engine, "long", 2, 9)
     engine.step()
     step = failing(engine, before=True)
-    assert step.finished_ids == ["short"] and set(engine.core.runner.known) == {"short", "long"}
+    assert step.finished_req_ids == ["short"] and set(engine.core.runner.known) == {"short", "long"}
     add(engine, "next", 2, 2)
     run_to_the_end(engine)
     check_all_free(engine)

@@ -98,7 +98,7 @@ def test_samples_share_the_blocks_of_their_prompt_and_copy_one_when_they_write_i
     tables = list(llm.engine.trace[1].blocks.tables.values())
     assert len(tables) == 3
     assert len({table[:2] for table in tables}) == 1  # the first 8 of 10 tokens: two full blocks, once for all
-    assert llm.engine.trace[1].blocks.ref_counts[tables[0][0]] == 3
+    assert llm.engine.trace[1].blocks.ref_cnt[tables[0][0]] == 3
     assert len({table[2] for table in tables}) == 3  # and the half full one: each has its own
     assert llm.engine.stats.copied_blocks == 2  # the last to write keeps the original
 

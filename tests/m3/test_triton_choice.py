@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from folovllm import LLM
-from folovllm.attention.torch_paged import TorchBackend
-from folovllm.engine.paged import make_backend
+from folovllm.attention.torch_backend import TorchBackend
+from folovllm.engine.factory import make_backend
 from tests.needs import need_module
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,7 +51,7 @@ def test_on_a_cpu_it_is_refused_with_the_way_to_have_it() -> None:
 
 @needs_triton
 def test_auto_is_triton_on_a_gpu_and_torch_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    from folovllm.attention.triton_paged import TritonBackend
+    from folovllm.attention.triton_backend import TritonBackend
 
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     backend = make_backend("auto", GPU)
@@ -68,7 +68,7 @@ def test_switching_the_interpreter_on_too_late_is_noticed() -> None:
 import os, triton.language
 os.environ["TRITON_INTERPRET"] = "1"
 import torch
-from folovllm.engine.paged import make_backend
+from folovllm.engine.factory import make_backend
 try:
     make_backend("triton", torch.device("cpu"))
 except ValueError as error:

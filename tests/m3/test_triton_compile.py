@@ -28,8 +28,8 @@ if os.environ.get("TRITON_INTERPRET") == "1":
 
 import triton
 
-from folovllm.attention import triton_compile
-from folovllm.attention.triton_compile import (
+from folovllm.course.lessons import triton_compile
+from folovllm.course.lessons.triton_compile import (
     Compiled,
     compile_attention,
     compile_copy,
@@ -167,7 +167,7 @@ def test_every_limit_has_its_words() -> None:
 def test_a_process_that_interprets_says_that_it_cannot_compile() -> None:
     code = """
 import torch
-from folovllm.attention.triton_compile import compile_write
+from folovllm.course.lessons.triton_compile import compile_write
 try:
     compile_write(80, torch.float32, 64)
 except RuntimeError as error:

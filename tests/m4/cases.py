@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from folovllm import LLM
-from folovllm.glossary import load_prose
+from folovllm.course.glossary import load_prose
 from tests.m3.cases import Case
 from tests.m4.helpers import cache_of
 from tests.oracle import hf_greedy, random_prompt

@@ -9,8 +9,7 @@ import pytest
 from folovllm import LLMEngine, SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import HashBlock, PrefixCache, hash_block
-from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
+from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from tests.m3.helpers import check_all_free, check_progress, manager_of
 from tests.mock import PagedMockRunner, mock_tokens, paged_mock_engine
 
@@ -39,9 +38,9 @@ class PrefixRunner(PagedMockRunner):
         elif isinstance(op, SwapIn):
             self.past[op.block] = list(self.host_past[op.host_block])
 
-    def execute(self, step: SchedulerOutput) -> RunnerOutput:
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """In the order given: who reads what another writes in the same step comes after it."""
-        result = super().execute(step)
+        result = super().execute_model(step)
         for share in step.scheduled:
             past = 0
             for position in range(share.start + share.num_tokens):
@@ -222,7 +221,7 @@ def give_way(engine: LLMEngine, name: str) -> None:
 
 def fail_once(engine: LLMEngine, after: bool = False) -> None:
     """One step that fails, with the slots it was to write scrubbed, or all done."""
-    runner, execute = runner_of(engine), runner_of(engine).execute
+    runner, execute = runner_of(engine), runner_of(engine).execute_model
 
     def failing(given: SchedulerOutput) -> Any:
         if after:
@@ -233,7 +232,7 @@ def fail_once(engine: LLMEngine, after: bool = False) -> None:
                     runner.device[share.plan.block_table[p // runner.block_size]][p % runner.block_size] = None  # type: ignore[attr-defined]
         raise KeyError("the runner")
 
-    runner.execute = failing  # type: ignore[method-assign]
+    runner.execute_model = failing  # type: ignore[method-assign]
     with pytest.raises(KeyError, match="the runner"):
         step(engine)
-    runner.execute = execute  # type: ignore[method-assign]
+    runner.execute_model = execute  # type: ignore[method-assign]

@@ -79,8 +79,8 @@ def test_a_step_has_2048_tokens_or_a_whole_prompt_where_prompts_are_not_split(fo
 
 
 def test_a_threshold_arrives_where_it_counts(folder: str) -> None:
-    assert make(folder, long_prefill_token_threshold=7).engine.core.scheduler.longest_piece == 7
-    assert make(folder).engine.core.scheduler.longest_piece == 0
+    assert make(folder, long_prefill_token_threshold=7).engine.core.scheduler.long_prefill_token_threshold == 7
+    assert make(folder).engine.core.scheduler.long_prefill_token_threshold == 0
 
 
 def test_an_engine_from_configurations_is_the_same_engine(folder: str) -> None:
@@ -90,7 +90,11 @@ def test_an_engine_from_configurations_is_the_same_engine(folder: str) -> None:
         CacheConfig(num_kv_blocks=20, enable_prefix_caching=False),
     )
     scheduler = engine.core.scheduler
-    assert (scheduler.max_num_batched_tokens, scheduler.chunked_prefill, scheduler.longest_piece) == (64, True, 9)
+    assert (scheduler.max_num_batched_tokens, scheduler.chunked_prefill, scheduler.long_prefill_token_threshold) == (
+        64,
+        True,
+        9,
+    )
     assert manager_of(engine).cache is None
 
 

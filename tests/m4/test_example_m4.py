@@ -17,8 +17,8 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from folovllm import LLM, EngineConfig, LLMEngine, SamplingParams
+from folovllm.course.glossary import load_glossary
 from folovllm.entrypoints.cli import app
-from folovllm.glossary import load_glossary
 from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 ROOT = Path(__file__).resolve().parents[2]

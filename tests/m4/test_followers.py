@@ -133,7 +133,7 @@ def test_when_a_leader_is_aborted_its_follower_goes_alone_from_where_it_was(afte
     wanted = {"follower": add(engine, "follower", [*COMMON[:14], 1], 2)}
     step(engine, after)
     engine.abort_request("leader")
-    assert followers(engine) == {} and engine.core.scheduler.waiting.peek().request_id == "follower"
+    assert followers(engine) == {} and engine.core.scheduler.waiting.peek_request().request_id == "follower"
     assert sorted(cached_tokens(engine).values()) == [COMMON[: 4 * i] for i in range(1, after + 1)]
     finish(engine, wanted)
     assert pieces(engine, "follower")[0] == (4 * after, 4)
@@ -219,7 +219,7 @@ def test_a_follower_with_samples_whose_first_is_ended_leaves_its_place_to_the_ne
     add(engine, "s", [*COMMON[:12], 1, 2], 3, n=2, seed=2)
     step(engine)
     engine.core.abort_requests(["s/0"])
-    engine._sequences["s/0"][1].abort()
+    engine._request_states["s/0"][1].abort()
     finish(engine, wanted)
     assert pieces(engine, "s/1")[0] == (12, 2)
 
@@ -368,7 +368,7 @@ def test_nobody_follows_a_leader_that_is_only_held(fails: bool) -> None:
         fail_once(engine)
     else:
         engine.core.abort_requests(["s/0"])
-        engine._sequences["s/0"][1].abort()
+        engine._request_states["s/0"][1].abort()
     step(engine)
     assert followers(engine) == {}
     finish(engine, wanted)
@@ -386,11 +386,11 @@ def test_a_child_does_not_fork_what_a_failed_step_was_to_write() -> None:
         give_way(engine, name)
     scheduler.kv.reset_prefix_cache()
     for request in (scheduler.requests["s/1"], scheduler.requests["a"]):
-        scheduler.waiting.remove(request)
+        scheduler.waiting.remove_request(request)
         if request.request_id == "a":
-            scheduler.waiting.prepend(request)
+            scheduler.waiting.prepend_request(request)
         else:
-            scheduler.waiting.add(request)
+            scheduler.waiting.add_request(request)
     fail_once(engine)
     done = run_to_the_end(engine)
     assert done["s"][0][1] == expected(COMMON[:5], greedy(9, n=2, seed=1))[1]

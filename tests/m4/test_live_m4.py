@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from rich.cells import cell_len
 
 from folovllm import SamplingParams
+from folovllm.course.viz.live_blocks import MOST_NEXT, crowded_cell, device_map
+from folovllm.course.viz.live_state import LiveState
 from folovllm.kv_cache.interface import BlockSnapshot
-from folovllm.viz.live_blocks import MOST_NEXT, crowded_cell, device_map
-from folovllm.viz.live_state import LiveState
 from tests.m3.helpers import check_all_free, manager_of
 from tests.m3.test_live_blocks import cells_of, drawn, line_of, state_of
 from tests.m4.helpers import cached_engine
@@ -53,7 +53,7 @@ def test_after_every_step_the_view_is_what_the_books_say(requests, num_blocks, b
         state.observe(engine.trace[-1])
         lines = drawn(state, 80, ascii_only)
         assert {cell_len(line) for line in lines} == {80}
-        idle = [block for block in manager.pool.free_blocks() if block in manager.cache._by_block]
+        idle = [block for block in manager.pool.free_list() if block in manager.cache._by_block]
         free, cached = ("_ ", "o ") if ascii_only else ("· ", "◦ ")
         cells = cells_of(lines, num_blocks)
         assert [i for i, cell in enumerate(cells, 1) if cell == cached] == sorted(idle)

@@ -35,10 +35,10 @@ def manager(num_blocks: int, block_size: int) -> BlockManager:
 
 def compute(books: BlockManager, r: Request) -> bool:
     """Find what is cached, compute the rest in one step; False if there is no room."""
-    plan = books.reserve(r, r.num_tokens - (r.num_computed_tokens or books.match(r)))
+    plan = books.allocate_slots(r, r.num_tokens - (r.num_computed_tokens or books.get_computed_blocks(r)))
     if plan is None:
         return False
-    books.commit(plan)
+    books.cache_blocks(plan)
     r.num_computed_tokens = plan.start + plan.num_tokens
     books.check()
     return True
@@ -60,20 +60,21 @@ def blocks(books: BlockManager, r: Request) -> list[int]:
 def test_a_tail_goes_before_its_head() -> None:
     """Five blocks of one prompt are free. A newcomer takes the last ones, and the prompt finds the rest again."""
     books = manager(5, 2)
-    books.release(admit(books, "old", range(10)))
-    assert books.pool.free_blocks() == [5, 4, 3, 2, 1]
+    books.free(admit(books, "old", range(10)))
+    assert books.pool.free_list() == [5, 4, 3, 2, 1]
     assert blocks(books, admit(books, "new", range(50, 54))) == [5, 4]
-    assert books.match(request("again", range(10))) == 6
+    assert books.get_computed_blocks(request("again", range(10))) == 6
 
 
 def test_the_least_recently_used_goes_first() -> None:
     books = manager(6, 2)
     for name, first in (("a", 0), ("b", 10), ("c", 20)):
-        books.release(admit(books, name, [first, first + 1, first + 2]))
-    books.release(admit(books, "a again", [0, 1, 9]))  # used last now
+        books.free(admit(books, name, [first, first + 1, first + 2]))
+    books.free(admit(books, "a again", [0, 1, 9]))  # used last now
     admit(books, "new", range(50, 55))  # takes three: the end of "b", of "c" ... in the order in which they came back
     found = {
-        name: books.match(request(name, [first, first + 1, 7])) for name, first in (("a", 0), ("b", 10), ("c", 20))
+        name: books.get_computed_blocks(request(name, [first, first + 1, 7]))
+        for name, first in (("a", 0), ("b", 10), ("c", 20))
     }
     assert found == {"a": 2, "b": 0, "c": 2}
 
@@ -82,24 +83,24 @@ def test_hits_are_touched_before_free_blocks_are_taken() -> None:
     """The prompt's two cached blocks stand at the front of the free list. A request that took new blocks first would be
     given one of those that it has found."""
     books = manager(4, 2)
-    books.release(admit(books, "old", range(4)))
+    books.free(admit(books, "old", range(4)))
     admit(books, "other", range(90, 94))  # takes 3 and 4
-    assert books.pool.free_blocks() == [2, 1]
+    assert books.pool.free_list() == [2, 1]
     r = request("new", [0, 1, 7, 8])
-    assert books.match(r) == 2 and compute(books, r)
+    assert books.get_computed_blocks(r) == 2 and compute(books, r)
     assert blocks(books, r) == [1, 2]  # block 1 found; block 2 was another prompt's end
-    assert books.match(request("x", range(5))) == 2
+    assert books.get_computed_blocks(request("x", range(5))) == 2
 
 
 def test_hits_that_are_free_count_as_room_that_is_taken() -> None:
     """Two blocks are free, and both are hits: there is no third one for what is to be computed."""
     books = manager(3, 2)
     r = admit(books, "old", range(5))
-    books.release(r)
+    books.free(r)
     admit(books, "other", [90])
-    assert books.match(request("new", range(6))) == 4 and books.pool.num_free == 2
+    assert books.get_computed_blocks(request("new", range(6))) == 4 and books.pool.num_free == 2
     before = books.snapshot()
-    assert books.reserve(request("new", range(6)), 2) is None
+    assert books.allocate_slots(request("new", range(6)), 2) is None
     assert books.snapshot() == before
 
 
@@ -116,35 +117,35 @@ def test_hits_that_others_hold_cost_nothing() -> None:
 
 def test_free_blocks_stay_in_the_cache_until_they_are_taken() -> None:
     books = manager(4, 2)
-    books.release(admit(books, "old", range(9 - 2)))
+    books.free(admit(books, "old", range(9 - 2)))
     assert books.pool.num_free == 4 and books.usage().used == 0
-    assert books.match(request("new", range(7))) == 6
+    assert books.get_computed_blocks(request("new", range(7))) == 6
     r = admit(books, "new", range(7))
     assert books.usage().used == 7  # what was found counts as written
-    books.release(r)
-    books.release(admit(books, "others", range(50, 57)))
-    assert books.match(request("new", range(7))) == 0
+    books.free(r)
+    books.free(admit(books, "others", range(50, 57)))
+    assert books.get_computed_blocks(request("new", range(7))) == 0
 
 
 def test_a_shared_block_is_free_when_the_last_one_leaves() -> None:
     books = manager(5, 2)
     first, second = admit(books, "a", [1, 2, 3]), admit(books, "b", [1, 2, 4])
     shared = blocks(books, first)[0]
-    books.release(first)
-    assert shared not in books.pool.free_blocks()
+    books.free(first)
+    assert shared not in books.pool.free_list()
     own = blocks(books, second)[1]
-    books.release(second)
-    assert books.pool.free_blocks()[-2:] == [own, shared]  # the last one's own end before what it shared
+    books.free(second)
+    assert books.pool.free_list()[-2:] == [own, shared]  # the last one's own end before what it shared
 
 
 def test_a_swapped_out_requests_blocks_stay_in_the_cache_too() -> None:
     books = BlockManager(4, 2, 4, PrefixCache(2))
     r = admit(books, "r", range(5))
     assert books.swap_out(r) is not None
-    assert books.pool.free_blocks() == [4, 3, 2, 1]
-    assert books.match(request("new", range(9))) == 4
+    assert books.pool.free_list() == [4, 3, 2, 1]
+    assert books.get_computed_blocks(request("new", range(9))) == 4
     admit(books, "new", [0, 1, 2, 3, 9])
-    assert books.reserve(r, 1) is None  # it needs three of its own
+    assert books.allocate_slots(r, 1) is None  # it needs three of its own
     books.check()
 
 
@@ -213,7 +214,7 @@ class LRUMachine(RuleBasedStateMachine):
         tokens = [*tokens, 100 + self.made]
         r = request(f"r{self.made}", tokens)
         hits = self.plain.find(tokens)
-        assert self.books.match(r) == len(hits) * self.size
+        assert self.books.get_computed_blocks(r) == len(hits) * self.size
         free, order = set(self.plain.free), list(self.plain.free)
         if self.take(r):
             self.live[r.request_id] = r
@@ -237,7 +238,7 @@ class LRUMachine(RuleBasedStateMachine):
     def leave(self, data: st.DataObject) -> None:
         name = data.draw(st.sampled_from(sorted(self.live)), "leaves")
         r = self.live.pop(name)
-        self.books.release(r)
+        self.books.free(r)
         self.plain.leave(name)
         self.said.append(r.tokens(0, r.num_tokens))
 
@@ -248,7 +249,7 @@ class LRUMachine(RuleBasedStateMachine):
         self.seen["no room"] += not done
         self.seen["evicted"] += len(self.plain.index) < cached
         if not done and r.request_id not in self.live:
-            self.books.release(r)
+            self.books.free(r)
         return done
 
     @invariant()

@@ -28,10 +28,9 @@ from hypothesis.stateful import (
 from folovllm import SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import hash_block
+from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
-from folovllm.runner.interface import RunnerOutput
-from folovllm.scheduler.output import ScheduledRequest, SchedulerOutput
 from tests.m3.helpers import manager_of
 from tests.m4.helpers import cached_engine, check_cache, check_nothing_is_left, colliding, runner_of
 from tests.mock import VOCAB_SIZE, mock_tokens
@@ -111,7 +110,7 @@ class CacheMachine(RuleBasedStateMachine):
         watermark: int,
     ) -> None:
         self.policy, self.budget, self.size, self.chunked = policy, budget, block_size, chunked
-        self.longest_piece = threshold if chunked and threshold else 10**9
+        self.long_prefill_token_threshold = threshold if chunked and threshold else 10**9
         self.limit = min(max_num_seqs, budget)
         self.cache = cache
         blocks = pool // block_size
@@ -132,8 +131,8 @@ class CacheMachine(RuleBasedStateMachine):
         self.scheduler, self.manager = self.engine.core.scheduler, manager_of(self.engine)
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
         self.runner = runner_of(self.engine)
-        self.execute = self.runner.execute
-        self.runner.execute = self.watched  # type: ignore[method-assign]
+        self.execute = self.runner.execute_model
+        self.runner.execute_model = self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
         self.texts = [list(text) for text in TEXTS]
@@ -238,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
     def end_one_sample(self, victim: str) -> None:
         """As a stop string does: one of several samples ends, its siblings go on."""
         self.cut(victim)
-        user, sequence = self.engine._sequences[victim]
+        user, sequence = self.engine._request_states[victim]
         self.engine.core.abort_requests([victim])
         sequence.abort()
         for output in self.engine._outputs([user], final_only=True):
@@ -261,7 +260,7 @@ class CacheMachine(RuleBasedStateMachine):
             self.take(output)
         self.in_order = True
 
-    def watched(self, step: SchedulerOutput) -> RunnerOutput:
+    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
         self.check_plan(step)
         self.was_given = [share.request_id for share in step.scheduled]
@@ -297,10 +296,10 @@ class CacheMachine(RuleBasedStateMachine):
 
     def unfinished(self) -> list[str]:
         """The samples that go on."""
-        return [s.request_id for _, s in self.engine._sequences.values() if s.finish_reason is None]
+        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
 
     def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._sequences[sequence_id]
+        user, sequence = self.engine._request_states[sequence_id]
         self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
@@ -346,10 +345,10 @@ class CacheMachine(RuleBasedStateMachine):
             assert share.start == request.num_computed_tokens and share.num_tokens > 0
             assert share.token_ids == request.tokens(share.start, end)
             assert share.samples == (end == request.num_tokens)
-            assert share.num_tokens <= self.longest_piece
+            assert share.num_tokens <= self.long_prefill_token_threshold
             self.seen["chunk"] += not share.samples
-        assert not step.preempted_ids or not self.admitted(step)
-        self.seen["preempted"] += bool(step.preempted_ids)
+        assert not step.preempted_req_ids or not self.admitted(step)
+        self.seen["preempted"] += bool(step.preempted_req_ids)
         self.check_running(step, shares)
         self.check_admitted(step, self.budget - total)
         self.look_at_hits(step)
@@ -359,42 +358,42 @@ class CacheMachine(RuleBasedStateMachine):
 
     def check_running(self, step: SchedulerOutput, shares: dict[str, ScheduledRequest]) -> None:
         """Decodes first, then those that catch up, each with as much as there is; only then is anybody admitted."""
-        stay = [r.request_id for r in self.before if r.request_id not in step.preempted_ids]
+        stay = [r.request_id for r in self.before if r.request_id not in step.preempted_req_ids]
         if stay and not set(stay) & set(shares):
-            assert not self.chunked and step.new_requests  # a prompt that cannot be split has a step of its own
+            assert not self.chunked and step.scheduled_new_reqs  # a prompt that cannot be split has a step of its own
             self.seen["skipped"] += 1
             return
         order = [i for i in stay if self.to_compute[i] == 1] + [i for i in stay if self.to_compute[i] > 1]
         assert list(shares)[: len(order)] == [i for i in order if i in shares]
-        if step.preempted_ids:
+        if step.preempted_req_ids:
             return  # who gave way may have had a share of the budget by then
         left = self.budget
         for i in order:
-            piece = min(self.to_compute[i], left, self.longest_piece)
+            piece = min(self.to_compute[i], left, self.long_prefill_token_threshold)
             assert (shares[i].num_tokens if i in shares else 0) == piece
             left -= piece
         assert left > 0 or not self.admitted(step)
 
     def check_admitted(self, step: SchedulerOutput, room: int) -> None:
         """Each gets as much as there is; and if there is room, the next in line lacks blocks."""
-        new = {n.request_id for n in step.new_requests}
+        new = {n.request_id for n in step.scheduled_new_reqs}
         left = room
         for share in reversed(self.admitted(step)):
             left += share.num_tokens
             request = self.scheduler.requests[share.request_id]
-            assert share.num_tokens == min(request.num_tokens - share.start, left, self.longest_piece)
+            assert share.num_tokens == min(request.num_tokens - share.start, left, self.long_prefill_token_threshold)
             assert self.chunked or share.samples or share.request_id not in new
             assert share.request_id in new or share.request_id in self.preempted
         full = len(self.scheduler.running) == self.limit
-        if not self.scheduler.waiting or full or room == 0 or step.preempted_ids:
+        if not self.scheduler.waiting or full or room == 0 or step.preempted_req_ids:
             return
-        head = self.scheduler.waiting.peek()
+        head = self.scheduler.waiting.peek_request()
         if self.scheduler._leader_to_fork(head) is not None:
             return  # test_scheduler_machine.py of M3 has the arithmetic
-        start = self.manager.match(head)
-        piece = min(head.num_tokens - start, room, self.longest_piece)
+        start = self.manager.get_computed_blocks(head)
+        piece = min(head.num_tokens - start, room, self.long_prefill_token_threshold)
         if self.chunked or piece == head.num_tokens - start or head.status is RequestStatus.PREEMPTED:
-            held = sum(self.manager.pool.ref_counts[entry.block] > 0 for entry in self.manager._hits(head))
+            held = sum(self.manager.pool.ref_cnt[entry.block] > 0 for entry in self.manager._hits(head))
             assert -(-(start + piece) // self.size) - held > self.manager.pool.num_free - self.manager.watermark
             self.seen["no room for the head of the line"] += 1
 

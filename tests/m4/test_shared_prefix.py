@@ -10,10 +10,19 @@ import torch
 from torch import Tensor
 
 from folovllm.attention.backend import AttentionParams, LayerKV
+from folovllm.attention.cascade import (
+    MIN_SHARED_TOKENS,
+    CascadeGroup,
+    attend_part,
+    cascade_groups,
+    common_blocks,
+    merge_parts,
+    parts_work,
+    stack_rows,
+    unstack_rows,
+)
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.attention.prefix_groups import MIN_SHARED_TOKENS, PrefixGroup, common_blocks, prefix_groups
-from folovllm.attention.shared_prefix import attend_part, merge_parts, parts_work, stack_rows, unstack_rows
-from folovllm.attention.torch_paged import TorchBackend
+from folovllm.attention.torch_backend import StepLayout, TorchBackend
 
 NUM_BLOCKS = 600
 
@@ -95,8 +104,8 @@ def test_the_result_is_the_formulas_with_groups_and_without() -> None:
         params = AttentionParams(query.shape[-1] ** -0.5, 9 if seed % 5 == 0 else None)
         out = TorchBackend().attend(query, kv, meta, params)
         torch.testing.assert_close(out.double(), formula(query, kv, meta, params), atol=1e-5, rtol=0)
-        grouped += bool(meta.groups) and params.sliding_window is None
-        members = [i for group in meta.groups for i in group.requests]
+        grouped += bool(StepLayout(meta).groups) and params.sliding_window is None
+        members = [i for group in StepLayout(meta).groups for i in group.requests]
         mixed += {meta.query_lens[i] > 1 for i in members} == {True, False}
     assert grouped >= 15 and mixed >= 5
 
@@ -114,9 +123,9 @@ def test_two_layers_and_two_steps_do_not_disturb_each_other() -> None:
 
 
 def test_without_the_private_function_every_request_is_computed_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("folovllm.attention.torch_paged.parts_work", lambda: False)
+    monkeypatch.setattr("folovllm.attention.torch_backend.parts_work", lambda: False)
     query, kv, meta = batch(1)
-    assert meta.groups
+    assert StepLayout(meta).groups
     params = AttentionParams(0.3)
     out = TorchBackend().attend(query, kv, meta, params)
     torch.testing.assert_close(out.double(), formula(query, kv, meta, params), atol=1e-5, rtol=0)
@@ -128,15 +137,15 @@ def test_groups_share_what_all_members_have_and_no_new_token() -> None:
     common = tuple(range(1, many + 3))
     tables = [(*common, 90), (*common, 91), (*common[:many], 92, 93), (95, 96)]
     kv_lens = [len(table) * size - 3 for table in tables]
-    assert prefix_groups(tables, [1, 1, 1, 1], kv_lens, size) == [PrefixGroup((0, 1, 2), many)]
-    assert prefix_groups(tables, [1, 1, size + 4, 1], kv_lens, size) == [PrefixGroup((0, 1, 2), many)]
+    assert cascade_groups(tables, [1, 1, 1, 1], kv_lens, size) == [CascadeGroup((0, 1, 2), many)]
+    assert cascade_groups(tables, [1, 1, size + 4, 1], kv_lens, size) == [CascadeGroup((0, 1, 2), many)]
     # The second one is still computing the prefix itself, or nearly all of it is new: it is no member.
-    assert prefix_groups(tables[:2], [1, kv_lens[1]], kv_lens[:2], size) == []
-    assert prefix_groups(tables[:2], [1, kv_lens[1] - MIN_SHARED_TOKENS + 1], kv_lens[:2], size) == []
+    assert cascade_groups(tables[:2], [1, kv_lens[1]], kv_lens[:2], size) == []
+    assert cascade_groups(tables[:2], [1, kv_lens[1] - MIN_SHARED_TOKENS + 1], kv_lens[:2], size) == []
     # Too short to be worth it.
     short = [(*common[: many - 1], 90), (*common[: many - 1], 91)]
-    assert prefix_groups(short, [1, 1], [many * size, many * size], size) == []
-    assert prefix_groups(tables[:1], [1], kv_lens[:1], size) == []
+    assert cascade_groups(short, [1, 1], [many * size, many * size], size) == []
+    assert cascade_groups(tables[:1], [1], kv_lens[:1], size) == []
 
 
 @pytest.mark.parametrize(

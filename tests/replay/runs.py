@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from folovllm import LLMEngine, SamplingParams
+from folovllm.engine.recording import recording
 from folovllm.engine.trace import StepTrace
-from folovllm.replay.record import recording
 from tests.m4.helpers import cached_engine
 from tests.mock import drain, mock_engine, paged_mock_engine
 
@@ -25,7 +25,7 @@ def engine_like(kind: str, **kwargs: Any) -> LLMEngine:
     if kind == "m2":
         return mock_engine(max_num_seqs=3, budget=48, capacity=256)
     engine = cached_engine(**kwargs) if kind == "m4" else paged_mock_engine(**kwargs)
-    engine.core.trace_blocks = True
+    engine.core.recorder.trace_blocks = True
     return engine
 
 

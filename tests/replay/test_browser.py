@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from folovllm import SamplingParams
+from folovllm.course.replay.page import replay_page
+from folovllm.engine.recording import recording
 from folovllm.engine.trace import StepTrace
 from folovllm.kv_cache.interface import BlockSnapshot
-from folovllm.replay.page import replay_page
-from folovllm.replay.record import recording
 from folovllm.request import RequestStatus
 from tests.mock import drain
 from tests.needs import BROWSERS, find, need
@@ -272,7 +272,7 @@ def check_blocks(page: dict[str, Any], step: StepTrace, ids: list[str]) -> None:
     ):
         names = [ids[int(place)] for place in owners.split()]
         assert sorted(names) == sorted(i for i, table in blocks.tables.items() if block in table)
-        assert len(names) == blocks.ref_counts[block] and filled == blocks.filled[block]
+        assert len(names) == blocks.ref_cnt[block] and filled == blocks.filled[block]
         assert cached == (block in blocks.cached)
     assert {i: tuple(map(int, text.split())) for i, text in page["tables"]} == blocks.tables
     on_host = [[ids[int(place)] for place in owners.split()] for owners in page["host"]]

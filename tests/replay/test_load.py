@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from typer.testing import CliRunner
 
 from folovllm import LLM, SamplingParams
+from folovllm.course.glossary import load_glossary
+from folovllm.course.replay.load import check_recording, load_recording
+from folovllm.engine.recording import KEY, recording
 from folovllm.entrypoints.cli import app
-from folovllm.glossary import load_glossary
-from folovllm.replay.load import check_recording, load_recording
-from folovllm.replay.record import KEY, recording
 from tests.mock import drain
 from tests.replay.runs import SMALL, crowd, crowded_run, data_of, engine_like
 

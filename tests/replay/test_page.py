@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from folovllm import LLM, SamplingParams
-from folovllm.replay import page as page_module
-from folovllm.replay.load import check_recording, load_recording
-from folovllm.replay.page import replay_page, write_page
-from folovllm.replay.record import recording
+from folovllm.course.replay import page as page_module
+from folovllm.course.replay.load import check_recording, load_recording
+from folovllm.course.replay.page import replay_page, write_page
+from folovllm.engine.recording import recording
 from tests.mock import drain, paged_mock_engine
 from tests.replay.runs import crowded_run, data_of, engine_like, replays, scripts_of
 
@@ -94,7 +94,7 @@ def test_two_hundred_steps_with_many_requests_take_less_than_a_megabyte(tmp_path
 
 
 def test_the_scripts_are_all_there() -> None:
-    folder = Path(page_module.__file__).parent.parent / "assets" / "replay"
+    folder = Path(page_module.__file__).parents[2] / "assets" / "replay"
     assert {file.name for file in folder.glob("*.js")} == set(page_module.SCRIPTS)
     assert [file.name for file in folder.iterdir() if len(file.read_text().splitlines()) > 400] == []
 

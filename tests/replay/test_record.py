@@ -11,14 +11,14 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from folovllm import LLM, SamplingParams
+from folovllm.course.replay.load import check_recording
+from folovllm.course.viz.live import watching
+from folovllm.engine.pool_changes import line_changes
+from folovllm.engine.recording import Recorder, record, recording, token_texts
 from folovllm.engine.trace import PHASES, StepTrace
 from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot
 from folovllm.models.loader import load_tokenizer, resolve_model
-from folovllm.replay.load import check_recording
-from folovllm.replay.pool import line_changes
-from folovllm.replay.record import Recorder, record, recording, token_texts
 from folovllm.request import RequestStatus
-from folovllm.viz.live import watching
 from tests.mock import drain, paged_mock_engine
 from tests.replay.runs import KINDS, SMALL, crowd, crowded_run, engine_like
 
@@ -224,7 +224,9 @@ def test_blocks_are_recorded_and_then_let_go() -> None:
         drain(engine)
     assert all("tables" in step["blocks"] for step in recorder.to_json()["steps"][:1])
     assert [step.blocks for step in engine.trace] == [None] * len(engine.trace)
-    assert len(watched) == len(engine.trace) and engine.on_step == watched.append and not engine.core.trace_blocks
+    assert (
+        len(watched) == len(engine.trace) and engine.on_step == watched.append and not engine.core.recorder.trace_blocks
+    )
 
 
 def test_recording_and_watching_go_together() -> None:

@@ -1,5 +1,5 @@
 // The state of the engine after a step, put together from the recording's changes.
-// What each field of the recording means stands in folovllm/replay/record.py and pool.py.
+// What each field of the recording means stands in folovllm/engine/recording.py and pool.py.
 
 class Replay {
   constructor(recording) {

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from folovllm import LLM, BeamSearchParams, SamplingParams
-from folovllm.attention import triton_paged
+from folovllm.attention import triton_backend
+from folovllm.attention.triton_backend import TritonBackend
 from folovllm.attention.triton_configs import KernelConfig, KernelConfigs
-from folovllm.attention.triton_paged import TritonBackend
 from folovllm.runner.paged_runner import PagedRunner
 from tests.m3.cases import Case
 from tests.m3.helpers import check_all_free
@@ -68,14 +68,14 @@ def test_forks_copy_their_last_block_and_say_what_each_seed_says_alone(
 ) -> None:
     """The copies are the kernel's. Alone, and without paging, M1 with the same seeds gives the same."""
     case, copied = cases("qwen2"), []
-    kernel = triton_paged.copy_kernel
+    kernel = triton_backend.copy_kernel
 
     class Watched:
         def __getitem__(self, grid: tuple[int, int, int]) -> object:
             copied.append(grid[0])
             return kernel[grid]
 
-    monkeypatch.setattr(triton_paged, "copy_kernel", Watched())
+    monkeypatch.setattr(triton_backend, "copy_kernel", Watched())
     wishes = {"max_tokens": 5, "temperature": 0.8, "ignore_eos": True}
     llm = make(case)
     shared = llm.generate([case.prompts[2]], SamplingParams(n=3, seed=11, **wishes), use_tqdm=False)[0].outputs

@@ -13,12 +13,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton.runtime.interpreter import interpreter_builder
 
-from folovllm.attention import triton_paged
+from folovllm.attention import triton_backend
 from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
+from folovllm.attention.triton_backend import TritonBackend, independent
 from folovllm.attention.triton_configs import KernelConfig, KernelConfigs, choose_configs
 from folovllm.attention.triton_kernels import find_request
-from folovllm.attention.triton_paged import TritonBackend, independent
 from tests.m3.ragged import Ragged, attend, expected_attention, make_ragged
 
 CPU = torch.device("cpu")
@@ -167,16 +167,16 @@ def test_keys_in_segments_of_which_some_or_most_are_empty(segments: int, window:
 def test_enough_programs_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ways of a decode are taken, depending on how many programs there are without a split."""
     launched: list[int] = []
-    kernel = triton_paged.attention_kernel
+    kernel = triton_backend.attention_kernel
 
     class Watched:
         def __getitem__(self, grid: tuple[int, int, int]) -> object:
             launched.append(grid[2])
             return kernel[grid]
 
-    monkeypatch.setattr(triton_paged, "attention_kernel", Watched())
+    monkeypatch.setattr(triton_backend, "attention_kernel", Watched())
     for enough, segments in ((10**9, 4), (1, 1)):
-        monkeypatch.setattr(triton_paged, "ENOUGH_PROGRAMS", enough)
+        monkeypatch.setattr(triton_backend, "ENOUGH_PROGRAMS", enough)
         check(make_ragged(DECODES, 16), AttentionParams(0.25))
         assert launched.pop() == segments
 
@@ -194,7 +194,7 @@ def test_enough_programs_are_not_split(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_padding_changes_no_result_and_comes_out_as_zeros(
     lengths: list[tuple[int, int]], padding: tuple[int, int], enough: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(triton_paged, "ENOUGH_PROGRAMS", enough)
+    monkeypatch.setattr(triton_backend, "ENOUGH_PROGRAMS", enough)
     batch = make_ragged(lengths, 8, padding=padding)
     backend().write(batch.kv, batch.new(batch.keys), batch.new(batch.values), batch.meta)
     # Memory that is not cleared holds anything: here it holds NaN.

@@ -1,4 +1,4 @@
-"""`tools/sweep_kernels.py` on interpreted kernels: that it runs, refuses wrong results, and picks the fastest."""
+"""The sweep of kernels on interpreted ones: that it runs, refuses wrong results, and picks the fastest."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import torch
 from folovllm.attention.triton_configs import KernelConfig
 
 CPU = torch.device("cpu")
-PATH = Path(__file__).resolve().parents[3] / "tools" / "sweep_kernels.py"
+PATH = Path(__file__).resolve().parents[3] / "folovllm" / "course" / "measure" / "sweep_kernels.py"
 CANDIDATES = [KernelConfig(16, 16, 4, 2, 2), KernelConfig(64, 32, 4, 2, 4)]
 
 
@@ -185,5 +185,6 @@ def test_the_command_from_end_to_end(tool: ModuleType, monkeypatch: pytest.Monke
     assert all(len(e["configs"]) == 2 for e in report["prefill"] + report["decode"])
     assert set(report["picked"]) == {"prefill", "decode"} and set(report["picked"]["prefill"]) == {"16"}
     assert report["picked"]["decode"]["16"]["config"] in report["decode"][0]["configs"]
-    again = "python tools/sweep_kernels.py --parts prefill,decode --shapes tiny --dtype bfloat16 --rounds 2 --calls 3"
+    again = "python -m folovllm.course.measure.sweep_kernels"
+    again += " --parts prefill,decode --shapes tiny --dtype bfloat16 --rounds 2 --calls 3"
     assert report["command"] == again

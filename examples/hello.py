@@ -1,0 +1,10 @@
+"""Ten lines: a model that came with the package answers a question."""
+
+from folovllm import LLM, SamplingParams
+
+llm = LLM("folo-tiny")
+params = SamplingParams(temperature=0, max_tokens=256)
+messages = [{"role": "user", "content": "What is a KV cache?"}]
+
+for output in llm.chat(messages, params):
+    print(output.outputs[0].text)

@@ -1,0 +1,1 @@
+"""What is beside the engine's own path."""

@@ -1,0 +1,1 @@
+"""Any other Hugging Face decoder, with its attention in blocks."""

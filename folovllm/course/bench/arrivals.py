@@ -1,0 +1,95 @@
+"""Who comes when, and which batches are formed of those who have come.
+
+Requests come at their `arrival`, in seconds after the start: all at 0, or one by one as a Poisson process has it. One
+kind comes by progress instead: when those that were there from the start have `start_after` output tokens each.
+
+An engine with iteration-level scheduling takes a request at the next step. A server of batches has to decide when a
+batch is worth starting, and until it is done nobody joins:
+
+    static batching    wait until `batch_size` have come, or no more will come
+    dynamic batching   the same, but never longer than `window` seconds after the first of them came
+
+The window bounds the wait for a batch to form. Neither bounds the wait for its longest request, which iteration-level
+scheduling removes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from folovllm.course.bench.workloads import BenchRequest
+
+
+class Arrivals:
+    """The requests that have not come yet. Times are seconds after the start.
+
+    A request with `start_after` comes once all others have that many output tokens each. A system that cannot run them
+    all at once never has them at that point together. For it the rule is that they have as many tokens in all,
+    `start_after` times their number, so that the same work is done by then.
+    """
+
+    def __init__(self, requests: Sequence[BenchRequest], max_num_seqs: int | None = None) -> None:
+        self.timed = {i: requests[i].arrival for i in by_arrival(requests) if requests[i].start_after == 0}
+        self.late = {i: r.start_after for i, r in enumerate(requests) if r.start_after > 0}
+        self.first = list(self.timed)
+        fewest = min((requests[i].max_tokens for i in self.first), default=0)
+        for i, start_after in self.late.items():
+            if start_after > fewest:
+                raise ValueError(
+                    f"requests[{i}].start_after={start_after} is not valid; allowed: at most {fewest}, which all "
+                    "requests that do not wait for others reach"
+                )
+        self.progress = dict.fromkeys(self.first, 0)  # request -> output tokens
+        self.rule = "together" if max_num_seqs is not None and max_num_seqs < len(self.first) else "each"
+        self.note = {"arrival_rule": self.rule} if self.late else {}
+
+    def due(self, now: float) -> list[int]:
+        """The requests whose time has come, in order of arrival; each is named once."""
+        due = [i for i, arrival in self.timed.items() if arrival <= now]
+        if self.late:
+            counts = [self.progress[i] for i in self.first]
+            reached = min(counts) if self.rule == "each" else sum(counts) / len(counts)
+            due += [i for i, start_after in self.late.items() if reached >= start_after]
+        for i in due:
+            self.timed.pop(i, None)
+            self.late.pop(i, None)
+        return due
+
+    def wait(self, now: float) -> float:
+        """Seconds until the next request comes by the clock; infinity if none does."""
+        return next(iter(self.timed.values()), math.inf) - now
+
+
+def by_arrival(requests: Sequence[BenchRequest]) -> list[int]:
+    """Indices of the requests in the order in which they come; those that come together in their own order."""
+    return sorted(range(len(requests)), key=lambda i: requests[i].arrival)
+
+
+class Batch(NamedTuple):
+    """The next batch: the first `size` of those that wait, at `start`."""
+
+    size: int
+    start: float
+
+
+FormBatch = Callable[[Sequence[float], float], Batch]
+"""Makes the next batch of the arrivals of all requests that are not done, in order, and of when the machine is free."""
+
+
+def static_batch(arrivals: Sequence[float], free: float, batch_size: int) -> Batch:
+    """Static batching: `batch_size` requests, or all that are left, once the last of them has come."""
+    size = min(batch_size, len(arrivals))
+    return Batch(size, max(free, arrivals[size - 1]))
+
+
+def dynamic_batch(arrivals: Sequence[float], free: float, batch_size: int, window: float) -> Batch:
+    """Dynamic batching: once `batch_size` have come, or `window` seconds after the first came; whoever is there then.
+
+    Unlike `static_batch` it cannot know that no more will come: a last batch that is not full waits its window.
+    """
+    full = arrivals[batch_size - 1] if batch_size <= len(arrivals) else math.inf
+    start = max(free, min(full, arrivals[0] + window))
+    there = sum(arrival <= start for arrival in arrivals)
+    return Batch(min(batch_size, there), start)

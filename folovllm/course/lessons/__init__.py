@@ -1,0 +1,1 @@
+"""Algorithms that chapters need and the engine does not."""

@@ -1,0 +1,1 @@
+"""The measurements behind the chapters: `python -m folovllm.course.measure`."""

@@ -1,0 +1,5 @@
+"""`python -m folovllm.course.measure PART` repeats what a chapter measured."""
+
+from folovllm.course.measure.course import main
+
+main()

@@ -1,0 +1,1 @@
+"""Hugging Face's own forward (M1, M2)."""

@@ -1,0 +1,171 @@
+"""Hugging Face's own forward on per-request K/V: one request at a time (M1), or several in a padded batch (M2).
+
+The shapes of one call for B requests of at most L new tokens: token ids [B, L] and positions [B, L] in, logits
+[B, 1, V] of the last column out; the cache, [B, Hkv, T, D] per layer for keys and for values, grows by L columns.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from folovllm.kv_cache.interface import KVCopy, KVOp
+from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from folovllm.runner.hf.padded_cache import PaddedCaches
+from folovllm.runner.interface import ModelRunner
+from folovllm.runner.threads import cpu_threads
+from folovllm.sampling.sampler import Sampler, SamplingState
+
+if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
+    from transformers import PreTrainedModel
+
+NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
+# Layers whose K/V is a plain list of tokens. Others keep a running state that cannot be forked at a chosen token.
+SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
+
+
+@dataclass(frozen=True)
+class Padding:
+    """What a forward handled for nobody: rows of new tokens, and columns of K/V that the mask hides."""
+
+    tokens: int = 0
+    kv_tokens: int = 0
+
+
+class HFRunner(ModelRunner):
+    """Runs the scheduled requests through a Hugging Face model and samples them together.
+
+    batching: "loop" gives every request a forward of its own, whoever shares the step. "padded" puts all prefills of a
+    step into one forward and all decodes into another.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        sampler: Sampler,
+        batching: str = "loop",
+        clock: Callable[[], float] = time.perf_counter,
+        num_threads: int | None = None,
+    ) -> None:
+        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        if not layers <= SUPPORTED_LAYERS:
+            raise ValueError(
+                f"the model has layers of type {sorted(layers - SUPPORTED_LAYERS)}; allowed: {sorted(SUPPORTED_LAYERS)}"
+            )
+        self.model = model
+        self.sampler = sampler
+        self.batching = batching
+        self.clock = clock
+        self.num_threads = num_threads
+        self.states: dict[str, SamplingState] = {}
+        self.caches = PaddedCaches()
+
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """See `ModelRunner.execute`."""
+        with cpu_threads(self.num_threads), torch.inference_mode():
+            return self._execute(step)
+
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        start = self.clock()
+        self._apply(step.kv_ops)
+        for request_id in step.finished_req_ids:
+            self.states.pop(request_id, None)
+            self.caches.drop(request_id)
+        for new in step.scheduled_new_reqs:
+            generator = self.sampler.make_generator(new.sampling_params)
+            self.states[new.request_id] = SamplingState(
+                new.sampling_params, new.prompt_token_ids, [], new.stop_token_ids, generator
+            )
+        groups = self._groups(step.scheduled)
+        prepared = self.clock()
+        rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
+        paddings = []
+        for group in groups:
+            logits, padding = self._forward(group)  # [B, V]
+            rows.update(zip((share.request_id for share in group), logits, strict=True))
+            paddings.append(padding)
+        forwarded = self.clock()
+        result = self._sample(step.scheduled, rows)
+        result.forwards = len(groups)
+        result.padding_tokens = sum(padding.tokens for padding in paddings)
+        result.padding_kv_tokens = sum(padding.kv_tokens for padding in paddings)
+        result.phases = {
+            "prepare": (start, prepared),
+            "forward": (prepared, forwarded),
+            "sample": (forwarded, self.clock()),
+        }
+        return result
+
+    def _apply(self, kv_ops: list[KVOp]) -> None:
+        for op in kv_ops:
+            if not isinstance(op, KVCopy):
+                raise RuntimeError(f"a contiguous cache can only be copied, and was asked for {op}")
+            self.caches.copy(op.src, op.dst, op.num_tokens)
+
+    def _groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
+        """Which requests share a forward: prefills do, and so do decodes.
+
+        Both at once would pad every decode's single token to the longest prompt.
+        """
+        if self.batching == "loop":
+            return [[share] for share in scheduled]
+        prefills = [share for share in scheduled if share.start == 0]
+        decodes = [share for share in scheduled if share.start > 0 and share.num_tokens == 1]
+        # Several new tokens behind K/V of several lengths would need padding in the middle of a row.
+        others = [[share] for share in scheduled if share.start > 0 and share.num_tokens > 1]
+        return [group for group in (prefills, decodes, *others) if group]
+
+    def _forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
+        """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
+        request_ids = [share.request_id for share in group]
+        batch = self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)
+        device = self.model.device
+        columns = max(share.num_tokens for share in group)  # L
+        rows = [(columns - share.num_tokens, share) for share in group]
+        token_ids = torch.tensor([[0] * pad + share.token_ids for pad, share in rows], device=device)  # [B, L]
+        positions = torch.tensor(
+            [[0] * pad + list(range(share.start, share.start + share.num_tokens)) for pad, share in rows], device=device
+        )  # [B, L]
+        width = batch.width + columns
+        lengths = [share.start + share.num_tokens for share in group]
+        hidden = [width - length for length in lengths]  # columns of padding per row, all on its left
+        mask = None
+        if any(hidden):  # without a mask, attention takes a faster path
+            mask = (torch.arange(width)[None] >= torch.tensor(hidden)[:, None]).long().to(device)  # [B, width]
+        out = self.model(
+            input_ids=token_ids,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=batch.cache,
+            use_cache=True,
+            # The LM head is the widest layer, and one column is all that sampling needs. By its index: logits_to_keep=1
+            # would hand it a slice, which torch, on a CPU in bfloat16, multiplies by a copy of the weight per row.
+            logits_to_keep=torch.tensor([columns - 1], device=device),
+        )
+        batch.lengths = lengths
+        logits: Tensor = out.logits[:, -1]  # [B, V]
+        return logits, Padding(sum(pad for pad, _ in rows), sum(hidden))
+
+    def _sample(self, scheduled: list[ScheduledRequest], rows: dict[str, Tensor]) -> ModelRunnerOutput:
+        result = ModelRunnerOutput()
+        sampling = [i for i, share in enumerate(scheduled) if share.samples]
+        states = [self.states[scheduled[i].request_id] for i in sampling]
+        result.sampled_token_ids = [[] for _ in scheduled]
+        result.logprobs = [None] * len(scheduled)
+        if not states:
+            return result
+        logits = torch.stack([rows[scheduled[i].request_id] for i in sampling])  # [R, V]
+        out = self.sampler(logits, states)
+        result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
+        for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
+            if scheduled[i].request_id in result.failed:
+                continue
+            state.output_token_ids.append(token_id)
+            result.sampled_token_ids[i] = [token_id]
+            result.logprobs[i] = None if logprobs is None else [logprobs]
+        return result
