@@ -32,6 +32,8 @@ TITLES = {  # folder of the package -> heading
     "course/bench": "The bench",
     "course/grading": "The grader",
 }
+# Methods that another library puts into a class of ours, with docstrings for its own site.
+NOT_OURS = {"folovllm.course.viz.style": "set"}
 LEFT_OUT = ("course/measure", "course/training")  # programs, not a library
 HEAD = """# Reference
 
@@ -62,5 +64,8 @@ def reference() -> str:
         parts.append(f"## {title}\n")
         for module in modules(folder):
             name = module.removeprefix("folovllm.")
-            parts.append(f"### `{name}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n   :members:\n```\n")
+            options = "   :members:\n"
+            if module in NOT_OURS:
+                options += f"   :exclude-members: {NOT_OURS[module]}\n"
+            parts.append(f"### `{name}`\n\n```{{eval-rst}}\n.. automodule:: {module}\n{options}```\n")
     return "\n".join(parts)

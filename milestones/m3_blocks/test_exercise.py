@@ -606,8 +606,8 @@ def must_be_free(engine: LLMEngine) -> None:
     kv = engine.core.scheduler.kv
     if not isinstance(kv, YourBlockManager):
         raise RuntimeError(f"the engine has a {type(kv).__name__}")
-    if kv.pool.num_free() != kv.num_blocks:
-        raise WrongAnswer(f"All requests are done, and {kv.pool.num_free()} of {kv.num_blocks} blocks are free.")
+    if kv.answer.num_free() != kv.num_blocks:
+        raise WrongAnswer(f"All requests are done, and {kv.answer.num_free()} of {kv.num_blocks} blocks are free.")
 
 
 class YourBlockManager(KVCacheManager):
