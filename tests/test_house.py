@@ -109,7 +109,8 @@ def test_a_wheel_carries_the_modules_and_the_assets(tmp_path: Path) -> None:
 
     assets = [
         file
-        for file in (PACKAGE / "assets").rglob("*")
+        for folder in ("assets", "course/assets", "course/museum")
+        for file in (PACKAGE / folder).rglob("*")
         if file.is_file() and not any(part.startswith(".") for part in file.relative_to(PACKAGE).parts)
     ]
     expected = {name_of(file) for file in [*MODULES, *assets, PACKAGE / "py.typed"]}
