@@ -9,7 +9,6 @@ import shutil
 import pytest
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
-COMPILERS = ("cc", "gcc", "clang")
 
 
 def find(*commands: str) -> str | None:

@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from folovllm import CompletionOutput, RequestMetrics, RequestOutput, SamplingParams
 from folovllm.course.glossary import load_glossary
 from folovllm.entrypoints.cli import app
-from folovllm.entrypoints.terminal import print_stream
+from folovllm.entrypoints.terminal import by_name, is_installed, print_stream
 from tests.mock import mock_engine
 from tests.processes import can_be_interrupted
 
@@ -113,6 +113,17 @@ def test_a_mistake_is_one_line_and_status_2(args, message):
     result = invoke(*args)
     assert result.exit_code == 2, result.output
     assert message in flat(result.output) and "Traceback" not in result.output
+
+
+def test_what_the_course_adds_is_refused_by_name_where_it_is_not_installed(tmp_path, monkeypatch):
+    with pytest.raises(ValueError, match=r"folovllm\.courses\.viz is not installed"):
+        by_name("folovllm.courses.viz:watch")
+    assert is_installed("folovllm.course.viz.live:watch") and not is_installed("folovllm.courses.viz:watch")
+    # What a module that is there wants to import is another matter, and is not hidden.
+    (tmp_path / "wants_more.py").write_text("import no_such_package\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ModuleNotFoundError, match="no_such_package"):
+        by_name("wants_more:anything")
 
 
 def test_help_teaches():
