@@ -1,6 +1,6 @@
-"""What is said in a step: scheduler to runner, runner to scheduler, core to the outside. Plain, picklable data.
+"""The messages of a step: scheduler to runner, runner to scheduler, core to engine. Plain, picklable data.
 
-The parts of the core meet only in these (vLLM: `vllm/v1/core/sched/output.py`, `vllm/v1/outputs.py` and
+The parts of the core exchange nothing else (vLLM: `vllm/v1/core/sched/output.py`, `vllm/v1/outputs.py` and
 `vllm/v1/engine/__init__.py`)::
 
     Scheduler.schedule -> SchedulerOutput -> ModelRunner.execute_model -> ModelRunnerOutput
@@ -13,17 +13,22 @@ from dataclasses import dataclass, field
 
 from folovllm.kv_cache.interface import KVOp, KVPlan
 from folovllm.outputs import Logprob
+from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True)
 class NewRequestData:
-    """All that a runner will ever need to know of a request; sent once, with the request's very first step."""
+    """All that a runner needs to know of a request; sent once, in the request's first step."""
 
     request_id: str
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     stop_token_ids: frozenset[int]  # EOS included
+
+    @classmethod
+    def of(cls, request: Request) -> NewRequestData:
+        return cls(request.request_id, request.prompt_token_ids, request.sampling_params, request.stop_token_ids)
 
 
 @dataclass(frozen=True)
@@ -46,24 +51,24 @@ class ScheduledRequest:
 
 @dataclass
 class SchedulerOutput:
-    """One step's work."""
+    """The work of one step."""
 
     scheduled: list[ScheduledRequest] = field(default_factory=list)
     scheduled_new_reqs: list[NewRequestData] = field(default_factory=list)
-    kv_ops: list[KVOp] = field(default_factory=list)  # to be done in order before the forward
-    finished_req_ids: list[str] = field(default_factory=list)  # the runner may forget them altogether
+    kv_ops: list[KVOp] = field(default_factory=list)  # to be done in this order before the forward
+    finished_req_ids: list[str] = field(default_factory=list)  # the runner may drop what it keeps for them
     preempted_req_ids: list[str] = field(default_factory=list)  # in this step
     resumed_req_ids: list[str] = field(default_factory=list)  # preempted earlier, running again
     total_num_scheduled_tokens: int = 0
 
     def add(self, share: ScheduledRequest) -> None:
-        """Give a request a share of the step. Its plan's operations join the others."""
+        """Add a request's share, and its plan's operations."""
         self.scheduled.append(share)
         self.total_num_scheduled_tokens += share.num_tokens
         self.kv_ops.extend(share.plan.ops)
 
     def remove(self, request_id: str) -> None:
-        """Take back a request's share, if it has one. The operations stay: they come before all that follow."""
+        """Take out a request's share, if it has one. Its operations stay: later ones may rely on them."""
         for index, share in enumerate(self.scheduled):
             if share.request_id == request_id:
                 self.total_num_scheduled_tokens -= share.num_tokens
@@ -73,7 +78,7 @@ class SchedulerOutput:
 
 @dataclass
 class ModelRunnerOutput:
-    """What a runner made of a step. The lists have one entry per scheduled request, in the scheduler's order."""
+    """The result of a step. The lists have one entry per scheduled request, in the scheduler's order."""
 
     sampled_token_ids: list[list[int]] = field(default_factory=list)  # empty for a chunk that samples nothing
     logprobs: list[list[dict[int, Logprob]] | None] = field(default_factory=list)  # None where none were asked for
@@ -87,7 +92,7 @@ class ModelRunnerOutput:
 
 @dataclass(frozen=True)
 class EngineCoreOutput:
-    """What one step did for one request, in token ids."""
+    """What one step gave one request, in token ids."""
 
     request_id: str
     new_token_ids: list[int]
@@ -96,3 +101,16 @@ class EngineCoreOutput:
     stop_reason: int | str | None
     num_cached_tokens: int
     first_scheduled_time: float | None
+
+    @classmethod
+    def of(cls, request: Request, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> EngineCoreOutput:
+        """The output of a request that has just got `token_ids`; `logprobs` may have entries for dropped ones, too."""
+        return cls(
+            request.request_id,
+            token_ids,
+            None if logprobs is None else logprobs[: len(token_ids)],
+            request.status.finish_reason,
+            request.stop_reason,
+            request.num_cached_tokens,
+            request.first_scheduled_time,
+        )

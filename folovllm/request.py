@@ -1,6 +1,4 @@
-"""A request: the one thing that flows through the engine, and the invariants that hold on it.
-
-A request is one sequence of tokens: its prompt, then its output. Parallel samples are several requests.
+"""A request: one sequence of tokens, its prompt and then its output. Parallel samples are several requests.
 
 Invariants (between two steps):
   1. 0 <= num_computed_tokens <= num_tokens. K/V exists for exactly the first `num_computed_tokens` tokens.
@@ -21,10 +19,10 @@ from folovllm.sampling_params import SamplingParams
 
 
 class RequestStatus(enum.IntEnum):
-    """Where a request is in its life. Everything after RUNNING is final (vLLM's names)."""
+    """The state of a request. Everything after RUNNING is final (vLLM's names)."""
 
     WAITING = 0
-    PREEMPTED = 1  # waits again: its K/V was taken away, its tokens were kept
+    PREEMPTED = 1  # waits again: its K/V was freed or swapped out, its tokens were kept
     RUNNING = 2
     FINISHED_STOPPED = 3
     FINISHED_LENGTH_CAPPED = 4
@@ -38,7 +36,7 @@ class RequestStatus(enum.IntEnum):
 
     @property
     def finish_reason(self) -> str | None:
-        """What the user sees: "stop", "length", "abort" or "error"; None while the request lives."""
+        """What the user sees: "stop", "length", "abort" or "error"; None while the request is unfinished."""
         return _FINISH_REASONS.get(self)
 
 
@@ -56,7 +54,7 @@ _NEXT = {
 }
 
 
-@dataclass(eq=False)  # a request is itself, whatever another one holds
+@dataclass(eq=False)  # compared by identity
 class Request:
     """One sequence and how far it has come."""
 
@@ -67,10 +65,10 @@ class Request:
     max_model_len: int  # the most tokens (prompt and output) the model can hold
     arrival_time: float = 0.0  # seconds on the engine's clock
     priority: int = 0
-    # The request whose K/V this one starts with, all but its own last prompt token (see `Scheduler`: parallel sampling
-    # and beams); None for all others
+    # The request that this one starts as a fork of, where K/V can be shared (see `Scheduler`). That request's tokens
+    # begin with this one's prompt without its last token.
     parent_id: str | None = None
-    hold: bool = False  # keep the K/V after the end, for forks, until it is let go
+    hold: bool = False  # keep the K/V when finished, so that other requests can fork it, until `free_held`
     cache_salt: str = ""  # only requests with the same one share cached prefixes
 
     status: RequestStatus = RequestStatus.WAITING
@@ -85,7 +83,7 @@ class Request:
             raise ValueError(f"request {self.request_id!r}: the prompt has 0 tokens; allowed: at least 1")
         if self.num_prompt_tokens >= self.max_model_len:
             raise ValueError(
-                f"request {self.request_id!r}: the prompt has {self.num_prompt_tokens} tokens, which leaves no room "
+                f"request {self.request_id!r}: the prompt has {self.num_prompt_tokens} tokens, which leaves none "
                 f"for output; allowed: at most {self.max_model_len - 1} (max_model_len is {self.max_model_len})"
             )
 
@@ -111,14 +109,14 @@ class Request:
 
     @property
     def max_output_tokens(self) -> int:
-        """The most tokens this request may still produce from its start: `max_tokens`, cut to the model's length."""
-        room = self.max_model_len - self.num_prompt_tokens
-        wanted = self.sampling_params.max_tokens
-        return room if wanted is None else min(wanted, room)
+        """The most output tokens: `max_tokens`, limited by the model's length."""
+        limit = self.max_model_len - self.num_prompt_tokens
+        max_tokens = self.sampling_params.max_tokens
+        return limit if max_tokens is None else min(max_tokens, limit)
 
     @property
     def max_total_tokens(self) -> int:
-        """The longest this request can become, which is what a reservation has to hold."""
+        """The longest this request can become: what a reservation must be able to store."""
         return self.num_prompt_tokens + self.max_output_tokens
 
     @property
@@ -137,7 +135,7 @@ class Request:
         return self.prompt_token_ids[start:end] + self.output_token_ids[max(0, start - n) : max(0, end - n)]
 
     def set_status(self, status: RequestStatus) -> None:
-        """Move along the life cycle. A request that lives may always finish; nothing leaves a finished state."""
+        """Change the status. An unfinished request may always finish; a finished status is final."""
         if self.is_finished or not (status.is_finished or status in _NEXT[self.status]):
             raise RuntimeError(f"request {self.request_id!r} cannot go from {self.status.name} to {status.name}")
         self.status = status

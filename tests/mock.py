@@ -57,10 +57,10 @@ class MockRunner(ModelRunner):
         self.failing: set[str] = set()  # ids that nothing can be sampled for
 
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Copy, forget, learn, write, and read back."""
+        """Forget, learn, write, and read back."""
         self.steps.append(step)
-        for op in step.kv_ops:
-            self.slots[op.dst] = self.slots[op.src][: op.num_tokens]
+        if step.kv_ops:
+            raise RuntimeError(f"contiguous K/V is never moved, and a step asks for {step.kv_ops}")
         for request_id in step.finished_req_ids:
             self.known.pop(request_id, None)
             self.slots.pop(request_id, None)
@@ -206,7 +206,7 @@ def check_empty(engine: LLMEngine) -> None:
     assert isinstance(runner, MockRunner)
     assert runner.slots == {} and runner.known == {}
     assert scheduler.requests == {} and scheduler.running == [] and scheduler.num_waiting == 0
-    assert len(scheduler._forks) == len(scheduler._followers) == 0 and scheduler._finished_req_ids == []
+    assert len(scheduler._parked) == 0 and scheduler._finished_req_ids == []
     usage = scheduler.kv.usage()
     assert usage.reserved == 0 and usage.used == 0
     assert engine._request_states == {} and engine._parent_requests == {}

@@ -1,12 +1,14 @@
 """Beam search: a driver above the engine (vLLM: `vllm/entrypoints/llm.py: beam_search`).
 
-Each round every beam is a request of its own that asks for one token and its likeliest alternatives. When it has
-finished it is held, and the beams that survive are forks of it:
+In each round every beam is a request that asks for one token and its likeliest alternatives. Then the best `beam_width`
+candidates of all become the beams of the next round:
 
-    prompt ──> a ──> [a b] ──> ...        a round: K candidates from each beam, the best `beam_width` of all go on
-          └──> c ──> [a d]                beams that share their past name the same blocks, and copy one to part ways
+    prompt ──> a ──> [a b] ──> ...        a round: K candidates from each beam, the best `beam_width` go on
+          └──> c ──> [a d]                beams with a common past share its blocks, and copy the one where they part
 
-So the engine knows nothing of beams. Results are those of Hugging Face's `generate` with `early_stopping=False`.
+Where K/V can be shared (M3, M4) a beam is a fork of its parent in the round before, which is held until then. At M1 and
+M2 each round computes its beams from the first token. Results are those of Hugging Face's `generate` with
+`early_stopping=False`.
 """
 
 from __future__ import annotations
@@ -22,11 +24,11 @@ from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 @dataclass
 class Beam:
-    """A sequence on its way."""
+    """A sequence that is not complete."""
 
     tokens: list[int]
     cum_logprob: float
-    request_id: str | None = None  # the round's request of it, which the next round forks
+    request_id: str | None = None  # its request in the round before, which this round forks
 
 
 @dataclass
@@ -48,10 +50,10 @@ def beam_search(
     params: BeamSearchParams,
     on_done: Callable[[int], None] = lambda index: None,
 ) -> list[BeamSearchOutput]:
-    """Search all prompts at once, a token per round; `on_done` is told the index of each prompt that is finished.
+    """Search all prompts at once, a token per round; `on_done` is called with the index of each finished prompt.
 
-    Raises ValueError, before anything runs, for a prompt that cannot be. Other requests of the engine go on beside.
-    When interrupted, nothing of it stays in the engine.
+    Raises ValueError, before anything runs, for a bad prompt. Other requests of the engine go on meanwhile. An
+    interrupted search leaves no request behind.
     """
     eos = () if params.ignore_eos else engine.eos_token_ids
     num_candidates = min(max(2, 1 + len(eos)) * params.beam_width, engine.vocab_size)
@@ -59,29 +61,27 @@ def beam_search(
     searches = []
     for prompt in prompts:
         (request,) = engine.prepare(engine.next_request_id(), prompt, sampling).requests
-        tokens, room = request.prompt_token_ids, engine.max_model_len - request.num_prompt_tokens
-        searches.append(Search(len(tokens), min(params.max_tokens, room), [Beam(tokens, 0.0)], request.cache_salt))
+        tokens = request.prompt_token_ids
+        max_tokens = min(params.max_tokens, engine.max_model_len - len(tokens))
+        searches.append(Search(len(tokens), max_tokens, [Beam(tokens, 0.0)], request.cache_salt))
         check_last_round(engine, searches[-1], sampling)
-    held: list[str] = []
+    request_ids: list[str] = []  # of the newest round: the scheduler may hold their K/V
     try:
         while active := [search for search in searches if search.running]:
-            outputs = run_round(engine, active, sampling, held)
+            outputs = run_round(engine, active, sampling, request_ids)
             kv_saved = engine.core.scheduler.kv.usage().sharing_saves
             for search in active:
                 search.kv_saved = max(search.kv_saved, kv_saved)
                 advance(search, outputs, num_candidates, eos, params)
                 if not search.running:
                     on_done(searches.index(search))
-            kept = {beam.request_id for search in active if search.running for beam in search.beams}
-            engine.core.let_go([i for i in held if i not in kept])
-            held = [i for i in held if i in kept]
     finally:
-        engine.core.let_go(held)
+        engine.core.scheduler.free_held(request_ids)
     return [result(engine, search) for search in searches]
 
 
 def check_last_round(engine: LLMEngine, search: Search, sampling: SamplingParams) -> None:
-    """Raise ValueError unless what a beam has become by its last round could run as a prompt, without its parent."""
+    """Raise ValueError unless the longest possible beam could run as a prompt, without its parent's K/V."""
     tokens = search.beams[0].tokens
     longest = [*tokens, *tokens[-1:] * (search.max_tokens - 1)]
     try:
@@ -93,23 +93,19 @@ def check_last_round(engine: LLMEngine, search: Search, sampling: SamplingParams
 
 
 def run_round(
-    engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, held: list[str]
+    engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, request_ids: list[str]
 ) -> dict[str, RequestOutput]:
-    """One more token for every beam. The round's requests are added to `held`; those before it are let go.
-
-    A parent whose K/V was given up for lack of room is no parent any more: its children compute their prompt alone.
-    """
-    submissions, parents = [], list(held)
+    """One more token for every beam. `request_ids` are the round before's, and become this round's."""
+    submissions = []
     for beam, salt in [(beam, search.cache_salt) for search in searches for beam in search.beams]:
-        parent = beam.request_id if beam.request_id and engine.core.scheduler.is_held(beam.request_id) else None
-        beam.request_id = engine.next_request_id()
+        parent_id, beam.request_id = beam.request_id, engine.next_request_id()
         prompt: Prompt = {"prompt_token_ids": beam.tokens, "cache_salt": salt}
-        submissions.append(engine.prepare(beam.request_id, prompt, sampling, parent_id=parent, hold=True))
+        submissions.append(engine.prepare(beam.request_id, prompt, sampling, parent_id=parent_id, hold=True))
     engine.submit(submissions)
-    engine.core.let_go(parents)
-    held[:] = [s.user.request_id for s in submissions]
-    outputs = engine.run_to_completion(held)
-    for request_id in held:
+    engine.core.scheduler.free_held(request_ids)  # the forks have their share
+    request_ids[:] = [s.user.request_id for s in submissions]
+    outputs = engine.run_to_completion(request_ids)
+    for request_id in request_ids:
         if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
             raise RuntimeError(f"request {request_id!r} of a beam search was aborted, or its logits are not finite")
     return outputs
@@ -124,8 +120,8 @@ def advance(
 ) -> None:
     """Choose the beams of the next round from the best candidates of this one, and rank those that end.
 
-    Of the `num_candidates` best, those that end and are among the first `beam_width` compete with what has ended
-    before; the best `beam_width` of those that do not end go on. The search is over when no beam could still get in.
+    Of the `num_candidates` best, those that end and are among the first `beam_width` are ranked with the beams that
+    ended before; the best `beam_width` of the others go on. The search is over when none of them could still be ranked.
     """
     width = params.beam_width
     candidates = [
@@ -153,7 +149,7 @@ def advance(
 
 
 def result(engine: LLMEngine, search: Search) -> BeamSearchOutput:
-    """What the user gets of a finished search."""
+    """The output of a finished search."""
     sequences = [
         BeamSequence(
             beam.tokens,

@@ -16,7 +16,7 @@ from folovllm.scheduler.scheduler import Scheduler
 
 
 class EngineCore:
-    """A scheduler and a runner, and the record of what they did. Knows no text and no tokenizer."""
+    """A scheduler, a runner, and the record of their steps. It has no text and no tokenizer."""
 
     def __init__(
         self,
@@ -44,18 +44,13 @@ class EngineCore:
         self.scheduler.add_request(request)
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
-        """Finish requests from outside, and free what they hold."""
-        self.recorder.aborted += self.scheduler.finish_requests(request_ids)
+        """Finish requests before they are complete, and free what they hold."""
+        self.recorder.aborted += self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_ABORTED)
         self._settle()
 
     def stop_requests(self, request_ids: Iterable[str]) -> None:
-        """Finish requests whose newest text completed a stop string. That is part of the step that brought the text."""
+        """Finish requests whose newest text completed a stop string. This belongs to the step that gave the text."""
         self.recorder.record_stopped(self.scheduler.finish_requests(request_ids, RequestStatus.FINISHED_STOPPED))
-        self._settle()
-
-    def let_go(self, request_ids: Iterable[str]) -> None:
-        """Free what finished requests with `hold` kept for forks."""
-        self.scheduler.let_go(request_ids)
         self._settle()
 
     def has_unfinished_requests(self) -> bool:
@@ -65,8 +60,8 @@ class EngineCore:
     def step(self) -> list[EngineCoreOutput]:
         """Run one step. Without unfinished requests it does nothing and returns [].
 
-        If the runner fails or is interrupted, the requests of this step are aborted before the exception goes on, since
-        their K/V may be half written. Other requests are untouched.
+        If the runner fails or is interrupted, the requests of this step are aborted before the exception is raised
+        again, because their K/V may be half written. Other requests are untouched.
         """
         if not self.scheduler.has_unfinished_requests():
             return []
@@ -90,6 +85,8 @@ class EngineCore:
         return outputs
 
     def _settle(self) -> None:
-        """When nothing is left to run, no later step would tell the runner what to forget: tell it now."""
-        if not self.scheduler.has_unfinished_requests() and self.scheduler.has_news_for_runner():
-            self.runner.execute_model(self.scheduler.schedule())
+        """If no step will follow, tell the runner now which requests have finished."""
+        if not self.scheduler.has_unfinished_requests():
+            step = self.scheduler.schedule()
+            if step.finished_req_ids:
+                self.runner.execute_model(step)

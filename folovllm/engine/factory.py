@@ -232,11 +232,11 @@ def step_threads(config: EngineConfig, hf_config: PretrainedConfig, device: torc
 
 
 def kv_capacity(config: EngineConfig, max_model_len: int) -> int:
-    """Tokens of K/V that a contiguous cache may set aside.
+    """The capacity of a contiguous cache, in tokens.
 
-    Given num_kv_blocks, that many blocks. Else a region for each running request and one more, in which the K/V of a
-    finished leader can wait for its forks: then it is `max_num_seqs` alone that limits admission.
+    num_kv_blocks of them if that is set; else a region for each running request, so that `max_num_seqs` alone limits
+    admission.
     """
     if config.cache.num_kv_blocks is not None:
         return config.cache.num_kv_blocks * config.cache.block_size
-    return (config.max_num_seqs + 1) * max_model_len
+    return config.max_num_seqs * max_model_len

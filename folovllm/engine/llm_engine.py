@@ -99,8 +99,8 @@ class LLMEngine:
     ) -> Submission:
         """Check a prompt and its parameters and make its requests, without queueing them.
 
-        parent_id: a held request whose tokens are the prompt without its last one. hold: keep this one's K/V, until
-        `core.let_go`. Both are for one sequence (n = 1).
+        parent_id: a held request to fork, whose tokens are the prompt without its last one. hold: keep this one's K/V
+        when it has finished, until `scheduler.free_held`. Both are for one sequence (n = 1).
         """
         arrival = self.core.clock()
         params = SamplingParams() if sampling_params is None else sampling_params
@@ -223,11 +223,10 @@ class LLMEngine:
         return self._outputs(list(moved.values()), final_only)
 
     def _end_lost(self) -> list[RequestOutput]:
-        """End the sequences that the core gave up in a failed step; the outputs that are complete by it."""
+        """End the sequences that the core aborted in a failed step; the outputs that this completes."""
         lost: dict[str, ParentRequest] = {}
         for sequence_id, (user, sequence) in self._request_states.items():
-            request = self.core.scheduler.requests.get(sequence_id)
-            if sequence.finish_reason is None and (request is None or request.is_finished):
+            if sequence.finish_reason is None and sequence_id not in self.core.scheduler.requests:
                 sequence.abort()
                 lost[user.request_id] = user
         return self._outputs(list(lost.values()), final_only=True)

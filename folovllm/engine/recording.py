@@ -30,7 +30,7 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.observing import observing
 from folovllm.engine.pool_changes import PoolRecorder
 from folovllm.engine.trace import PHASES, RequestStep, StepTrace
-from folovllm.kv_cache.interface import BlockCopy, KVCopy, KVOp, SwapIn, SwapOut
+from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.request import RequestStatus
 
 SCHEMA, VERSION = "folovllm-recording", 1
@@ -194,8 +194,6 @@ class Recorder:
         return [place, *counts, *([] if reason is None else [reason])]
 
     def _op(self, op: KVOp) -> list[Any]:
-        if isinstance(op, KVCopy):
-            return ["tokens", self._place(op.src), self._place(op.dst), op.num_tokens]
         name, numbers = OPS[type(op)]
         return [name, *(getattr(op, number) for number in numbers)]
 

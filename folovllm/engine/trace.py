@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, KVCopy, KVOp, KVUsage, SwapIn, SwapOut
+from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot, KVOp, KVUsage, SwapIn, SwapOut
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.scheduler.scheduler import Scheduler
@@ -117,7 +117,6 @@ class EngineStats:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     copied_blocks: int = 0
-    copied_tokens: int = 0
     max_running: int = 0
 
     @property
@@ -136,7 +135,6 @@ class EngineStats:
         self.padding_tokens += step.padding_tokens
         self.padding_kv_tokens += step.padding_kv_tokens
         self.preemptions += len(step.preempted)
-        self.copied_tokens += sum(op.num_tokens for op in step.kv_ops if isinstance(op, KVCopy))
         self.copied_blocks += sum(isinstance(op, BlockCopy) for op in step.kv_ops)
         self.swapped_out_blocks += sum(isinstance(op, SwapOut) for op in step.kv_ops)
         self.swapped_in_blocks += sum(isinstance(op, SwapIn) for op in step.kv_ops)

@@ -20,7 +20,6 @@ SHOWN_STATS = (
     ("generated_tokens", "tokens generated"),
     ("padding_tokens", "padding tokens computed"),
     ("padding_kv_tokens", "masked K/V columns"),
-    ("copied_tokens", "tokens of K/V copied for forks"),
     ("copied_blocks", "blocks copied on write"),
     ("preemptions", "preemptions"),
     ("swapped_out_blocks", "blocks swapped to the host"),

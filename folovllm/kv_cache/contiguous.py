@@ -1,9 +1,9 @@
 """Contiguous KV: every request reserves the longest it could ever become (M1, M2).
 
-This is how FasterTransformer and the first continuous-batching engine, Orca, kept K/V: one contiguous region per
-request, as long as the model allows, set aside at admission. Simple, never in want of room halfway, and wasteful: a
-request that stops after 40 tokens has held `max_model_len` of them. The waste is what `usage()` shows (reserved
-against used) and what paging removes.
+FasterTransformer and the first engine with continuous batching, Orca, kept K/V like this: one contiguous region per
+request, as long as the model allows, reserved at admission. It is simple, a running request never lacks memory, and it
+is wasteful: a request that stops after 40 tokens has reserved `max_model_len` of them. `usage()` shows the waste
+(reserved against used), and paging removes it.
 
 Invariants:
   1. reserved == (requests that hold a region) * region, and reserved <= capacity.
@@ -12,18 +12,18 @@ Invariants:
 
 from __future__ import annotations
 
-from folovllm.kv_cache.interface import KVCacheManager, KVCopy, KVFork, KVPlan, KVUsage
+from folovllm.kv_cache.interface import KVCacheManager, KVPlan, KVUsage
 from folovllm.request import Request
 
 
 class ContiguousKVManager(KVCacheManager):
-    """Books of one region of `max_model_len` tokens per request, out of `capacity` tokens in all."""
+    """One region of `max_model_len` tokens per request, out of `capacity` tokens in all."""
 
     def __init__(self, capacity: int, max_model_len: int) -> None:
         if capacity < 1 or max_model_len < 1:
             raise ValueError(f"capacity={capacity}, max_model_len={max_model_len}; allowed: integers >= 1")
         self.capacity = capacity
-        # A pool smaller than the model's length is legal: then a region is the pool, and `why_never_fits` guards it.
+        # With less capacity than that, the region is all of it, and `why_never_fits` refuses longer requests.
         self.region = min(max_model_len, capacity)
         self._used: dict[str, int] = {}  # request id -> tokens with K/V, for each request that holds a region
 
@@ -41,21 +41,12 @@ class ContiguousKVManager(KVCacheManager):
         return 0
 
     def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
-        """A plan inside the request's region; the region itself is taken at the first call."""
+        """A plan inside the request's region, which the first call reserves."""
         if request.request_id not in self._used:
-            if not self._has_free_region():
+            if (len(self._used) + 1) * self.region > self.capacity:
                 return None
             self._used[request.request_id] = 0
         return KVPlan(request.request_id, self._used[request.request_id], num_new_tokens)
-
-    def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
-        """A region of `dst`'s own, with a copy in it: contiguous K/V cannot be shared, only repeated."""
-        if num_tokens > self._used.get(src.request_id, 0):
-            raise RuntimeError(f"request {src.request_id!r} has no K/V for {num_tokens} tokens to fork")
-        if not self._has_free_region():
-            return None
-        self._used[dst.request_id] = num_tokens
-        return KVFork(num_tokens, (KVCopy(src.request_id, dst.request_id, num_tokens),))
 
     def cache_blocks(self, plan: KVPlan) -> None:
         """Count the plan's tokens as used."""
@@ -65,12 +56,9 @@ class ContiguousKVManager(KVCacheManager):
         self._used[plan.request_id] = used
 
     def free(self, request: Request) -> None:
-        """Give the region back."""
+        """Free the region."""
         self._used.pop(request.request_id, None)
 
     def usage(self) -> KVUsage:
         """Reserved regions and the tokens in them."""
         return KVUsage(self.capacity, len(self._used) * self.region, sum(self._used.values()))
-
-    def _has_free_region(self) -> bool:
-        return (len(self._used) + 1) * self.region <= self.capacity

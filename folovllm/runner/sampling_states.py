@@ -1,4 +1,4 @@
-"""What every runner does around its forward: remember how each request samples, and sample."""
+"""The sampling part of every runner: each request's sampling state, and a step's new tokens."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logi
 
 
 class SamplingStates:
-    """The sampling state of every live request, by id. A preempted request keeps its own."""
+    """The sampling state of every unfinished request, by id; preempted ones included."""
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
@@ -21,7 +21,7 @@ class SamplingStates:
         return len(self._states)
 
     def update(self, step: SchedulerOutput) -> None:
-        """Forget those that are gone and learn those that are new."""
+        """Drop the states of finished requests and make those of new ones."""
         for request_id in step.finished_req_ids:
             self._states.pop(request_id, None)
         for new in step.scheduled_new_reqs:

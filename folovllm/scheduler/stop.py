@@ -9,19 +9,16 @@ from __future__ import annotations
 from folovllm.request import Request, RequestStatus
 
 
-def check_stop(request: Request) -> bool:
-    """Finish `request` if its newest output token completes it; True if it did. Sets status and stop_reason."""
+def check_stop(request: Request) -> RequestStatus | None:
+    """The final status if the newest output token completes the request, else None. Sets `stop_reason`."""
     params = request.sampling_params
     newest = request.output_token_ids[-1]
     if request.num_output_tokens >= params.min_tokens:
         if newest in request.eos_token_ids and not params.ignore_eos:
-            request.set_status(RequestStatus.FINISHED_STOPPED)
-            return True
+            return RequestStatus.FINISHED_STOPPED
         if newest in (params.stop_token_ids or ()):
             request.stop_reason = newest
-            request.set_status(RequestStatus.FINISHED_STOPPED)
-            return True
+            return RequestStatus.FINISHED_STOPPED
     if request.num_output_tokens >= request.max_output_tokens:
-        request.set_status(RequestStatus.FINISHED_LENGTH_CAPPED)
-        return True
-    return False
+        return RequestStatus.FINISHED_LENGTH_CAPPED
+    return None

@@ -17,7 +17,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from folovllm import LLM, CacheConfig, EngineConfig, LLMEngine, ModelConfig, SamplingParams, SchedulerConfig
 from folovllm.course.glossary import default_prompts
 from folovllm.course.grading.checks import Call, WrongAnswer
-from folovllm.kv_cache.interface import BlockCopy, BlockPlan, KVCacheManager, KVFork, KVPlan, KVUsage
+from folovllm.kv_cache.interface import BlockCopy, BlockPlan, KVCacheManager, KVPlan, KVUsage
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request
 from folovllm.scheduler.scheduler import Scheduler
@@ -627,8 +627,8 @@ class YourBlockManager(KVCacheManager):
         return None if needed <= self.num_blocks else f"it needs {needed} of {self.num_blocks} blocks"
 
     def get_computed_blocks(self, request: Request) -> int:
-        """Nothing is kept of a request that gave way."""
-        return 0
+        """The tokens of a fork that waits; nothing is kept of a preempted request."""
+        return self.computed.get(request.request_id, 0)
 
     def allocate_slots(self, request: Request, num_new_tokens: int, spare: bool = False) -> KVPlan | None:
         """`allocate` for a newcomer, `append` for one that runs."""
@@ -643,11 +643,10 @@ class YourBlockManager(KVCacheManager):
         ops = tuple(BlockCopy(source, target) for source, target in copies)
         return BlockPlan(name, start, num_new_tokens, ops, tuple(self.answer.table(name)))
 
-    def fork(self, src: Request, dst: Request, num_tokens: int) -> KVFork | None:
+    def fork(self, src: Request, dst: Request, num_tokens: int) -> None:
         """`fork`."""
         self.answer.fork(src.request_id, dst.request_id, num_tokens)
         self.computed[dst.request_id] = num_tokens
-        return KVFork(num_tokens)
 
     def cache_blocks(self, plan: KVPlan) -> None:
         """The K/V that `append` made room for is written."""

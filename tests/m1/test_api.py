@@ -110,7 +110,7 @@ REQUEST_ERRORS = [
     (3.5, "prompts=3.5 is not valid"),
     ([None], "prompt=None is not valid"),
     (["\ud800"], "prompt=.* is not valid; allowed: text without lone surrogates"),
-    ([[1] * 512], "the prompt has 512 tokens, which leaves no room for output; allowed: at most 511"),
+    ([[1] * 512], "the prompt has 512 tokens, which leaves none for output; allowed: at most 511"),
 ]
 
 
@@ -298,7 +298,7 @@ def test_a_stream_closed_early_leaves_nothing_behind(llm):
     next(stream)
     stream.close()
     assert not llm.engine.has_unfinished_requests()
-    assert llm.engine.core.runner.states == {}
+    assert len(llm.engine.core.runner.states) == 0
 
 
 def test_an_interrupt_during_generate_leaves_the_engine_usable(llm, monkeypatch):
@@ -326,7 +326,7 @@ def test_a_stop_string_ends_the_output_and_names_itself(llm):
         assert completion.text == entry.answer[: cut + len(word) if include else cut]
         assert (completion.finish_reason, completion.stop_reason) == ("stop", word)
         assert len(completion.token_ids) == len(output.metrics.token_times)
-    assert llm.engine.core.runner.states == {}
+    assert len(llm.engine.core.runner.states) == 0
 
 
 def test_a_stop_string_in_the_very_token_that_reaches_max_tokens_is_a_stop(llm):
@@ -441,4 +441,4 @@ def test_abort_returns_what_there_was(llm):
     assert output.finished and output.outputs[0].finish_reason == "abort"
     assert len(output.outputs[0].token_ids) == 3
     assert engine.abort_request("x") == [] and not engine.has_unfinished_requests()
-    assert engine.core.scheduler.kv.usage().reserved == 0 and engine.core.runner.states == {}
+    assert engine.core.scheduler.kv.usage().reserved == 0 and len(engine.core.runner.states) == 0

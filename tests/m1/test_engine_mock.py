@@ -110,59 +110,19 @@ def test_first_decode_token_runs_at_the_position_of_the_prompts_length():
     assert [(s.start, s.num_tokens) for s in shares] == [(0, 3), (3, 1), (4, 1)]
 
 
-def test_children_start_as_forks_and_compute_one_prompt_token_each():
+def test_each_sample_computes_the_prompt():
+    """Contiguous K/V cannot be shared. M3 is where the samples of a prompt share its blocks."""
     engine = mock_engine(capacity=128)
     prompt = list(range(1, 11))
-    engine.add_request("a", prompt, SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True))
-    drain(engine)
-    assert engine.stats.prompt_tokens_computed == 10 + 1 + 1
-    assert engine.stats.copied_tokens == 9 + 9
-    check_empty(engine)
-
-
-def test_without_room_for_a_held_leader_children_compute_the_prompt_themselves():
-    prompt = list(range(1, 11))
-    engine = mock_engine(capacity=len(prompt) + 4)  # one request at its longest
     wishes = SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True)
     engine.add_request("a", prompt, wishes)
+    engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
     done = drain(engine)
     assert done["a"][0] == [mock_tokens(prompt, wishes.child(k))[0] for k in range(3)]
-    assert engine.stats.prompt_tokens_computed == 30 and engine.stats.copied_tokens == 0
-    check_empty(engine)
-
-
-def test_a_leader_aborted_before_its_prompt_leaves_the_lead_to_a_child():
-    engine = mock_engine()
-    wishes = SamplingParams(n=3, seed=1, max_tokens=4, ignore_eos=True)
-    engine.add_request("first", [1, 2, 3], SamplingParams(max_tokens=2, ignore_eos=True))
-    engine.add_request("a", [4, 5, 6], wishes)
-    engine.step()  # "first" runs; the leader of "a" still waits
-    engine.core.abort_requests(["a/0"])
-    engine._request_states["a/0"][1].abort()
-    done = drain(engine)
-    assert done["a"][0] == [[], *(mock_tokens([4, 5, 6], wishes.child(k))[0] for k in (1, 2))]
-    assert engine.stats.copied_tokens == 2  # child 2 forked from child 1
-    check_empty(engine)
-
-
-def test_children_follow_their_leader_in_order_and_before_whoever_came_later():
-    engine = mock_engine(capacity=128)
-    engine.add_request("a", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
-    engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
-    drain(engine)
+    assert engine.stats.prompt_tokens_computed == 3 * 10 + 1
     order = [r.request_id for step in engine.trace for r in step.requests]
     assert list(dict.fromkeys(order)) == ["a/0", "a/1", "a/2", "late"]
-
-
-def test_a_child_that_takes_the_lead_keeps_its_place_in_the_line():
-    engine = mock_engine(capacity=128)
-    engine.add_request("a", [1, 2], SamplingParams(n=3, seed=1, max_tokens=2, ignore_eos=True))
-    engine.add_request("late", [3], SamplingParams(max_tokens=2, ignore_eos=True))
-    engine.core.abort_requests(["a/0"])
-    engine._request_states["a/0"][1].abort()
-    drain(engine)
-    order = [r.request_id for step in engine.trace for r in step.requests]
-    assert list(dict.fromkeys(order)) == ["a/1", "a/2", "late"]
+    check_empty(engine)
 
 
 def test_a_step_never_takes_more_than_the_budget():

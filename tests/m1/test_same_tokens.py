@@ -79,13 +79,13 @@ def test_eos_ends_an_output_where_hugging_face_ends_it(tmp_path: Path, oracle_st
 
 
 @pytest.mark.parametrize("family", ["qwen3", "mistral"])
-def test_forked_samples_are_what_each_seed_gives_alone(family: str, tmp_path: Path) -> None:
-    """n = 3 shares the prompt's K/V by copy; each child must equal a request of its own with seed + index."""
+def test_samples_of_a_prompt_are_what_each_seed_gives_alone(family: str, tmp_path: Path) -> None:
+    """n = 3 computes the prompt three times here; each sample must equal a request of its own with seed + index."""
     tiny_model(family, seed=3).save_pretrained(tmp_path)
     llm = LLM(str(tmp_path), milestone="m1", dtype="float32", device="cpu")
     prompt = random_prompt(40, seed=1)
     shared = llm.generate([prompt], SamplingParams(n=3, seed=11, max_tokens=20), use_tqdm=False)[0]
-    assert llm.engine.stats.copied_tokens == 2 * 39
+    assert llm.engine.stats.prompt_tokens_computed == 3 * 40
     alone = [
         llm.generate([prompt], SamplingParams(seed=11 + i, max_tokens=20), use_tqdm=False)[0].outputs[0]
         for i in range(3)
@@ -93,4 +93,4 @@ def test_forked_samples_are_what_each_seed_gives_alone(family: str, tmp_path: Pa
     assert [c.token_ids for c in shared.outputs] == [c.token_ids for c in alone]
     assert [c.index for c in shared.outputs] == [0, 1, 2]
     assert len({tuple(c.token_ids) for c in shared.outputs}) == 3
-    assert llm.engine.core.runner.states == {}
+    assert len(llm.engine.core.runner.states) == 0

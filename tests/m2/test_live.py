@@ -21,7 +21,6 @@ from folovllm.engine.trace import RequestStep, StepTrace, Trace
 from folovllm.entrypoints.tables import phase_table, request_table, stats_table, step_table
 from folovllm.kv_cache.interface import KVUsage
 from folovllm.messages import SchedulerOutput
-from folovllm.request import Request
 from tests.mock import MockRunner, check_empty, mock_engine, mock_tokens
 
 POLICIES = ["fcfs", "priority", "sjf"]
@@ -101,25 +100,6 @@ def test_after_every_step_the_state_is_the_schedulers(requests, policy, seqs, ab
         if not engine.has_unfinished_requests():
             break
     assert state.num_finished == sum(r.status.finish_reason != "abort" for r in live.values())
-
-
-def test_when_a_leader_goes_early_its_first_child_leads_the_others():
-    core = mock_engine(max_num_seqs=1, budget=24, capacity=128).core
-    params = SamplingParams(max_tokens=2, ignore_eos=True)
-    for name, parent in (("x", None), ("a", None), ("y", None), ("b", "a"), ("c", "a"), ("d", "a")):
-        core.add_request(Request(name, [1, 2, 3], params, (), 64, parent_id=parent))
-    state = LiveState()
-    core.step()
-    state.observe(core.trace[-1])
-    core.abort_requests(["a"])
-    lines = []
-    while core.has_unfinished_requests():
-        core.step()
-        state.observe(core.trace[-1])
-        queue = copy.deepcopy(core.scheduler.waiting)
-        assert state.queue_head == [queue.pop_request().request_id for _ in range(len(queue))]
-        lines.append("".join(state.queue_head))
-    assert lines == ["by", "cdy", "cdy", "dy", "dy", "y", "y", "", ""]
 
 
 def test_a_request_keeps_its_lane_and_the_next_one_takes_it():

@@ -13,10 +13,9 @@ import torch
 from folovllm import LLM, SamplingParams
 from folovllm.engine.trace import StepTrace
 from folovllm.kv_cache.interface import KVPlan
-from folovllm.messages import NewRequestData, ScheduledRequest, SchedulerOutput
+from folovllm.messages import ScheduledRequest
 from folovllm.runner.hf.hf_runner import HFRunner
 from folovllm.runner.hf.padded_cache import layers
-from folovllm.sampling.sampler import Sampler
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
 Checkpoint = Callable[[str], str]
@@ -198,7 +197,7 @@ def test_nothing_of_a_request_stays_in_the_runner(mixed: dict[str, tuple[LLM, li
     for llm, _ in mixed.values():
         runner = llm.engine.core.runner
         assert isinstance(runner, HFRunner)
-        assert len(runner.caches) == 0 and runner.states == {}
+        assert len(runner.caches) == 0 and len(runner.states) == 0
 
 
 # ---------------------------------------------------------------------- padding reaches nobody
@@ -226,34 +225,6 @@ def test_padding_is_finite_and_changes_no_token(
 
 def share(request_id: str, tokens: list[int], start: int, samples: bool) -> ScheduledRequest:
     return ScheduledRequest(request_id, tokens, start, samples, KVPlan(request_id, start, len(tokens)))
-
-
-def test_several_new_tokens_behind_old_ones_get_a_forward_each(oracle_stats: OracleStats) -> None:
-    """A prompt in pieces, as a later scheduler will hand it out: the runner must not pad in the middle of a row."""
-    model = tiny_model("llama", seed=3)
-    runner = HFRunner(model, Sampler(0), "padded")
-    prompts = {"a": random_prompt(20, seed=1), "b": random_prompt(13, seed=2), "c": random_prompt(6, seed=3)}
-    new = [NewRequestData(i, tokens, greedy(4), frozenset()) for i, tokens in prompts.items()]
-    first = SchedulerOutput(
-        [
-            share("a", prompts["a"][:9], 0, False),
-            share("b", prompts["b"][:4], 0, False),
-            share("c", prompts["c"], 0, True),
-        ],
-        new,
-    )
-    result = runner.execute_model(first)
-    assert result.forwards == 1 and result.sampled_token_ids[:2] == [[], []]
-    output = {"a": [], "b": [], "c": list(result.sampled_token_ids[2])}
-    second = SchedulerOutput(
-        [share("a", prompts["a"][9:], 9, True), share("b", prompts["b"][4:], 4, True), share("c", output["c"], 6, True)]
-    )
-    result = runner.execute_model(second)
-    assert result.forwards == 3 and result.padding_tokens == result.padding_kv_tokens == 0
-    for request_id, tokens in zip(output, result.sampled_token_ids, strict=True):
-        output[request_id] += tokens
-        reference = hf_greedy(model, prompts[request_id], len(output[request_id]))
-        assert_same_tokens(output[request_id], reference, model, prompts[request_id], oracle_stats)
 
 
 # ---------------------------------------------------------------------- when a forward fails
@@ -297,4 +268,4 @@ def test_a_forward_that_fails_takes_its_own_step_along_and_nothing_else(
         assert_same_tokens(completion.token_ids, reference, model, prompts[name], oracle_stats)
     assert [len(done[i].token_ids) for i in ("a", "b", "c", "waits")] == [1, 1, 0, 8]
     runner = engine.core.runner
-    assert isinstance(runner, HFRunner) and len(runner.caches) == 0 and runner.states == {}
+    assert isinstance(runner, HFRunner) and len(runner.caches) == 0 and len(runner.states) == 0

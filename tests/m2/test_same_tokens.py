@@ -210,7 +210,6 @@ def test_a_seed_gives_the_same_tokens_whatever_shares_the_batch(
         company = [random_prompt(5 + max_num_seqs, seed=max_num_seqs)] * 2
         outputs = serve(llm, [*company, *prompts], [greedy, SamplingParams(max_tokens=9), *params])
         assert [[c.token_ids for c in output.outputs] for output in outputs[2:]] == expected
-        assert llm.engine.stats.copied_tokens > 0
         assert llm.engine.stats.max_running == max_num_seqs
 
 

@@ -100,36 +100,6 @@ def test_a_slot_is_never_empty_while_somebody_waits():
     assert engine.stats.generated_tokens == 30
 
 
-def test_children_of_two_leaders_in_one_step_keep_the_order_of_arrival():
-    engine = mock_engine(max_num_seqs=2, capacity=256)
-    add(engine, "a", 3, 2, n=3, seed=1)
-    add(engine, "b", 3, 2, n=3, seed=1)
-    add(engine, "c", 3, 2)
-    drain(engine)
-    assert first_scheduled(engine) == ["a/0", "b/0", "a/1", "a/2", "b/1", "b/2", "c"]
-    check_empty(engine)
-
-
-def test_children_whose_leaders_fail_in_one_step_keep_the_order_of_arrival():
-    engine = mock_engine(max_num_seqs=2, capacity=256)
-    add(engine, "a", 3, 2, n=2, seed=1)
-    add(engine, "b", 3, 2, n=2, seed=1)
-    add(engine, "c", 3, 2)
-    runner = engine.core.runner
-    execute = runner.execute_model
-
-    def broken(step):
-        raise RuntimeError("out of memory")
-
-    runner.execute_model = broken
-    with pytest.raises(RuntimeError):
-        engine.step()
-    runner.execute_model = execute
-    drain(engine)
-    assert first_scheduled(engine) == ["a/1", "b/1", "c"]
-    check_empty(engine)
-
-
 # ---------------------------------------------------------------------- the token budget
 
 
@@ -246,22 +216,6 @@ def test_a_cache_smaller_than_the_model_runs_what_fits_and_refuses_the_rest():
     add(engine, "b", 9, 11)
     drain(engine)
     assert engine.stats.max_running == 1
-    check_empty(engine)
-
-
-def test_a_fork_that_does_not_fit_the_budget_gives_its_room_back():
-    """ "urgent" takes all that the step has left, so the child behind it waits. Its copy must not count as held."""
-    engine = mock_engine(max_num_seqs=4, budget=10, capacity=64 * 5, policy="priority")
-    add(engine, "a", 2, 6, n=2, seed=1)
-    engine.step()
-    add(engine, "urgent", 9, 3, priority=-1)
-    engine.step()
-    assert shares(engine)[1] == {"a/0": 1, "urgent": 9}
-    assert engine.trace[-1].kv.reserved == 2 * 64 and engine.trace[-1].kv_ops == []
-    engine.step()
-    assert shares(engine)[2] == {"a/0": 1, "urgent": 1, "a/1": 1}
-    assert engine.trace[-1].kv.reserved == 3 * 64
-    drain(engine)
     check_empty(engine)
 
 

@@ -134,10 +134,6 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def end_one_sample(self, victim: str) -> None:
         """As a stop string does: one of several samples ends, its siblings go on."""
-        request = self.scheduler.requests[victim]
-        has_children = any(r.parent_id == victim for r in self.scheduler.requests.values())
-        if self.policy == "fcfs" and has_children and request in self.scheduler.waiting:
-            return  # its heir joins the front of the line, not the leader's place
         self.cut(victim)
         user, sequence = self.engine._request_states[victim]
         self.engine.core.abort_requests([victim])
@@ -206,18 +202,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         rank = {"fcfs": 0, "priority": record.priority, "sjf": record.longest()}[self.policy]
         return rank, record.arrival, sequence.index
 
-    def leader_with_prompt(self, request: Request) -> Request | None:
-        leader = self.scheduler.requests.get(request.parent_id) if request.parent_id is not None else None
-        return leader if leader is not None and leader.num_computed_tokens >= leader.num_prompt_tokens else None
-
-    def is_parked(self, request: Request) -> bool:
-        return request.parent_id is not None and self.leader_with_prompt(request) is None
-
-    def need(self, request: Request) -> int:
-        """Tokens that a request computes when it is admitted: one, if it can start with its leader's K/V."""
-        forks = self.leader_with_prompt(request) is not None and request.num_prompt_tokens > 1
-        return 1 if forks else request.num_prompt_tokens
-
     def room(self) -> int:
         """Tokens of K/V that a running request sets aside."""
         return min(MAX_MODEL_LEN, self.capacity)
@@ -225,11 +209,9 @@ class SchedulerMachine(RuleBasedStateMachine):
     def look_before(self) -> None:
         """What the next step has to choose from."""
         self.before = list(self.scheduler.running)
-        waiting = [
-            r for r in self.scheduler.requests.values() if r.status is RequestStatus.WAITING and not self.is_parked(r)
-        ]
+        waiting = [r for r in self.scheduler.requests.values() if r.status is RequestStatus.WAITING]
         self.line = sorted(waiting, key=self.place)
-        self.first_need = self.need(self.line[0]) if self.line else 0
+        self.first_need = self.line[0].num_prompt_tokens if self.line else 0
 
     def check_plan(self, step: SchedulerOutput) -> None:
         shares = {share.request_id: share for share in step.scheduled}
@@ -259,42 +241,35 @@ class SchedulerMachine(RuleBasedStateMachine):
         usage = self.scheduler.kv.usage()
         left_out = self.line[len(admitted) :]
         if left_out and len(running) < self.limit and usage.reserved + self.room() <= self.capacity:
-            assert self.need(left_out[0]) > self.budget - total
+            assert left_out[0].num_prompt_tokens > self.budget - total
             assert admitted or self.skipped  # else it would have got a step of its own
         self.skipped = skips
 
-        # The books: a region for each that runs, and for each leader whose children will need its K/V.
-        held = [r for r in self.scheduler.requests.values() if r.is_finished]
-        assert usage.reserved == self.room() * (len(running) + len(held)) <= self.capacity
+        # A region for each that runs.
+        assert usage.reserved == self.room() * len(running) <= self.capacity
 
     @invariant()
     def everyone_is_in_exactly_one_place(self) -> None:
         requests = self.scheduler.requests.values()
         running = [r for r in requests if r.status is RequestStatus.RUNNING]
-        parked = [r for r in requests if r.status is RequestStatus.WAITING and self.is_parked(r)]
-        waiting = [r for r in requests if r.status is RequestStatus.WAITING and not self.is_parked(r)]
-        held = [r for r in requests if r.is_finished]
-        assert len(requests) == len(running) + len(parked) + len(waiting) + len(held)
+        waiting = [r for r in requests if r.status is RequestStatus.WAITING]
+        assert len(requests) == len(running) + len(waiting)
         assert {id(r) for r in self.scheduler.running} == {id(r) for r in running}
         assert len(self.scheduler.running) == len(running)
         assert [r for r in requests if r in self.scheduler.waiting] == waiting
         assert len(self.scheduler.waiting) == len(waiting)
-        assert self.scheduler.num_waiting == len(waiting) + len(parked)
-        for leader in held:  # somebody still needs it
-            assert any(r.parent_id == leader.request_id for r in waiting)
-        assert set(self.unfinished()) == {r.request_id for r in (*running, *parked, *waiting)}
+        assert self.scheduler.num_waiting == len(waiting)
+        assert set(self.unfinished()) == {r.request_id for r in (*running, *waiting)}
 
     @invariant()
     def the_books_say_what_was_computed(self) -> None:
-        holders = [r for r in self.scheduler.requests.values() if r.is_finished or r.status is RequestStatus.RUNNING]
+        holders = self.scheduler.running
         usage = self.scheduler.kv.usage()
         assert usage.used == sum(r.num_computed_tokens for r in holders) <= usage.reserved
         assert usage.reserved == self.room() * len(holders) <= usage.capacity == self.capacity
         for request in holders:
             slots = self.runner.slots[request.request_id]  # type: ignore[attr-defined]
-            computed = request.tokens(0, request.num_computed_tokens)
-            # A leader whose last step failed after it had written is held with one token more than the books know of.
-            assert slots == computed or (request.is_finished and slots[:-1] == computed)
+            assert slots == request.tokens(0, request.num_computed_tokens)
 
     def teardown(self) -> None:
         """Everything that is left comes to its end, and nothing of it stays behind."""

@@ -92,8 +92,7 @@ def test_the_defaults_of_m2() -> None:
     runner, scheduler = engine.core.runner, engine.core.scheduler
     assert runner.batching == "padded"  # type: ignore[attr-defined]
     assert (scheduler.max_num_running_reqs, scheduler.max_num_batched_tokens) == (16, 4096)
-    # A region for each running request, and one for a leader whose children are late.
-    assert scheduler.kv.usage().capacity == 17 * 4096
+    assert scheduler.kv.usage().capacity == 16 * 4096  # a region for each running request
 
 
 def test_the_kv_budget_of_a_pool_limits_how_many_run(llm: LLM) -> None:
@@ -180,7 +179,7 @@ def test_a_configuration_that_cannot_work_is_refused_before_a_weight_is_read(
 
 BAD_CALLS: list[tuple[dict[str, Any], str]] = [
     ({"prompts": [[1, 2], [1] * 33]}, "the prompt has 33 tokens and a step computes at most 32"),
-    ({"prompts": [[1, 2], [1] * 64]}, "the prompt has 64 tokens, which leaves no room for output"),
+    ({"prompts": [[1, 2], [1] * 64]}, "the prompt has 64 tokens, which leaves none for output"),
     ({"prompts": [[1, 2], []]}, r"prompt=\[\] has no tokens; allowed: at least 1"),
     ({"prompts": [[1, 2], [2**20]]}, r"prompt_token_ids\[0\]=1048576 is not valid"),
     ({"prompts": [[1, 2], None]}, "prompt=None is not valid"),

@@ -42,8 +42,8 @@ def check_all_free(engine: LLMEngine) -> None:
     assert manager.pool.num_free == manager.pool.num_blocks and manager.host_pool.num_held == 0
     assert manager.usage().used == 0 and manager.usage().unshared == 0
     assert scheduler.requests == {} and scheduler.running == [] and len(scheduler.waiting) == 0
-    assert scheduler.num_waiting == 0 and not scheduler.has_news_for_runner()
-    assert (len(scheduler._forks), len(scheduler._followers), scheduler._held) == (0, 0, set())
+    assert scheduler.num_waiting == 0 and scheduler._finished_req_ids == []
+    assert (len(scheduler._parked), scheduler._waiting_forks, scheduler._held) == (0, {}, {})
     assert not engine._request_states and not engine._parent_requests and not engine._undelivered
     if isinstance(runner, PagedRunner):
         assert len(runner.states) == 0

@@ -307,7 +307,7 @@ def test_bad_parameters_are_refused_by_name(kwargs: dict[str, Any], message: str
     [
         ({}, [], r"prompt=\[\] has no tokens"),
         ({}, [1, 500], "500"),
-        ({"max_model_len": 40}, [1] * 40, "the prompt has 40 tokens, which leaves no room for output"),
+        ({"max_model_len": 40}, [1] * 40, "the prompt has 40 tokens, which leaves none for output"),
         ({"max_num_batched_tokens": 40}, [1] * 41, "the prompt has 41 tokens and a step computes at most 40"),
         # A beam's past is the prompt of its next round, so what it may become has to fit as a prompt.
         (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from folovllm.kv_cache.block_pool import NULL_BLOCK, BlockPool
 
@@ -16,6 +16,7 @@ class PoolMachine(RuleBasedStateMachine):
         self.pool = BlockPool(num_blocks)
         self.free = list(range(1, num_blocks + 1))
         self.counts = dict.fromkeys(self.free, 0)
+        self.filled = dict.fromkeys(self.free, 0)
 
     @rule(count=st.integers(0, 13))
     def allocate(self, count: int) -> None:
@@ -26,6 +27,7 @@ class PoolMachine(RuleBasedStateMachine):
         expected, self.free = self.free[:count], self.free[count:]
         assert self.pool.get_new_blocks(count) == expected
         self.counts |= dict.fromkeys(expected, 1)
+        self.filled |= dict.fromkeys(expected, 0)
 
     @rule(data=st.data())
     def share(self, data: st.DataObject) -> None:
@@ -40,18 +42,23 @@ class PoolMachine(RuleBasedStateMachine):
     def release(self, data: st.DataObject) -> None:
         held = [block for block, count in self.counts.items() for _ in range(count)]
         blocks = data.draw(st.permutations(held))[: data.draw(st.integers(0, len(held)))]
-        freed = []
         for block in blocks:
             self.counts[block] -= 1
             if self.counts[block] == 0:
-                freed.append(block)
-        assert self.pool.free_blocks(iter(blocks)) == freed
-        self.free += freed
+                self.free.append(block)
+        self.pool.free_blocks(iter(blocks))
+
+    @precondition(lambda self: any(self.counts.values()))
+    @rule(data=st.data(), filled=st.integers(0, 4))
+    def fill(self, data: st.DataObject, filled: int) -> None:
+        block = data.draw(st.sampled_from([block for block, count in self.counts.items() if count]))
+        self.pool.fill(block, filled)
+        self.filled[block] = max(self.filled[block], filled)
 
     @rule(data=st.data())
     def release_what_nobody_holds(self, data: st.DataObject) -> None:
         block = data.draw(st.sampled_from([NULL_BLOCK, *self.free]))
-        with pytest.raises(RuntimeError, match=f"block {block} is released and nobody holds it"):
+        with pytest.raises(RuntimeError, match=f"block {block} is freed and has no reference"):
             self.pool.free_blocks([block])
 
     @invariant()
@@ -63,6 +70,8 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.num_held == sum(count > 0 for count in self.counts.values())
         assert self.pool.num_free + self.pool.num_held == self.pool.num_blocks == len(self.counts)
         assert self.pool.ref_cnt == [0, *self.counts.values()]
+        assert self.pool.filled == [0, *self.filled.values()]
+        assert self.pool.num_used_slots == sum(self.filled[block] for block, count in self.counts.items() if count)
 
 
 TestPool = PoolMachine.TestCase
@@ -86,8 +95,10 @@ def test_a_shared_block_is_free_when_the_last_one_lets_go() -> None:
     pool = BlockPool(2)
     (block,) = pool.get_new_blocks(1)
     pool.touch([block])
-    assert pool.free_blocks([block]) == [] and pool.num_free == 1
-    assert pool.free_blocks([block]) == [block] and pool.num_free == 2
+    pool.free_blocks([block])
+    assert pool.num_free == 1
+    pool.free_blocks([block])
+    assert pool.num_free == 2 and pool.free_list() == [2, block]
 
 
 def test_a_free_block_leaves_the_middle_of_the_line_without_a_look_at_the_others() -> None:

@@ -260,7 +260,8 @@ def test_snapshots_are_kept_when_asked_for(folder: str, tmp_path: Path) -> None:
     llm = make(folder, num_kv_blocks=12, block_size=4, preemption_mode="swap", swap_space=0.01, trace_blocks=True)
     params = SamplingParams(n=3, seed=1, max_tokens=12, ignore_eos=True)
     llm.generate([random_prompt(n, seed=n) for n in (6, 11)], params, use_tqdm=False)
-    computed: dict[str, int] = {}
+    # A sample that waits as a fork holds the blocks of its prompt without the last token.
+    computed = {f"{prompt}/{k}": n - 1 for prompt, n in enumerate((6, 11)) for k in range(3)}
     hosts = shared = 0
     for step in llm.engine.trace:
         snapshot = step.blocks
@@ -313,6 +314,6 @@ def test_stats_are_the_sums_of_the_steps(folder: str) -> None:
     kinds = [type(op).__name__ for step in steps for op in step.kv_ops]
     counted = (stats.copied_blocks, stats.swapped_out_blocks, stats.swapped_in_blocks)
     assert counted == tuple(kinds.count(kind) for kind in ("BlockCopy", "SwapOut", "SwapIn"))
-    assert stats.swapped_out_blocks > 0 and stats.copied_tokens == 0 and stats.padding_tokens == 0
+    assert stats.swapped_out_blocks > 0 and stats.padding_tokens == 0
     stats.reset()
     assert vars(stats) == dict.fromkeys(vars(stats), 0)

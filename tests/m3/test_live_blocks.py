@@ -90,7 +90,7 @@ def check_map(engine: LLMEngine, state: LiveState, lines: list[str], ascii_only:
     letters: dict[str, set[str]] = {}
     tables = {request_id: table.blocks for request_id, table in manager._tables.items()}
     for block, cell in enumerate(cells, start=1):
-        count, filled = manager.pool.ref_cnt[block], manager._filled[block]
+        count, filled = manager.pool.ref_cnt[block], manager.pool.filled[block]
         assert (cell == f"{dot} ") == (count == 0)
         if count == 0:
             continue

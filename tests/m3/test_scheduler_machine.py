@@ -111,7 +111,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.skipped = False  # running requests, by the last step
         self.in_order = True
         self.before: list[Request] = []
-        self.in_line: dict[str, float] = {}
+        self.in_queue: list[Request] = []
         self.free_before = 0
 
     # ------------------------------------------------------------------ what may happen
@@ -166,7 +166,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held())
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
-        self.engine.core.let_go([data.draw(st.sampled_from(self.held()), "held")])
+        self.engine.core.scheduler.free_held([data.draw(st.sampled_from(self.held()), "held")])
 
     @rule(count=st.integers(1, 9))
     def steps(self, count: int) -> None:
@@ -258,7 +258,7 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.runner.device[share.plan.block_table[position // self.size]][position % self.size] = None
 
     def held(self) -> list[str]:
-        return [i for i in self.kept if self.scheduler.is_held(i) and self.scheduler.requests[i].hold]
+        return [i for i in self.kept if i in self.scheduler._held]
 
     def unfinished(self) -> list[str]:
         """The samples that go on."""
@@ -284,7 +284,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if output.finished:
             if record.hold:
                 (sample,) = output.outputs
-                assert self.scheduler.is_held(output.request_id) == (sample.finish_reason in ("stop", "length"))
+                assert (output.request_id in self.scheduler._held) == (sample.finish_reason in ("stop", "length"))
                 self.kept[output.request_id] = [*record.prompt, *sample.token_ids]
             del self.records[output.request_id]
             for i in (output.request_id, *(f"{output.request_id}/{k}" for k in range(record.params.n))):
@@ -309,18 +309,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         return max(0, needed)
 
     def forks(self, request: Request) -> bool:
-        """Whether a waiting request can start with K/V that its parent has on the device."""
-        parent = self.scheduler.requests.get(request.parent_id) if request.parent_id is not None else None
-        shared = request.num_prompt_tokens - 1
-        on_device = parent is not None and parent.request_id in self.manager.snapshot().tables
-        return on_device and parent is not None and parent.num_computed_tokens >= shared > 0
+        """Whether a waiting request starts with shared K/V of all its prompt but the last token."""
+        return request.request_id in self.manager.snapshot().tables
 
     def look_before(self) -> None:
         """What the next step has to choose from."""
         self.before = list(self.scheduler.running)
-        line = [r for r in self.scheduler.requests.values() if r in self.scheduler.waiting]
-        self.in_line = {r.request_id: self.rank(r) for r in line}
+        self.in_queue = [r for r in self.scheduler.requests.values() if r in self.scheduler.waiting]
         self.free_before = self.manager.pool.num_free
+        self.forked_before = set(self.scheduler._waiting_forks)
         self.needed_before = sum(self.blocks_needed(r, 1) for r in self.before)
         self.first_need = 0
         if self.scheduler.waiting:
@@ -346,6 +343,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             assert share.start == request.num_computed_tokens and share.num_tokens > 0
             assert share.token_ids == (request.prompt_token_ids + request.output_token_ids)[share.start : end]
             assert share.samples == (end == request.num_tokens)
+        freed = {i for i in self.forked_before if not (i in self.scheduler._waiting_forks or i in shares)}
+        freed |= {i for i in self.forked_before if i in shares and shares[i].start == 0}
+        self.seen["freed waiting forks"] += bool(freed)
         self.check_victims(step)
         self.check_running(step, shares, total)
         self.check_admitted(step, shares, total)
@@ -360,7 +360,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if self.needed_before <= self.free_before and all(n == 1 for n in self.to_compute.values()):
             assert not step.preempted_req_ids
         if step.preempted_req_ids:
-            assert not self.scheduler._held and not step.scheduled_new_reqs
+            assert not self.scheduler._held and not self.scheduler._waiting_forks and not step.scheduled_new_reqs
             self.seen["preempted"] += 1
             self.seen["preempted two at once"] += len(step.preempted_req_ids) > 1
         for request_id in step.preempted_req_ids:
@@ -394,13 +394,17 @@ class SchedulerMachine(RuleBasedStateMachine):
         if step.preempted_req_ids:
             assert not admitted
             return
-        left_out = [self.in_line[i] for i in self.in_line if i not in admitted]
-        assert [self.in_line[i] for i in admitted] == sorted(self.in_line[i] for i in admitted)
-        assert not admitted or not left_out or self.in_line[admitted[-1]] <= min(left_out)
+        rank = {r.request_id: self.rank(r) for r in self.in_queue}  # now: a fork that was freed has more to compute
+        left_out = [rank[i] for i in rank if i not in admitted]
+        assert [rank[i] for i in admitted] == sorted(rank[i] for i in admitted)
+        assert not admitted or not left_out or rank[admitted[-1]] <= min(left_out)
         for i in admitted:
             request, end = self.scheduler.requests[i], shares[i].start + shares[i].num_tokens
             if i in new:
-                assert end == request.num_prompt_tokens  # a prompt is computed in one piece
+                assert end == request.num_prompt_tokens  # a prompt is computed in one step
+                assert shares[i].start == (request.num_prompt_tokens - 1 if i in self.forked_before else 0) or (
+                    shares[i].start == 0 and not self.scheduler._waiting_forks  # they were all freed
+                )
                 self.seen["forked"] += shares[i].start > 0
             else:
                 assert end == request.num_tokens or total == self.budget
@@ -415,7 +419,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             start = self.manager.get_computed_blocks(head)
             needed = -(-(start + min(head.num_tokens - start, room)) // self.size)
         elif self.forks(head):
-            needed = 1  # a block for the last token of the prompt, or a copy of the one that it goes into
+            needed = self.blocks_needed(head, 1)
         else:
             needed = -(-head.num_prompt_tokens // self.size) if head.num_prompt_tokens <= room else 10**9
         assert needed > free
@@ -431,16 +435,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         requests = self.scheduler.requests.values()
         running = [r for r in requests if r.status is RequestStatus.RUNNING]
         waiting = [r for r in requests if r in self.scheduler.waiting]
-        parked = [r for r in requests if r in self.scheduler._forks]
-        held = [r for r in requests if r.is_finished]
-        assert len(requests) == len(running) + len(parked) + len(waiting) + len(held)
+        parked = [r for samples in self.scheduler._parked._by_leader.values() for r in samples]
+        assert len(requests) == len(running) + len(parked) + len(waiting)
+        for sample in parked:  # its leader has not computed the prompt, and will
+            leader = self.scheduler.requests[str(sample.parent_id)]
+            assert leader.num_computed_tokens < leader.num_prompt_tokens
+            assert leader in running or leader in waiting
         assert {id(r) for r in self.scheduler.running} == {id(r) for r in running}
         assert len(self.scheduler.running) == len(running) <= self.limit
         assert all(r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED) for r in (*waiting, *parked))
         assert self.scheduler.num_waiting == len(waiting) + len(parked)
-        assert {r.request_id for r in held} == self.scheduler._held
-        for leader in held:  # somebody wants it to stay
-            assert leader.hold or any(r.parent_id == leader.request_id for r in waiting)
+        for request in self.scheduler._held.values():
+            assert request.hold and request.is_finished
         assert set(self.unfinished()) == {r.request_id for r in (*running, *parked, *waiting)}
 
     @invariant()
@@ -449,15 +455,16 @@ class SchedulerMachine(RuleBasedStateMachine):
             return
         self.manager.check()
         snapshot = self.manager.snapshot()
-        for request in self.scheduler.requests.values():
-            i, count = request.request_id, request.num_computed_tokens
-            if request.status is RequestStatus.WAITING or count == 0:
+        requests = {**self.scheduler.requests, **self.scheduler._held}
+        assert {*snapshot.tables, *snapshot.host_tables} <= set(requests)
+        for i, request in requests.items():
+            count, waits = request.num_computed_tokens, request.status is RequestStatus.WAITING
+            assert (waits and count > 0) == (i in self.scheduler._waiting_forks)
+            if count == 0:
                 assert i not in snapshot.tables and i not in snapshot.host_tables
                 continue
             on_host = i in snapshot.host_tables
             assert on_host or request.status is not RequestStatus.PREEMPTED
-            if request.is_finished and i not in snapshot.tables:
-                continue  # its K/V was lost or is on the host: nobody forks it
             table, cells = snapshot.tables.get(i, ()), self.runner.device
             if on_host:
                 table, cells = snapshot.host_tables[i], self.runner.host
@@ -467,15 +474,16 @@ class SchedulerMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine") or not self.in_order:
             return
-        self.engine.core.let_go(list(self.kept))
+        self.engine.core.scheduler.free_held(list(self.kept))
         for _ in range(2000):
             if not self.engine.has_unfinished_requests():
                 break
             self.step()
-            self.engine.core.let_go(list(self.kept))
+            self.engine.core.scheduler.free_held(list(self.kept))
             self.everyone_is_in_exactly_one_place()
             self.the_books_are_right_and_every_token_is_in_its_cell()
         assert not self.records
+        self.engine.core.abort_requests([])  # after a failed step nothing has told the runner of its end
         check_all_free(self.engine)
 
 
@@ -487,6 +495,7 @@ def test_the_rules_hold_in_every_step_and_everything_really_happened() -> None:
     assert seen >= {  # a step that fails with swaps in it is rare here; test_scheduler_paged.py has two of them
         "refused",
         "forked",
+        "freed waiting forks",
         "child of a held one",
         "skipped",
         "preempted",

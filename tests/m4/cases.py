@@ -68,4 +68,4 @@ class SharedCase(Case):
 def forget_nothing(llm: LLM) -> None:
     """The cache holds no promise of anybody who is gone."""
     cache = cache_of(llm.engine)
-    assert (cache._unwritten, cache._has_promised, cache._keys) == ({}, set(), {})
+    assert (cache._pending, cache._keys) == ({}, {})

@@ -114,14 +114,13 @@ def check_cache(engine: LLMEngine) -> None:
         return
     cache, runner = cache_of(engine), runner_of(engine)
     for block, entry in cache._by_block.items():
-        assert entry.writer is None and runner.device[block] == list(entry.tokens)
+        assert runner.device[block] == list(entry.tokens)
     for block, tokens in cached_tokens(engine).items():
         past = 0
         for token in tokens:
             past = hash((past, token))
         assert runner.past[block][-1] == past
-    running = {r.request_id for r in engine.core.scheduler.running}
-    assert {e.writer for e in cache._entries.values() if e.block is None} <= running
+    assert cache._pending == {}
 
 
 def check_nothing_is_left(engine: LLMEngine) -> None:
@@ -130,7 +129,7 @@ def check_nothing_is_left(engine: LLMEngine) -> None:
     check_cache(engine)
     cache = manager_of(engine).cache
     if cache is not None:
-        assert (cache._unwritten, cache._has_promised, cache._keys) == ({}, set(), {})
+        assert (cache._pending, cache._keys) == ({}, {})
 
 
 def greedy(max_tokens: int | None, **kwargs: Any) -> SamplingParams:
@@ -184,11 +183,6 @@ def pieces(engine: LLMEngine, name: str) -> list[tuple[int, int]]:
 
 def all_shares(engine: LLMEngine, name: str) -> list[ScheduledRequest]:
     return [s for given in runner_of(engine).steps for s in given.scheduled if s.request_id == name]
-
-
-def followers(engine: LLMEngine) -> dict[str, str]:
-    """Who waits for whom."""
-    return dict(engine.core.scheduler._followers._leaders)
 
 
 def run(engine: LLMEngine, name: str, prompt: list[int], max_tokens: int = 1, **kwargs: Any) -> int:

@@ -165,7 +165,7 @@ def test_a_prompt_longer_than_a_step_needs_chunks(folder: str) -> None:
         r"enable_chunked_prefill"):  # fmt: skip
         llm.generate([[1, 2], prompt], params, use_tqdm=False)
     assert not llm.engine.has_unfinished_requests()  # the good one was not queued either
-    with pytest.raises(ValueError, match="the prompt has 4096 tokens, which leaves no room for output"):
+    with pytest.raises(ValueError, match="the prompt has 4096 tokens, which leaves none for output"):
         make(folder).generate([[1] * 4096], params, use_tqdm=False)
 
 

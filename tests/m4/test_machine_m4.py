@@ -30,7 +30,7 @@ from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import hash_block
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.outputs import RequestOutput
-from folovllm.request import Request, RequestStatus
+from folovllm.request import RequestStatus
 from tests.m3.helpers import manager_of
 from tests.m4.helpers import cached_engine, check_cache, check_nothing_is_left, colliding, runner_of
 from tests.mock import VOCAB_SIZE, mock_tokens
@@ -192,7 +192,7 @@ class CacheMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.held())
     @rule(data=st.data())
     def let_go(self, data: st.DataObject) -> None:
-        self.engine.core.let_go([data.draw(st.sampled_from(self.held()), "held")])
+        self.engine.core.scheduler.free_held([data.draw(st.sampled_from(self.held()), "held")])
 
     @rule(really=st.sampled_from([False, False, True]))
     def reset(self, really: bool) -> None:
@@ -249,7 +249,6 @@ class CacheMachine(RuleBasedStateMachine):
         self.before = list(self.scheduler.running)
         self.to_compute = {r.request_id: r.num_tokens_to_compute for r in self.before}
         self.preempted = {r.request_id for r in self.scheduler.requests.values() if r.status is RequestStatus.PREEMPTED}
-        self.followed = dict(self.scheduler._followers._leaders)
         self.in_order = False  # until the step is done
         try:
             outputs = self.engine.step()
@@ -292,7 +291,7 @@ class CacheMachine(RuleBasedStateMachine):
                 self.runner.device[share.plan.block_table[position // self.size]][position % self.size] = None
 
     def held(self) -> list[str]:
-        return [i for i in self.kept if self.scheduler.is_held(i) and self.scheduler.requests[i].hold]
+        return [i for i in self.kept if i in self.scheduler._held]
 
     def unfinished(self) -> list[str]:
         """The samples that go on."""
@@ -319,7 +318,7 @@ class CacheMachine(RuleBasedStateMachine):
         if output.finished:
             if record.hold:
                 (sample,) = output.outputs
-                assert self.scheduler.is_held(output.request_id) == (sample.finish_reason in ("stop", "length"))
+                assert (output.request_id in self.scheduler._held) == (sample.finish_reason in ("stop", "length"))
                 self.kept[output.request_id] = [*record.prompt, *sample.token_ids]
             self.texts = [*self.texts, [*record.prompt, *output.outputs[-1].token_ids]][-6:]
             del self.records[output.request_id]
@@ -388,12 +387,14 @@ class CacheMachine(RuleBasedStateMachine):
         if not self.scheduler.waiting or full or room == 0 or step.preempted_req_ids:
             return
         head = self.scheduler.waiting.peek_request()
-        if self.scheduler._leader_to_fork(head) is not None:
+        if head.request_id in self.scheduler._waiting_forks:
             return  # test_scheduler_machine.py of M3 has the arithmetic
         start = self.manager.get_computed_blocks(head)
         piece = min(head.num_tokens - start, room, self.long_prefill_token_threshold)
         if self.chunked or piece == head.num_tokens - start or head.status is RequestStatus.PREEMPTED:
-            held = sum(self.manager.pool.ref_cnt[entry.block] > 0 for entry in self.manager._hits(head))
+            swapped = head.request_id in self.manager.snapshot().host_tables
+            hits = [] if swapped else self.manager._hits(head)
+            held = sum(self.manager.pool.ref_cnt[entry.block] > 0 for entry in hits)
             assert -(-(start + piece) // self.size) - held > self.manager.pool.num_free - self.manager.watermark
             self.seen["no room for the head of the line"] += 1
 
@@ -409,7 +410,6 @@ class CacheMachine(RuleBasedStateMachine):
             self.seen["hit"] += 1
             self.seen["hit what is written in the same step"] += bool(written & set(hits))
             self.seen["hit its own output"] += share.start > request.num_prompt_tokens
-            self.seen["followed, and went on in the same step"] += share.request_id in self.followed
 
     def written(self, share: ScheduledRequest) -> tuple[int, ...]:
         end = share.start + share.num_tokens
@@ -424,26 +424,13 @@ class CacheMachine(RuleBasedStateMachine):
         requests = self.scheduler.requests.values()
         running = [r for r in requests if r.status is RequestStatus.RUNNING]
         waiting = [r for r in requests if r in self.scheduler.waiting]
-        parked = [r for r in requests if r in self.scheduler._forks]
-        following = [r for r in requests if r in self.scheduler._followers]
-        held = [r for r in requests if r.is_finished]
-        assert len(requests) == sum(map(len, (running, parked, waiting, following, held)))
+        parked = [r for samples in self.scheduler._parked._by_leader.values() for r in samples]
+        assert len(requests) == sum(map(len, (running, parked, waiting)))
         assert {id(r) for r in self.scheduler.running} == {id(r) for r in running}
         assert len(self.scheduler.running) == len(running) <= self.limit
-        assert self.scheduler.num_waiting == len(waiting) + len(parked) + len(following)
-        assert {r.request_id for r in held} == self.scheduler._held
-        assert set(self.unfinished()) == {r.request_id for r in (*running, *parked, *waiting, *following)}
-        for request in following:
-            self.check_follower(request)
-
-    def check_follower(self, request: Request) -> None:
-        """It waits for one that runs, and has not yet computed what they have in common."""
-        leader = self.scheduler.requests[self.scheduler._followers._leaders[request.request_id]]
-        (until,) = (p.until for p in self.scheduler._followers._places[leader.request_id] if p.request is request)
-        assert leader.status is RequestStatus.RUNNING and leader.num_computed_tokens < until < request.num_tokens
-        assert leader.tokens(0, until) == request.tokens(0, until) and leader.cache_salt == request.cache_salt
-        assert request.num_computed_tokens == 0 and until % self.size == 0
-        self.seen["follows"] += 1
+        assert self.scheduler.num_waiting == len(waiting) + len(parked)
+        assert all(r.hold and r.is_finished for r in self.scheduler._held.values())
+        assert set(self.unfinished()) == {r.request_id for r in (*running, *parked, *waiting)}
 
     @invariant()
     def the_books_are_right_and_every_token_is_in_its_cell(self) -> None:
@@ -452,15 +439,16 @@ class CacheMachine(RuleBasedStateMachine):
         self.manager.check()
         check_cache(self.engine)
         snapshot = self.manager.snapshot()
-        for request in self.scheduler.requests.values():
-            i, count = request.request_id, request.num_computed_tokens
-            if request.status is RequestStatus.WAITING or count == 0:
+        requests = {**self.scheduler.requests, **self.scheduler._held}
+        assert {*snapshot.tables, *snapshot.host_tables} <= set(requests)
+        for i, request in requests.items():
+            count, waits = request.num_computed_tokens, request.status is RequestStatus.WAITING
+            assert (waits and count > 0) == (i in self.scheduler._waiting_forks)
+            if count == 0:
                 assert i not in snapshot.tables and i not in snapshot.host_tables
                 continue
             on_host = i in snapshot.host_tables
             assert on_host or request.status is not RequestStatus.PREEMPTED
-            if request.is_finished and i not in snapshot.tables:
-                continue  # its K/V was lost or is on the host: nobody forks it
             table, cells = snapshot.tables.get(i, ()), self.runner.device
             if on_host:
                 table, cells = snapshot.host_tables[i], self.runner.host
@@ -470,15 +458,16 @@ class CacheMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         if not hasattr(self, "engine") or not self.in_order:
             return
-        self.engine.core.let_go(list(self.kept))
+        self.engine.core.scheduler.free_held(list(self.kept))
         for _ in range(2000):
             if not self.engine.has_unfinished_requests():
                 break
             self.step()
-            self.engine.core.let_go(list(self.kept))
+            self.engine.core.scheduler.free_held(list(self.kept))
             self.everyone_is_in_exactly_one_place()
             self.the_books_are_right_and_every_token_is_in_its_cell()
         assert not self.records
+        self.engine.core.abort_requests([])  # after a failed step nothing has told the runner of its end
         check_nothing_is_left(self.engine)
 
 
@@ -492,8 +481,6 @@ def test_the_rules_hold_in_every_step_and_everything_really_happened() -> None:
         "hit",
         "hit what is written in the same step",
         "hit its own output",
-        "follows",
-        "followed, and went on in the same step",
         "preempted",
         "skipped",
         "reset while some run",

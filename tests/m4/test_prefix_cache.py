@@ -1,4 +1,4 @@
-"""The index of cached blocks alone: keys in a chain, collisions, and what becomes of promises."""
+"""The index of cached blocks alone: keys in a chain, collisions, and pending blocks."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def write(cache: PrefixCache, r: Request, blocks: Sequence[int]) -> list[CachedB
     return chain
 
 
-def find(cache: PrefixCache, tokens: Sequence[int], salt: str = "") -> list[int | None]:
-    """The blocks that a new request with these tokens would find; None for one that is promised."""
+def find(cache: PrefixCache, tokens: Sequence[int], salt: str = "") -> list[int]:
+    """The blocks that a new request with these tokens would find."""
     newcomer = request("newcomer", tokens, salt)
     found = [entry.block for entry in cache.find(newcomer, len(tokens) // cache.block_size)]
     cache.forget("newcomer")
@@ -127,41 +127,36 @@ def test_a_salt_separates() -> None:
     assert find(cache, [1, 2, 3, 4], "mine") == [1, 2] and find(cache, [1, 2, 3, 4]) == [3, 4]
 
 
-def test_promised_then_pending_then_written() -> None:
+def test_a_pending_block_is_found_and_stays_when_it_is_written() -> None:
     cache, chain = PrefixCache(2, SECRET), []
     r = request("r", [1, 2, 3, 4, 5, 6, 7])
     cache.extend(r, chain, [], 0)  # a first chunk of one token, say
-    entries = cache.find(request("x", r.prompt_token_ids), 3)
-    assert [(e.block, e.writer) for e in entries] == [(None, "r")] * 3 and chain == [] and len(cache) == 0
+    assert chain == [] and len(cache) == 0 and find(cache, r.prompt_token_ids) == []
     cache.commit("r")
-    assert [(e.block, e.writer) for e in entries] == [(None, "r")] * 3
     cache.extend(r, chain, [5, 6], 2)
-    assert [(e.block, e.writer) for e in entries] == [(5, "r"), (6, "r"), (None, "r")] and len(cache) == 2
-    cache.check()
+    assert find(cache, r.prompt_token_ids) == [5, 6] and [e.block for e in chain] == [5, 6]
     cache.commit("r")
-    assert [(e.block, e.writer) for e in entries] == [(5, None), (6, None), (None, "r")] and chain == entries[:2]
     cache.extend(r, chain, [5, 6, 7], 3)
+    assert find(cache, r.prompt_token_ids) == [5, 6, 7]
     cache.commit("r")
-    assert [(e.block, e.writer) for e in entries] == [(5, None), (6, None), (7, None)] and chain == entries
-    cache.check()
     cache.forget("r")
-    assert find(cache, [1, 2, 3, 4, 5, 6, 7]) == [5, 6, 7]  # what is written stays
+    assert find(cache, r.prompt_token_ids) == [5, 6, 7] and len(cache) == 3
 
 
-def test_who_leaves_takes_promised_and_pending_along_and_leaves_what_is_written() -> None:
+def test_a_request_that_leaves_takes_its_pending_blocks_along_and_leaves_what_is_written() -> None:
     cache, chain = PrefixCache(2, SECRET), []
     r = request("r", [1, 2, 3, 4, 5, 6])
     cache.extend(r, chain, [1], 1)
     cache.commit("r")
     cache.extend(r, chain, [1, 2], 2)
-    assert find(cache, [1, 2, 3, 4, 5, 6]) == [1, 2, None]
+    assert find(cache, [1, 2, 3, 4, 5, 6]) == [1, 2]
     cache.forget("r")
     assert find(cache, [1, 2, 3, 4, 5, 6]) == [1] and len(cache) == 1
-    assert (cache._unwritten, cache._has_promised, cache._keys) == ({}, set(), {})
+    assert (cache._pending, cache._keys) == ({}, {})
 
 
 def test_tokens_that_are_known_later_are_entered_when_their_block_is_full() -> None:
-    """The output: it is promised by nobody, and cached like the prompt."""
+    """The output is cached like the prompt."""
     cache, chain = PrefixCache(2, SECRET), []
     r = request("r", [1, 2, 3])
     cache.extend(r, chain, [1, 2], 1)
@@ -170,15 +165,6 @@ def test_tokens_that_are_known_later_are_entered_when_their_block_is_full() -> N
     cache.extend(r, chain, [1, 2], 2)
     cache.commit("r")
     assert find(cache, [1, 2, 3, 4, 5]) == [1, 2]
-
-
-def test_a_preempted_request_promises_its_output_too() -> None:
-    cache, r = PrefixCache(2, SECRET), request("r", [1, 2, 3])
-    write(cache, r, [1])
-    r.output_token_ids += [4, 5, 6]
-    cache.forget("r")  # it is preempted, and comes back with a first chunk
-    cache.extend(r, [], [1], 1)
-    assert find(cache, [1, 2, 3, 4, 5, 6]) == [1, None, None]
 
 
 # ---------------------------------------------------------------------- two that compute the same
@@ -212,42 +198,6 @@ def test_when_the_firsts_block_is_evicted_the_seconds_takes_its_place() -> None:
     cache.extend(b, chain, [3, 4, 5], 3)
     cache.commit("b")
     assert find(cache, [1, 2, 3, 4, 5, 6]) == [3, 4, 5] and [e.block for e in chain] == [3, 4, 5]
-    cache.check()
-
-
-def test_who_is_there_first_takes_over_what_another_has_promised() -> None:
-    """ "a" promised all its blocks. "b" computes the first two before it; the third stays a promise of "a"."""
-    cache, of_a, of_b = PrefixCache(2, SECRET), [], []
-    a, b = request("a", [1, 2, 3, 4, 5, 6]), request("b", [1, 2, 3, 4, 9, 9])
-    cache.extend(a, of_a, [], 0)
-    cache.extend(b, of_b, [7, 8], 2)
-    assert [(e.block, e.writer) for e in of_b] == [(7, "b"), (8, "b")]
-    cache.check()
-    cache.commit("a")  # a step that wrote none of its blocks
-    assert [e.writer for e in of_b] == ["b", "b"]
-    cache.commit("b")
-    assert [e.writer for e in of_b] == [None, None]
-    assert find(cache, [1, 2, 3, 4, 5, 6]) == [7, 8, None]
-    cache.extend(a, of_a, [1, 2], 2)  # its own blocks are not needed in the index
-    assert of_a == of_b and find(cache, [1, 2, 3, 4, 5, 6]) == [7, 8, None]
-    cache.commit("a")
-    cache.forget("a")
-    assert find(cache, [1, 2, 3, 4, 5, 6]) == [7, 8]  # neither forgets what the other has written
-    cache.forget("b")
-    assert find(cache, [1, 2, 3, 4, 5, 6]) == [7, 8] and cache._unwritten == {}
-    cache.check()
-
-
-def test_who_took_a_promise_over_and_leaves_leaves_no_hash_behind() -> None:
-    cache = PrefixCache(2, SECRET)
-    a, b = request("a", [1, 2, 3, 4]), request("b", [1, 2, 3, 4])
-    cache.extend(a, [], [], 0)
-    cache.extend(b, [], [7], 1)
-    cache.forget("b")  # it gives way in this very step
-    assert find(cache, [1, 2, 3, 4]) == [] and len(cache) == 0
-    cache.commit("a")
-    cache.forget("a")
-    assert len(cache._entries) == 0
     cache.check()
 
 
@@ -340,7 +290,7 @@ def test_a_request_whose_own_blocks_collide_finds_nothing_wrong() -> None:
     assert cache.parents() == {3: None}
 
 
-def test_a_collision_takes_a_promise_and_a_pending_entry_away_for_good() -> None:
+def test_a_collision_takes_a_pending_entry_away_for_good() -> None:
     cache, chain = PrefixCache(2, SECRET, constant), []
     a = request("a", [1, 4, 5, 5])
     cache.extend(a, chain, [1], 1)
@@ -365,10 +315,7 @@ def test_the_check_sees_what_is_wrong() -> None:
     with pytest.raises(RuntimeError, match="by key and by block differ"):
         cache.check()
     cache = make()
-    cache._by_block[1].writer = "somebody"
-    with pytest.raises(RuntimeError, match="not among its unwritten entries"):
-        cache.check()
-    cache = make()
-    cache._by_block.pop(1).block = None
-    with pytest.raises(RuntimeError, match="neither a block nor a writer"):
+    (entry,) = cache._entries.values()
+    cache._entries[b"another key"] = cache._entries.pop(entry.key)
+    with pytest.raises(RuntimeError, match="by key and by block differ"):
         cache.check()

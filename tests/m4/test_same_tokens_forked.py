@@ -69,11 +69,10 @@ def test_under_every_policy(
 def test_requests_that_come_while_others_run(
     name: str, cases: dict[str, SharedCase], oracle_stats: OracleStats
 ) -> None:
-    """Chunks, followers and decodes of different requests in one forward."""
+    """Chunks, decodes and prompts with a common prefix in one forward."""
     case = cases[name]
     llm = case.llm(block_size=4, num_kv_blocks=30, max_num_batched_tokens=12, long_prefill_token_threshold=8)
     waiting, done = list(enumerate(case.prompts)), {}
-    followed = 0
     while waiting or llm.engine.has_unfinished_requests():
         if waiting and len(llm.engine.trace) % 2 == 0:
             index, prompt = waiting.pop(0)
@@ -81,10 +80,9 @@ def test_requests_that_come_while_others_run(
         for output in llm.engine.step():
             if output.finished:
                 done[int(output.request_id)] = output.outputs[0].token_ids
-        followed += len(llm.engine.core.scheduler._followers)
         manager_of(llm.engine).check()
     case.compare([done[i] for i in range(len(SHAPES))], oracle_stats)
-    assert followed > 0 and llm.engine.stats.cached_tokens > 0
+    assert llm.engine.stats.cached_tokens > 0
     assert any(0 < step.num_prefills < len(step.requests) for step in llm.engine.trace)
     check_all_free(llm.engine)
 

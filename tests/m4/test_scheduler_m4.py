@@ -226,24 +226,26 @@ def test_a_hash_function_that_collides_gives_no_wrong_token() -> None:
 
 
 @pytest.mark.parametrize(
-    ("budget", "threshold", "chunked"), [(1000, 0, True), (1000, 0, False), (40, 0, False), (64, 7, True)]
-    + [(budget, 0, True) for budget in (1, 5, 16, 30)],
-)  # fmt: skip
-def test_16_simultaneous_requests_compute_a_common_prefix_once(budget: int, threshold: int, chunked: bool) -> None:
-    engine = cached_engine(
-        num_blocks=200,
-        max_num_seqs=16,
-        budget=budget,
-        chunked_prefill=chunked,
-        long_prefill_token_threshold=threshold,
-    )
+    ("budget", "chunked"), [(1000, True), (1000, False), (40, False), (1, True), (5, True), (16, True), (30, True)]
+)
+def test_16_simultaneous_requests_compute_a_common_prefix_once(budget: int, chunked: bool) -> None:
+    engine = cached_engine(num_blocks=200, max_num_seqs=16, budget=budget, chunked_prefill=chunked)
     prompts = {str(i): [*COMMON[:26], i, i] for i in range(16)}
     wanted = {name: add(engine, name, prompt, 3) for name, prompt in prompts.items()}
     finish(engine, wanted)
     assert engine.stats.prompt_tokens_computed == 24 + 16 * 4  # whole blocks are shared: 6 of 4 tokens
     assert engine.stats.cached_tokens == 15 * 24
-    if budget == 1000 and not threshold:
+    if budget == 1000:
         assert list(shares(engine)[0].values()) == [28, *[4] * 15]
+
+
+def test_with_a_threshold_below_the_prefix_requests_that_run_together_compute_it_side_by_side() -> None:
+    """As in vLLM V1: each gets a chunk of its own in the first step, before any block of the second chunk exists."""
+    engine = cached_engine(num_blocks=100, budget=64, long_prefill_token_threshold=8)
+    wanted = {str(i): add(engine, str(i), [*COMMON[:26], i, i], 3) for i in range(2)}
+    finish(engine, wanted)
+    assert shares(engine)[0] == {"0": 8, "1": 8}  # the second finds the first 8 tokens, pending, and goes on from there
+    assert pieces(engine, "1")[0] == (8, 8) and engine.stats.cached_tokens == 8
 
 
 def test_equal_prompts_compute_all_but_their_last_block_once() -> None:

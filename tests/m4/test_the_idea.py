@@ -4,7 +4,7 @@ A step gives its decodes a token each, and what is left of the budget to prompts
 decodes waits for it. Blocks that are full stay in a cache, found by the tokens in them and before them. This file is
 what to read first. The others check it in depth: `test_same_tokens_m4.py` and `test_same_tokens_forked.py` the text;
 `test_scheduler_m4.py` the chunks; `test_prefix_cache.py` what is found, and `test_lru.py` what is forgotten;
-`test_followers.py` prefixes that are being computed; `test_machine_m4.py` all of it with random requests.
+`test_pending_blocks.py` that only written blocks are found; `test_machine_m4.py` all of it with random requests.
 """
 
 from __future__ import annotations

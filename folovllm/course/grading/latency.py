@@ -144,7 +144,7 @@ class PlannedScheduler(Scheduler):
         self.chosen_by = policy
         self._planned = 0  # tokens of the request that is being scheduled
 
-    def _piece(self, num_tokens: int, step: SchedulerOutput) -> int:
+    def _num_new_tokens(self, num_tokens: int, step: SchedulerOutput) -> int:
         return min(num_tokens, self._planned)
 
     def schedule(self) -> SchedulerOutput:

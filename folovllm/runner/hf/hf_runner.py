@@ -14,24 +14,23 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from folovllm.kv_cache.interface import KVCopy, KVOp
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.runner.hf.padded_cache import PaddedCaches
 from folovllm.runner.interface import ModelRunner
+from folovllm.runner.sampling_states import SamplingStates
 from folovllm.runner.threads import cpu_threads
-from folovllm.sampling.sampler import Sampler, SamplingState
+from folovllm.sampling.sampler import Sampler
 
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
 
-NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
-# Layers whose K/V is a plain list of tokens. Others keep a running state that cannot be forked at a chosen token.
+# Layers whose K/V is a list of tokens. Other layers keep a running state, which has no K/V to account for.
 SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
 
 
 @dataclass(frozen=True)
 class Padding:
-    """What a forward handled for nobody: rows of new tokens, and columns of K/V that the mask hides."""
+    """Padding in one forward: rows of new tokens, and columns of K/V that the mask hides."""
 
     tokens: int = 0
     kv_tokens: int = 0
@@ -40,8 +39,8 @@ class Padding:
 class HFRunner(ModelRunner):
     """Runs the scheduled requests through a Hugging Face model and samples them together.
 
-    batching: "loop" gives every request a forward of its own, whoever shares the step. "padded" puts all prefills of a
-    step into one forward and all decodes into another.
+    batching: "loop" runs one forward per request. "padded" puts all prefills of a step into one forward and all decodes
+    into another.
     """
 
     def __init__(
@@ -58,11 +57,10 @@ class HFRunner(ModelRunner):
                 f"the model has layers of type {sorted(layers - SUPPORTED_LAYERS)}; allowed: {sorted(SUPPORTED_LAYERS)}"
             )
         self.model = model
-        self.sampler = sampler
         self.batching = batching
         self.clock = clock
         self.num_threads = num_threads
-        self.states: dict[str, SamplingState] = {}
+        self.states = SamplingStates(sampler)
         self.caches = PaddedCaches()
 
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
@@ -72,15 +70,9 @@ class HFRunner(ModelRunner):
 
     def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start = self.clock()
-        self._apply(step.kv_ops)
+        self.states.update(step)
         for request_id in step.finished_req_ids:
-            self.states.pop(request_id, None)
             self.caches.drop(request_id)
-        for new in step.scheduled_new_reqs:
-            generator = self.sampler.make_generator(new.sampling_params)
-            self.states[new.request_id] = SamplingState(
-                new.sampling_params, new.prompt_token_ids, [], new.stop_token_ids, generator
-            )
         groups = self._groups(step.scheduled)
         prepared = self.clock()
         rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
@@ -90,7 +82,8 @@ class HFRunner(ModelRunner):
             rows.update(zip((share.request_id for share in group), logits, strict=True))
             paddings.append(padding)
         forwarded = self.clock()
-        result = self._sample(step.scheduled, rows)
+        sampling = [rows[share.request_id] for share in step.scheduled if share.samples]
+        result = self.states.sample(step.scheduled, torch.stack(sampling) if sampling else None)
         result.forwards = len(groups)
         result.padding_tokens = sum(padding.tokens for padding in paddings)
         result.padding_kv_tokens = sum(padding.kv_tokens for padding in paddings)
@@ -101,12 +94,6 @@ class HFRunner(ModelRunner):
         }
         return result
 
-    def _apply(self, kv_ops: list[KVOp]) -> None:
-        for op in kv_ops:
-            if not isinstance(op, KVCopy):
-                raise RuntimeError(f"a contiguous cache can only be copied, and was asked for {op}")
-            self.caches.copy(op.src, op.dst, op.num_tokens)
-
     def _groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
         """Which requests share a forward: prefills do, and so do decodes.
 
@@ -115,10 +102,8 @@ class HFRunner(ModelRunner):
         if self.batching == "loop":
             return [[share] for share in scheduled]
         prefills = [share for share in scheduled if share.start == 0]
-        decodes = [share for share in scheduled if share.start > 0 and share.num_tokens == 1]
-        # Several new tokens behind K/V of several lengths would need padding in the middle of a row.
-        others = [[share] for share in scheduled if share.start > 0 and share.num_tokens > 1]
-        return [group for group in (prefills, decodes, *others) if group]
+        decodes = [share for share in scheduled if share.start > 0]
+        return [group for group in (prefills, decodes) if group]
 
     def _forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
         """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
@@ -150,22 +135,3 @@ class HFRunner(ModelRunner):
         batch.lengths = lengths
         logits: Tensor = out.logits[:, -1]  # [B, V]
         return logits, Padding(sum(pad for pad, _ in rows), sum(hidden))
-
-    def _sample(self, scheduled: list[ScheduledRequest], rows: dict[str, Tensor]) -> ModelRunnerOutput:
-        result = ModelRunnerOutput()
-        sampling = [i for i, share in enumerate(scheduled) if share.samples]
-        states = [self.states[scheduled[i].request_id] for i in sampling]
-        result.sampled_token_ids = [[] for _ in scheduled]
-        result.logprobs = [None] * len(scheduled)
-        if not states:
-            return result
-        logits = torch.stack([rows[scheduled[i].request_id] for i in sampling])  # [R, V]
-        out = self.sampler(logits, states)
-        result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
-        for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
-            if scheduled[i].request_id in result.failed:
-                continue
-            state.output_token_ids.append(token_id)
-            result.sampled_token_ids[i] = [token_id]
-            result.logprobs[i] = None if logprobs is None else [logprobs]
-        return result

@@ -1,16 +1,16 @@
 """The K/V of several requests as one left-padded batch (M2).
 
 Hugging Face's forward takes a rectangle, so requests of different lengths need padding. It goes to the left: then every
-row ends in the same column, where its next token will stand and where its logits are read.
+row ends in the same column, where its logits are read and behind which its next token goes.
 
     request a, 3 tokens   . . a0 a1 a2 | a3
-    request b, 5 tokens   b0 b1 b2 b3 b4 | b5        . padding: K/V of nobody, which the mask hides
+    request b, 5 tokens   b0 b1 b2 b3 b4 | b5        . padding, which the mask hides
     request c, 1 token    . . .  .  c0 | c1        | the next step's column
 
 While the same requests run, a step appends a column. When one leaves or joins, rows are copied into a new rectangle.
 
 Invariants:
-  1. Every request with K/V is one row of one batch, its home; its K/V stands in the row's last `length` columns.
+  1. Every request with K/V is one row of one batch, its home; its K/V is in the row's last `length` columns.
   2. A batch is as wide as the longest of the requests it was made for.
   3. Padding is finite: a masked value is multiplied by a weight of 0, and 0 times NaN would be NaN.
 """
@@ -29,8 +29,8 @@ from transformers.cache_utils import DynamicLayer
 def empty_cache() -> DynamicCache:
     """A cache that keeps every token.
 
-    It is given no config on purpose: with one, sliding-window layers keep only their window, and such a cache cannot be
-    cut back to a prompt. The attention mask still applies the window.
+    It is given no config on purpose: with one, sliding-window layers keep only their window, and the layers of a batch
+    would differ in width. The attention mask still applies the window.
     """
     return DynamicCache()
 
@@ -56,7 +56,7 @@ class PaddedBatch:
 
 
 class PaddedCaches:
-    """Which batch every live request is a row of."""
+    """The batch that each unfinished request is a row of."""
 
     def __init__(self) -> None:
         self._home: dict[str, PaddedBatch] = {}
@@ -69,7 +69,7 @@ class PaddedCaches:
         return self._settle(PaddedBatch(list(request_ids), [0] * len(request_ids)))
 
     def gather(self, request_ids: Sequence[str]) -> PaddedBatch:
-        """These requests, in this order, as one batch: the one they form already, or a new one with copies of rows."""
+        """These requests, in this order, as one batch: their present one, or a new one with copies of their rows."""
         home = self._home[request_ids[0]]
         if home.request_ids == list(request_ids) and all(self._home[i] is home for i in request_ids):
             return home
@@ -82,15 +82,8 @@ class PaddedCaches:
             batch.cache.update(keys, values, index)
         return self._settle(batch)
 
-    def copy(self, src: str, dst: str, num_tokens: int) -> None:
-        """Give `dst` K/V of its own, equal to that of `src`'s first `num_tokens` tokens."""
-        batch = PaddedBatch([dst], [num_tokens])
-        for index, (keys, values) in enumerate(self._home[src].rows(src)):
-            batch.cache.update(keys[None, :, :num_tokens].clone(), values[None, :, :num_tokens].clone(), index)
-        self._settle(batch)
-
     def drop(self, request_id: str) -> None:
-        """Forget a request. Its row goes with its batch, once the others have left it. Unknown ids are ignored."""
+        """Forget a request. Its row is freed when all requests of its batch have left it. Unknown ids are ignored."""
         self._home.pop(request_id, None)
 
     def _settle(self, batch: PaddedBatch) -> PaddedBatch:
