@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from folovllm.config import check_int
+from folovllm.checks import check_int
 from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.trace import StepTrace
 

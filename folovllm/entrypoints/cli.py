@@ -13,7 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from folovllm.config import MILESTONES, NEWEST_MILESTONE, EngineConfig, check_float, check_int
+from folovllm.checks import check_float, check_int
+from folovllm.config import MILESTONES, NEWEST_MILESTONE, EngineConfig
 from folovllm.engine.factory import step_threads
 from folovllm.engine.recording import recording
 from folovllm.entrypoints.llm import LLM, Message
