@@ -12,7 +12,6 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
-from folovllm.attention.torch_compiled import TorchCompiledBackend
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
 from folovllm.engine.core import EngineCore
@@ -184,8 +183,6 @@ def make_backend(name: str, device: torch.device) -> AttentionBackend:
         return TorchBackend()
     if name == "reference":
         return ReferenceBackend()
-    if name == "torch-compiled":
-        return TorchCompiledBackend()
     raise ValueError(f"attention_backend={name!r} is not valid; allowed: {', '.join(ATTENTION_BACKENDS)}")
 
 
