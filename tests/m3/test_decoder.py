@@ -24,7 +24,7 @@ from folovllm.attention.torch_backend import TorchBackend
 from folovllm.models import weights
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.layers import Linear, packing_works
-from folovllm.models.loader import load_config, load_hf_model, resolve_model
+from folovllm.models.loader import LoadSpec, load_config, load_hf_model, resolve_model
 from folovllm.models.weights import fill_dummy, load_decoder, targets
 from folovllm.runner.kv_storage import KVStorage
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_config, tiny_model
@@ -54,7 +54,7 @@ def one_thread() -> None:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Decoder:
     source = resolve_model(str(folder))
-    return load_decoder(source, load_config(source), dtype, CPU, **kwargs)
+    return load_decoder(LoadSpec(source, load_config(source), dtype, CPU, **kwargs))
 
 
 @dataclass
@@ -401,9 +401,9 @@ def test_a_shape_without_weights_and_a_wrong_load_format_are_refused(tmp_path: P
     source = resolve_model("qwen3-0.6b")
     config = tiny_config("qwen3")
     with pytest.raises(ValueError, match=r"qwen3-0.6b.*without weights: pass load_format='dummy' for random ones"):
-        load_decoder(source, config, torch.float32, CPU)
-    with pytest.raises(ValueError, match="load_format='gguf' is not valid; allowed: auto, safetensors, dummy"):
-        load_decoder(source, config, torch.float32, CPU, load_format="gguf")
+        load_decoder(LoadSpec(source, config, torch.float32, CPU))
+    with pytest.raises(ValueError, match="load_format='gguf' is not valid; allowed: 'auto', 'safetensors', 'dummy'"):
+        LoadSpec(source, config, torch.float32, CPU, load_format="gguf")
 
 
 # ---------------------------------------------------------------------- dummy weights, memory, packing
