@@ -147,7 +147,7 @@ def build_paged(
             )
     swaps = config.scheduler.preemption_mode == "swap"
     num_host_blocks = int(config.cache.swap_space * GIB) // block_bytes if swaps else 0
-    storage = KVStorage.of_model(model, num_blocks, num_host_blocks, size)
+    storage = KVStorage(model.config, model.dtype, model.device, size, num_blocks, num_host_blocks)
     manager = BlockManager(num_blocks, size, num_host_blocks, PrefixCache(size) if config.prefix_caching else None)
     num_threads = step_threads(config, spec.hf_config, device)[0]
     return manager, PagedRunner(model, storage, backend, sampler, buffers, num_threads=num_threads)

@@ -67,7 +67,7 @@ class Paged:
     tables: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.storage = KVStorage.of_model(self.decoder, 200, 0, BLOCK_SIZE)
+        self.storage = KVStorage(self.decoder.config, self.decoder.dtype, CPU, BLOCK_SIZE, 200)
         self.storage.device_pool.fill_(torch.nan)  # nobody may read what was not written
         self.free = torch.randperm(200, generator=torch.Generator().manual_seed(0)).add(1).tolist()
 
