@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,21 +12,15 @@ from folovllm.checks import invalid
 from folovllm.sampling_params import SamplingParams
 
 
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids."""
-
-    prompt_token_ids: list[int]
-    cache_salt: NotRequired[str]  # only prompts with the same salt share cached prefixes
-
-
-class TextPrompt(TypedDict):
-    """A prompt given as text."""
+class PromptDict(TypedDict, total=False):
+    """A prompt as text or as token ids: one of the first two keys."""
 
     prompt: str
-    cache_salt: NotRequired[str]  # as in `TokensPrompt`
+    prompt_token_ids: list[int]
+    cache_salt: str  # only prompts with the same salt share cached prefixes
 
 
-Prompt = str | list[int] | TokensPrompt | TextPrompt
+Prompt = str | list[int] | PromptDict
 
 
 @dataclass(frozen=True)

@@ -32,13 +32,13 @@ class OutputStream(Iterator[RequestOutput]):
     def __init__(self, engine: LLMEngine, request_ids: Sequence[str]) -> None:
         self._engine = engine
         self._unfinished: set[str] = set()
-        self._turns: deque[str] = deque(request_ids)  # the first is stepped for until it is finished
         self._ready: deque[RequestOutput] = deque()
         engine.check_live(request_ids)
         self._unfinished.update(request_ids)
 
     def __next__(self) -> RequestOutput:
-        while not self._ready and self._waits():
+        # Another thread may have aborted or finished some of them.
+        while not self._ready and any(map(self._engine.is_live, self._unfinished)):
             try:
                 self._ready.extend(self._engine.step_for(self._unfinished, final_only=False))
             except BaseException:
@@ -46,18 +46,9 @@ class OutputStream(Iterator[RequestOutput]):
                 raise
             self._unfinished -= {o.request_id for o in self._ready if o.finished}
         if not self._ready:
+            self._unfinished.clear()  # another request may use these ids again
             raise StopIteration
         return self._ready.popleft()
-
-    def _waits(self) -> bool:
-        """Whether any request is still live. Another thread may have aborted or finished it."""
-        while self._turns:
-            first = self._turns[0]
-            if first in self._unfinished and self._engine.is_live(first):
-                return True
-            self._unfinished.discard(first)
-            self._turns.popleft()
-        return False
 
     def close(self) -> None:
         """Abort the unfinished requests, and yield nothing more."""
@@ -206,10 +197,7 @@ def check_conversation(conversation: Any) -> None:
     if not isinstance(conversation, (list, tuple)) or not conversation:
         raise invalid("messages", conversation, allowed)
     for i, message in enumerate(conversation):
-        if (
-            not isinstance(message, dict)
-            or set(message) != {"role", "content"}
-            or not all(isinstance(v, str) for v in message.values())
-            or message["role"] not in ("system", "user", "assistant")
-        ):
+        known = isinstance(message, dict) and message.keys() == {"role", "content"}
+        roles = ("system", "user", "assistant")
+        if not known or message["role"] not in roles or not isinstance(message["content"], str):
             raise invalid(f"messages[{i}]", message, allowed)

@@ -181,7 +181,7 @@ class Decoder(nn.Module):
         """Reorder the weights of linear layers for a CPU in bfloat16. Elsewhere a no-op."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(keep=module is self.head and self.config.tied_embeddings)
+                module.pack()
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.head(hidden)

@@ -49,12 +49,11 @@ class Linear(nn.Module):
         self.bias = empty_parameter(outputs, dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
 
-    def pack(self, keep: bool = False) -> None:
-        """Reorder the weight if that works. The original is dropped unless `keep` (the embedding shares it)."""
-        if self.weight is not None and can_pack(self.weight):
-            self.packed = packed_weight(self.weight.data)
-            if not keep:
-                self.weight = None
+    def pack(self) -> None:
+        """Reorder the weight, if this CPU supports it, and drop the original."""
+        weight = self.weight
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
+            self.packed, self.weight = packed_weight(weight.data), None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.packed is not None:
@@ -67,17 +66,9 @@ class Linear(nn.Module):
 PACK_ROWS = 16  # the batch size that the packed layout is optimised for: a decode step of a small batch
 
 
-def can_pack(weight: Tensor) -> bool:
-    """Whether such a weight can be packed.
-
-    Packing calls functions of torch's compiler that are not public API, so they are tried out first.
-    """
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
-
-
 @cache
 def packing_works() -> bool:
-    """Whether packed and plain weights give the same product, with this torch on this CPU."""
+    """Whether packed and plain weights give the same product: packing calls functions that are not public API."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator).bfloat16()  # [out, in]
     rows = torch.randn(5, 96, generator=generator).bfloat16()  # [T, in]
