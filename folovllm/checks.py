@@ -22,7 +22,7 @@ def quoted(choices: Sequence[object]) -> str:
 
 
 def check_int(name: str, value: object, minimum: int, maximum: int | None = None) -> None:
-    """Allow an int (not a bool) in [minimum, maximum]."""
+    """Accept an int (not a bool) in [minimum, maximum]."""
     allowed = f"an integer >= {minimum}" + ("" if maximum is None else f" and <= {maximum}")
     is_int = isinstance(value, int) and not isinstance(value, bool)
     if not is_int or value < minimum or (maximum is not None and value > maximum):  # type: ignore[operator]
@@ -30,20 +30,20 @@ def check_int(name: str, value: object, minimum: int, maximum: int | None = None
 
 
 def check_float(name: str, value: object, low: float, high: float, allowed: str | None = None) -> float:
-    """Allow a real number in [low, high], and return it as a float. NaN is in no range."""
+    """Accept a real number in [low, high], and return it as a float. NaN is in no range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not low <= value <= high:
         raise invalid(name, value, allowed or f"a number >= {low} and <= {high}")
     return float(value)
 
 
 def check_choice(name: str, value: object, choices: Sequence[object]) -> None:
-    """Allow one of `choices`."""
+    """Accept one of `choices`."""
     if value not in choices:
         raise invalid(name, value, quoted(choices))
 
 
 def check_bool(name: str, value: object, allowed: str = "True or False") -> None:
-    """Allow True and False."""
+    """Accept True and False."""
     if not isinstance(value, bool):
         raise invalid(name, value, allowed)
 

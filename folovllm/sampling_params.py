@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 GREEDY_BELOW = 1e-5  # vLLM's _SAMPLING_EPS: a smaller temperature means argmax
 MIN_TEMPERATURE = 1e-2  # vLLM's _MAX_TEMP: dividing by less could overflow
 MAX_N = 16384  # vLLM's default bound
-# Lowest, highest and how to say so. 2 is OpenAI's bound, which vLLM enforces too (its pull request 44965).
+# Lowest, highest, and the description in errors. 2 is OpenAI's bound, which vLLM enforces too (its pull request 44965).
 TEMPERATURES = (0.0, 2.0, "a number in [0, 2]; 0 is greedy")
 
 # The sampler works in float32, where a number outside this range would become 0 or inf.

@@ -64,9 +64,9 @@ class OutputStream(Iterator[RequestOutput]):
 class LLM:
     """An engine, and the calls that most programs need.
 
-    model: a bundled name, a local folder or a hub id. milestone: the stage of the course; None is the newest. Every
-    other keyword is a field of ModelConfig, CacheConfig, SchedulerConfig or EngineConfig. Raises ValueError for an
-    unknown keyword, and for any value that cannot work.
+    model: a bundled name, a local folder or a hub id. milestone: the preset, "m1" to "m4"; None is the newest.
+    Every other keyword is a field of ModelConfig, CacheConfig, SchedulerConfig or EngineConfig. Raises ValueError for
+    an unknown keyword, and for any value that cannot work.
     """
 
     def __init__(self, model: str = "folo-tiny", milestone: str | None = None, **kwargs: Any) -> None:

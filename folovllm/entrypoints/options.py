@@ -16,7 +16,7 @@ Model = Annotated[
 ]
 MilestoneName = Annotated[
     str,
-    typer.Option(help=f"The stage of the course: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
+    typer.Option(help=f"The preset: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

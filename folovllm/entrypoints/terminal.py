@@ -111,7 +111,7 @@ def print_stream(
     done: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}
     order = list(titles)
-    shown = -1  # characters of order[0] that are printed; -1: nor is its title
+    shown = -1  # characters of order[0] that are printed; -1: its title is not printed yet
     for output in outputs:
         latest[output.request_id] = output
         while order and order[0] in latest:

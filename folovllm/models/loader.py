@@ -1,4 +1,4 @@
-"""From a model name to files, and from files to a Hugging Face config, tokenizer and model.
+"""Find the files of a model, and load its config, tokenizer and Hugging Face model.
 
 A name is, in this order: a bundled model, a folder, a hub id (`org/name`). A bad checkpoint raises one ValueError that
 names the file or tensor. `from_pretrained` only warns if it initialises missing tensors at random; here it is an error.
@@ -92,7 +92,7 @@ def resolve_model(model: str) -> ModelSource:
     Raises ValueError for an unknown bare name, a path that does not exist, a file, or a folder without config.json.
     """
     if not isinstance(model, str) or not model.strip():
-        raise ValueError(f"model must be a bundled name, a folder or a hub id, got {model!r}")
+        raise invalid("model", model, "a bundled name, a folder or a hub id")
     lowered = model.lower()
     if lowered == BUNDLED_MODEL:
         return ModelSource(lowered, str(_asset(lowered)), "bundled", has_weights=True)
@@ -124,7 +124,7 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig | None:
-    """The model's generation_config.json (its end-of-sequence ids), or None where there is none.
+    """The model's generation_config.json (its end-of-sequence ids), or None if it has none.
 
     Raises ValueError if the file of a folder or a bundled model cannot be read.
     """
@@ -228,7 +228,7 @@ def resolve_device(device: str) -> torch.device:
     if found is None:
         raise invalid("device", device, "auto, cpu, cuda, cuda:N")
     if int(found[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device={device!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(device)
 
 
@@ -301,7 +301,7 @@ def check_has_weights(source: ModelSource) -> None:
 
 
 def some(items: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first four items, and the number of the others."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 

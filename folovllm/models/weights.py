@@ -97,7 +97,7 @@ def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
             continue
         target = wanted.pop(name, None)
         if target is None:
-            raise ValueError(f"{source}: the checkpoint has {name}, which a {decoder.config} has no place for")
+            raise ValueError(f"{source}: the checkpoint has {name}, which is no weight of a {decoder.config}")
         if target.shape != tensor.shape:
             raise ValueError(
                 f"{source}: the checkpoint has another shape than config.json says for {name} "
