@@ -23,10 +23,10 @@ from rich.table import Table
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from folovllm.baseline import BaselineResult, generate_cached, generate_recompute
+from folovllm.config import LOAD_FORMATS
 from folovllm.course.glossary import default_prompts
 from folovllm.course.lessons.baseline_report import BaselineReport, compare
 from folovllm.models.loader import (
-    LOAD_FORMATS,
     eos_token_ids,
     load_config,
     load_generation_config,

@@ -13,7 +13,7 @@ import argparse
 from rich.console import Console
 
 from folovllm import LLM, SamplingParams
-from folovllm.config import check_int
+from folovllm.checks import check_int
 from folovllm.entrypoints.cli import clean_exit, load_llm
 from folovllm.entrypoints.tables import phase_table, request_table, stats_table
 from folovllm.entrypoints.terminal import make_prompts, print_samples, print_stream, show_ids

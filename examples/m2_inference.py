@@ -28,7 +28,7 @@ from rich.table import Table
 from transformers import PreTrainedModel
 
 from folovllm import EngineConfig, LLMEngine, RequestOutput, SamplingParams
-from folovllm.config import check_float, check_int
+from folovllm.checks import check_float, check_int
 from folovllm.course.viz.live import watch
 from folovllm.engine.factory import build_engine
 from folovllm.entrypoints.cli import clean_exit, load_llm

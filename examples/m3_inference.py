@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from folovllm import LLM, BeamSearchParams, RequestOutput, SamplingParams
-from folovllm.config import check_float, check_int
+from folovllm.checks import check_float, check_int
 from folovllm.course.viz.live import watch, watching
 from folovllm.engine.trace import StepTrace
 from folovllm.entrypoints.cli import clean_exit, load_llm
@@ -56,7 +56,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-num-seqs", type=int, default=16, help="requests that may run at once")
     add("--max-num-batched-tokens", type=int, help="tokens that one step may compute")
     add("--scheduling-policy", default="fcfs", help="fcfs, priority or sjf (shortest job first)")
-    add("--attention-backend", default="auto", help="auto, reference, torch or torch-compiled")
+    add("--attention-backend", default="auto", help="auto, reference, torch or triton")
     add("--model", default="folo-tiny", help="bundled name, local folder or hub id")
     add("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     add("--device", default="auto", help="auto, cpu or cuda")

@@ -47,7 +47,8 @@ from rich.status import Status
 from rich.table import Table
 
 from folovllm import LLM, EngineConfig, LLMEngine, RequestOutput, SamplingParams
-from folovllm.config import MILESTONES, check_choice, check_float, check_int
+from folovllm.checks import check_choice, check_float, check_int
+from folovllm.config import MILESTONES
 from folovllm.course.glossary import default_prompts, load_prose
 from folovllm.course.viz.live import watching
 from folovllm.engine.factory import build_engine

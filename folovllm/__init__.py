@@ -44,7 +44,7 @@ MODULES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for, so that `import folovllm` alone does not load torch."""
+    """Import a public name on first use, so that `import folovllm` alone does not load torch."""
     if name not in MODULES:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(import_module(f"{__name__}.{MODULES[name]}"), name)

@@ -6,9 +6,9 @@ import os
 
 
 def main() -> None:
-    """Run the command in a process whose waiting threads leave their processor to other programs.
+    """Run the command with OpenMP threads that release the processor while they wait.
 
-    OpenMP reads that setting when torch is loaded, so it stands before any other import of ours.
+    OpenMP reads the setting when torch is loaded, so it is set before all other imports.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from folovllm.entrypoints.cli import app

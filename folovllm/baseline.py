@@ -1,23 +1,23 @@
 """M0: generate text with Hugging Face, first without a KV cache, then with one.
 
-A language model maps token ids to logits: a score for every vocabulary entry of being the next token. To
+A language model maps token ids to logits: for every entry of the vocabulary, a score of being the next token. To
 generate, choose a token, append it, and run the model again: `_generate` below. The two functions after it
 differ only in how they get the logits of the last position.
 
-`generate_recompute` runs the model on the whole text at every step. All but the last row of what it computes
-then, it has computed before.
+`generate_recompute` runs the model on the whole text at every step. Each step repeats the work of all steps before it,
+and adds one position.
 
-That work can be kept. Attention is causal: position i looks at positions 0..i only, so what a layer computes
-at i never changes when the text grows, and all that a later token needs from i are its key and its value. A
-**KV cache** keeps these two, per layer and position. `generate_cached` feeds the model only what the cache
-does not hold yet: the prompt once (prefill), then one token per step (decode).
+That work can be kept. Attention is causal: position i attends to positions 0..i only. So what a layer computes at i
+never changes when the text grows, and later tokens need only its key and its value. A **KV cache** keeps these two, per
+layer and position. `generate_cached` feeds the model only the tokens that are not in the cache: the prompt once
+(prefill), then one token per step (decode).
 
     step               1                2                    3
     recompute feeds    [p0 p1 p2]       [p0 p1 p2 t0]        [p0 p1 p2 t0 t1]
     cached feeds       [p0 p1 p2]       [t0] + K/V of 0..2   [t1] + K/V of 0..3
     and chooses        t0               t1                   t2
 
-Both choose the same tokens. What that saves is worked out in `course/lessons/baseline_report.py`.
+Both choose the same tokens. `course/lessons/baseline_report.py` computes what the cache saves.
 
 Shapes: T tokens in the text, L tokens fed, V vocabulary, Hkv key/value heads, D head size.
 """
@@ -28,26 +28,23 @@ import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
-if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
-    from transformers import PreTrainedModel
-
-MIN_TEMPERATURE = 0.01  # logits divided by less may overflow; vLLM's limit as well
+MIN_TEMPERATURE = 0.01  # vLLM's limit: logits divided by less may overflow
 
 
 @dataclass(frozen=True)
 class BaselineResult:
-    """What one loop generated and what it took."""
+    """What one loop generated, with times and memory."""
 
     prompt_len: int
-    token_ids: list[int]  # the new tokens, an EOS included
-    token_times: list[float]  # seconds, one per new token: the first is the prefill
-    kv_bytes: int = 0  # K and V of prompt_len + len(token_ids) - 1 tokens: the last one was never fed back
+    token_ids: list[int]  # the new tokens, with the EOS
+    token_times: list[float]  # seconds per new token; the first is the prefill
+    kv_bytes: int = 0  # K and V of prompt_len + len(token_ids) - 1 tokens: the last one is not fed to the model
 
 
 def _generate(
@@ -77,7 +74,7 @@ def _generate(
 
 
 def generate_recompute(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     prompt_token_ids: Sequence[int],
     max_new_tokens: int,
     eos_token_ids: Iterable[int] = (),
@@ -87,30 +84,29 @@ def generate_recompute(
 ) -> BaselineResult:
     """Generate without a cache: every step runs the model on the whole text.
 
-    Stops after `max_new_tokens` or after a token in `eos_token_ids`. At temperature 0 it takes the highest
-    logit; above, it draws from softmax(logits / temperature), the same tokens for the same seed (None: others
-    each time). `on_token` is called with each new token, outside the measured time.
-    Raises ValueError for a prompt that is empty or outside the vocabulary, for a text that would outgrow the
-    model's positions, and for a max_new_tokens or temperature out of range.
+    Stops after `max_new_tokens` or after a token in `eos_token_ids`. Temperature 0 takes the highest logit; above 0, a
+    token is drawn from softmax(logits / temperature), the same for the same seed (None: a new seed each time).
+    `on_token` is called with each new token, outside the measured time.
+    Raises ValueError for a prompt that is empty or outside the vocabulary, for a text longer than the model's
+    positions, and for a max_new_tokens or temperature out of range.
     """
     prompt = _checked_prompt(model, prompt_token_ids, max_new_tokens, temperature)
 
     def next_logits(text: list[int]) -> torch.Tensor:
         input_ids = torch.tensor([text], device=model.device)  # [1, T]
         position_ids = torch.arange(len(text), device=model.device)[None]  # [1, T]  0, 1, ..., T-1
-        # The LM head runs on the last position alone: nobody reads the other logits. It is asked for by its index:
-        # with logits_to_keep=1 it gets a slice, and torch multiplies a slice of bfloat16 far slower on a CPU.
+        # The LM head runs on the last position only. The position is given by its index: logits_to_keep=1 would make a
+        # slice, and torch multiplies a slice of bfloat16 far slower on a CPU.
         last = torch.tensor([len(text) - 1], device=model.device)  # [1]
         output = model(input_ids=input_ids, position_ids=position_ids, use_cache=False, logits_to_keep=last)
-        logits: torch.Tensor = output.logits  # [1, 1, V]
-        return logits[0, -1]  # [V]
+        return output.logits[0, -1]  # [V], of [1, 1, V]
 
     generator = _make_generator(model.device, seed)
     return _generate(next_logits, prompt, max_new_tokens, eos_token_ids, temperature, generator, on_token)
 
 
 def generate_cached(
-    model: PreTrainedModel,
+    model: transformers.PreTrainedModel,
     prompt_token_ids: Sequence[int],
     max_new_tokens: int,
     eos_token_ids: Iterable[int] = (),
@@ -118,10 +114,10 @@ def generate_cached(
     seed: int | None = None,
     on_token: Callable[[int], None] | None = None,
 ) -> BaselineResult:
-    """Generate with a KV cache: every step runs the model on what the cache does not hold yet.
+    """Generate with a KV cache: every step runs the model on the tokens that are not in the cache.
 
-    Arguments, errors and tokens are those of `generate_recompute`. (Sums are taken in another order, so they
-    may part where two tokens are equally good to within rounding. In float32 that is rare.)
+    Arguments, errors and tokens are those of `generate_recompute`. (Sums are taken in another order, so the tokens may
+    differ where two logits are equal up to rounding. In float32 that is rare.)
     """
     prompt = _checked_prompt(model, prompt_token_ids, max_new_tokens, temperature)
     cache = DynamicCache(config=model.config)  # per layer: keys and values, each [1, Hkv, T, D], growing in T
@@ -129,8 +125,8 @@ def generate_cached(
     def next_logits(text: list[int]) -> torch.Tensor:
         past = cache.get_seq_length()  # tokens whose K and V are in the cache: 0, then T - 1
         input_ids = torch.tensor([text[past:]], device=model.device)  # [1, L]  the prompt, then one token
-        # The cache ends at position past - 1, so what is fed stands at past, past + 1, ...: the first decode
-        # token's position is the prompt's length. One more, and every later logit would be slightly wrong.
+        # The cache ends at position past - 1, so the fed tokens have positions past, past + 1, ...: the first decode
+        # token's position is the prompt's length. With an offset of one, every later logit would be slightly wrong.
         position_ids = torch.arange(past, len(text), device=model.device)[None]  # [1, L]
         last = torch.tensor([len(text) - past - 1], device=model.device)  # [1]
         output = model(
@@ -140,8 +136,7 @@ def generate_cached(
             use_cache=True,
             logits_to_keep=last,
         )
-        logits: torch.Tensor = output.logits  # [1, 1, V]
-        return logits[0, -1]  # [V]
+        return output.logits[0, -1]  # [V], of [1, 1, V]
 
     generator = _make_generator(model.device, seed)
     result = _generate(next_logits, prompt, max_new_tokens, eos_token_ids, temperature, generator, on_token)
@@ -151,7 +146,7 @@ def generate_cached(
 def choose_token(logits: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
     """The next token's id from logits [V]: the highest at temperature 0, else a draw.
 
-    `item()` waits for the device, so a clock read afterwards has measured the whole step, on a GPU too.
+    `item()` waits for the device, so that the measured time is that of the whole step, on a GPU too.
     """
     if temperature == 0:
         return int(logits.argmax().item())
@@ -168,16 +163,16 @@ def cache_bytes(cache: DynamicCache) -> int:
 def _make_generator(device: torch.device, seed: int | None) -> torch.Generator:
     generator = torch.Generator(device=device)
     if seed is None:
-        generator.seed()  # a new torch.Generator always starts alike; this takes a seed from the system
+        generator.seed()  # a new torch.Generator has a fixed seed; this takes one from the system
     else:
         generator.manual_seed(seed)
     return generator
 
 
 def _checked_prompt(
-    model: PreTrainedModel, prompt_token_ids: Sequence[int], max_new_tokens: int, temperature: float
+    model: transformers.PreTrainedModel, prompt_token_ids: Sequence[int], max_new_tokens: int, temperature: float
 ) -> list[int]:
-    """The prompt as a list, once the arguments have been found in order."""
+    """The prompt as a list. Raises ValueError for invalid arguments."""
     config = model.config.get_text_config(decoder=True)
     prompt = list(prompt_token_ids)
     if not prompt:

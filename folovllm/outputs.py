@@ -1,4 +1,4 @@
-"""What a user gets back (vLLM's names: `vllm/outputs.py`)."""
+"""The results of a request (vLLM's names: `vllm/outputs.py`)."""
 
 from __future__ import annotations
 
@@ -16,24 +16,20 @@ class Logprob:
 
 @dataclass
 class RequestMetrics:
-    """Times of one request, in seconds on the engine's clock (`time.perf_counter`: only differences mean something).
-
-    token_times holds the moment each output token was known; with n > 1 it is the first sequence's.
-    """
+    """Times of one request, in seconds on the engine's clock (`time.perf_counter`: only differences are meaningful)."""
 
     arrival_time: float
     first_scheduled_time: float | None = None
     finished_time: float | None = None
-    token_times: list[float] = field(default_factory=list)
+    token_times: list[float] = field(default_factory=list)  #: of each output token; with n > 1 the first sequence's
 
     @property
     def first_token_time(self) -> float | None:
-        """When the first output token was known."""
         return self.token_times[0] if self.token_times else None
 
     @property
     def queue_time(self) -> float | None:
-        """Arrival to the first step that computed anything for the request."""
+        """Arrival to the first step with tokens of the request."""
         return None if self.first_scheduled_time is None else self.first_scheduled_time - self.arrival_time
 
     @property
@@ -43,7 +39,7 @@ class RequestMetrics:
 
     @property
     def itls(self) -> list[float]:
-        """Inter-token latencies: the gaps between consecutive output tokens, one fewer than there are tokens."""
+        """Inter-token latencies: the times between consecutive output tokens."""
         return [b - a for a, b in zip(self.token_times, self.token_times[1:], strict=False)]
 
     @property
@@ -54,41 +50,36 @@ class RequestMetrics:
 
     @property
     def e2e_latency(self) -> float | None:
-        """Arrival to finish."""
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
 @dataclass
 class CompletionOutput:
-    """One generated sequence.
-
-    token_ids include the EOS or stop token that ended it; text does not, unless `include_stop_str_in_output`.
-    """
+    """One generated sequence."""
 
     index: int
-    text: str
-    token_ids: list[int]
+    text: str  #: without the stop string or stop token, unless `include_stop_str_in_output`
+    token_ids: list[int]  #: with the EOS or stop token
     cumulative_logprob: float | None = None
     logprobs: list[dict[int, Logprob]] | None = None  #: per token, the chosen id and the top ones
     finish_reason: str | None = None  #: "stop", "length", "abort", "error", or None while it grows
-    #: The stop string or stop token id that ended it, or what the error was; None for EOS and all else
+    #: The stop string or stop token id that ended it, or the error message; None in all other cases
     stop_reason: int | str | None = None
 
     @property
     def finished(self) -> bool:
-        """Whether this sequence is complete."""
         return self.finish_reason is not None
 
 
 @dataclass
 class BeamSequence:
-    """One result of a beam search: prompt and output in `tokens`, the EOS that ended it included."""
+    """One result of a beam search."""
 
-    tokens: list[int]
+    tokens: list[int]  #: of prompt and output, with the EOS
     text: str
-    cum_logprob: float  #: the sum over the output's tokens
-    score: float  #: what beams are ranked by, the sum over length ** penalty
-    finish_reason: str  #: "stop" for an EOS, "length" else
+    cum_logprob: float  #: of the output's tokens
+    score: float  #: for ranking: cum_logprob / length ** length_penalty
+    finish_reason: str  #: "stop" for an EOS, else "length"
 
 
 @dataclass
@@ -96,12 +87,12 @@ class BeamSearchOutput:
     """The beams of one prompt, best first (vLLM: `vllm/beam_search.py`)."""
 
     sequences: list[BeamSequence]
-    kv_saved: float  #: the largest share of K/V, over the rounds, that beams shared instead of each holding a copy
+    kv_saved: float  #: share of K/V saved because beams share blocks; the largest over the rounds
 
 
 @dataclass
 class RequestOutput:
-    """A request as the user sees it, whole or still growing."""
+    """The output of a request, complete or still growing."""
 
     request_id: str
     prompt: str | None
@@ -109,4 +100,4 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  #: prompt tokens found in the prefix cache

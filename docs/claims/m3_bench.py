@@ -14,7 +14,6 @@ from claims.ledger import (
     fixed,
     median,
     percent,
-    plain,
     result,
     with_range,
 )
@@ -62,7 +61,6 @@ WAYS = {
     "gather_grouped": "the same, query heads of a KV head together",
     "torch": "`torch`",
     "torch_neighbours": "`torch`, blocks side by side",
-    "torch_compiled": "`torch-compiled`",
 }
 
 
@@ -70,11 +68,12 @@ def attention_rows() -> list[list[str]]:
     """Each way to attend over blocks, for contexts of each length; medians of the rounds."""
     rows = []
     for length, ways in sorted(result(ATTENTION)["summary"].items(), key=lambda item: int(item[0])):
-        for way, numbers in ways.items():
+        for way, label in WAYS.items():
+            numbers = ways[way]
             rows.append(
                 [
                     length,
-                    WAYS[way],
+                    label,
                     median(digits(3, "", 1e3))(numbers["seconds"]),
                     with_range(fixed(2))(numbers["over_gather"]),
                     median(digits(2, "", 1e-9))(numbers["kv_bytes_per_s"]),
@@ -153,8 +152,5 @@ CLAIMS: dict[str, Claim] = {
         lambda: attention_over_grouped()["median"],
         fixed(2),
         f"{HERE}:attention_over_grouped",
-    ),
-    "m3-compiled-graphs": Measured(
-        "graphs that torch's compiler made for all of it", ATTENTION, ("compiled_graphs",), plain
     ),
 }

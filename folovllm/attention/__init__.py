@@ -1,1 +1,1 @@
-"""Attention over K/V in blocks: what it is told (metadata), and who computes it (backends)."""
+"""Attention over K/V in blocks: the layout of a step (metadata), and the backends that compute it."""

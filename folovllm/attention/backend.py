@@ -1,4 +1,4 @@
-"""What an attention backend is: a function of one layer's queries, its K/V pool and the metadata."""
+"""The interface of an attention backend: a function of one layer's queries, its K/V pool and the metadata."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from folovllm.attention.metadata import AttentionMetadata
 
 @dataclass(frozen=True)
 class AttentionParams:
-    """What is fixed per layer."""
+    """Attention parameters of one layer."""
 
     scale: float  # multiplies the scores
-    sliding_window: int | None = None  # how many tokens a token sees, itself included; None for all
-    softcap: float | None = None  # scores become softcap * tanh(scores / softcap); None for not
+    sliding_window: int | None = None  # how many tokens a token attends to, itself included; None: all
+    softcap: float | None = None  # scores become softcap * tanh(scores / softcap); None: unchanged
 
 
 @dataclass
@@ -38,7 +38,7 @@ class AttentionBackend(ABC):
     name: str
 
     def write(self, kv: LayerKV, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        """Store the new tokens' K and V, each [T, Hkv, D], at their slots. It happens before anybody attends."""
+        """Store the new tokens' K and V, each [T, Hkv, D], at their slots. Called before `attend`."""
         keys, values = kv.flat()
         keys.index_copy_(0, meta.slot_mapping, key)
         values.index_copy_(0, meta.slot_mapping, value)
@@ -52,5 +52,5 @@ class AttentionBackend(ABC):
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
         """Each token attends to its own request's K/V up to itself: queries [T, Hq, D] in, [T, Hq, D] out.
 
-        Hq is a multiple of Hkv; query head h reads KV head h // (Hq // Hkv). Rows of padding may hold anything finite.
+        Hq is a multiple of Hkv; query head h reads KV head h // (Hq // Hkv). Output rows of padding are finite.
         """

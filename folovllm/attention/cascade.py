@@ -1,15 +1,16 @@
-"""A prefix that several requests share is read once for all of them (cascade attention: Ye et al., FlashInfer, 2024).
+"""Cascade attention: a prefix that several requests share is read once for all of them (Ye et al., FlashInfer, 2024).
 
-Requests that found the same blocks in the prefix cache have tables that begin alike. Their keys and values before that
-point are the same memory, so the queries of all of them are stacked and meet it in one product. What each has of its
-own comes in a second product, and the two are put together by their log-sum-exp:
+Requests that hit the same blocks in the prefix cache have block tables with a common beginning. The K/V of those blocks
+is the same memory, so the queries of all these requests are stacked and attend to it in one product. Each request's own
+K/V is attended to in a second product, and the two results are merged by their log-sum-exp:
 
     blocks   [ s | s | s | a | a ]     [ s | s | s | b ]          s: once, for the queries of a and b together
                                                                   a, b: padded to one length, in one call
 
     out = (exp(lse_1) out_1 + exp(lse_2) out_2) / (exp(lse_1) + exp(lse_2))
 
-This is exact: softmax over a union is that mean of the softmaxes over its parts, as in flash attention and split-KV.
+This is exact: the softmax over a union of keys is this mean of the softmaxes over its parts, as in flash attention and
+split-KV.
 """
 
 from __future__ import annotations
@@ -25,13 +26,14 @@ from torch import Tensor
 
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import visible_tokens
+from folovllm.math_utils import cdiv
 
-MIN_SHARED_TOKENS = 64  # below that, two products and their sum take longer than reading the prefix again
+MIN_SHARED_TOKENS = 64  # for a shorter prefix, two products and a merge take longer than reading it several times
 
 
 @dataclass(frozen=True)
 class CascadeGroup:
-    """Requests of a step, by index, whose first `num_blocks` blocks are the same and hold no new token of theirs."""
+    """Requests of a step, by index, with the same first `num_blocks` blocks, all computed before this step."""
 
     requests: tuple[int, ...]
     num_blocks: int
@@ -40,7 +42,7 @@ class CascadeGroup:
 def cascade_groups(
     tables: list[tuple[int, ...]], query_lens: list[int], kv_lens: list[int], block_size: int
 ) -> list[CascadeGroup]:
-    """Groups of two or more that share at least MIN_SHARED_TOKENS tokens; each request is in one at most."""
+    """Groups of at least two requests that share at least MIN_SHARED_TOKENS tokens. A request is in at most one."""
     by_first: dict[int, list[int]] = defaultdict(list)
     for index, (query_len, kv_len) in enumerate(zip(query_lens, kv_lens, strict=True)):
         if kv_len - query_len >= MIN_SHARED_TOKENS:
@@ -58,33 +60,32 @@ def cascade_groups(
 
 
 def common_blocks(one: tuple[int, ...], other: tuple[int, ...]) -> int:
-    """How many first entries two tables have in common."""
-    if one[: len(other)] == other[: len(one)]:
-        return min(len(one), len(other))
-    return next(index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    """The length of the common beginning of two tables."""
+    differs = (index for index, (a, b) in enumerate(zip(one, other, strict=False)) if a != b)
+    return next(differs, min(len(one), len(other)))
 
 
 @dataclass(frozen=True)
 class Tails:
     """K/V of M decodes after the prefix of their group, as block tables of one width."""
 
-    rows: Tensor  # [M], where their queries stand
-    blocks: Tensor  # [M * B], the null block where a request has fewer
-    empty: Tensor  # those of the M * S slots that hold no K/V of the request, but maybe stale values, NaN included
-    mask: Tensor  # [M, 1, 1, S], -inf at these, else 0
+    rows: Tensor  # [M], of their queries
+    blocks: Tensor  # [M * B], padded with the null block
+    empty: Tensor  # indices among the M * S slots of those without K/V of the request; they may hold NaN
+    mask: Tensor  # [M, 1, 1, S], -inf at the empty slots, else 0
 
 
 def find_tails(meta: AttentionMetadata, groups: Sequence[CascadeGroup], query_starts: Sequence[int]) -> Tails | None:
-    """The tails of all decodes in groups; None if there are none. query_starts: the first row of every request."""
+    """The tails of all decodes in groups; None if there are none. query_starts: the first row of each request."""
     members = [(i, group.num_blocks) for group in groups for i in group.requests if meta.query_lens[i] == 1]
     if not members:
         return None
     size, device = meta.block_size, meta.slot_mapping.device
     lengths = [meta.kv_lens[index] - skip * size for index, skip in members]
-    width = -(-max(lengths) // size)
-    blocks = torch.zeros(len(members), width, dtype=torch.int64)  # [M, B]; what is not filled is the null block
+    width = cdiv(max(lengths), size)
+    blocks = torch.zeros(len(members), width, dtype=torch.int64)  # [M, B]; 0 is the null block
     for row, (index, skip) in enumerate(members):
-        tail = meta.tables[index][skip : -(-meta.kv_lens[index] // size)]
+        tail = meta.tables[index][skip : cdiv(meta.kv_lens[index], size)]
         blocks[row, : len(tail)] = torch.tensor(tail)
     hidden = torch.arange(width * size) >= torch.tensor(lengths)[:, None]  # [M, S]
     mask = torch.zeros(hidden.shape).masked_fill_(hidden, -torch.inf)[:, None, None]  # [M, 1, 1, S]
@@ -94,7 +95,7 @@ def find_tails(meta: AttentionMetadata, groups: Sequence[CascadeGroup], query_st
 
 
 def stack_rows(query: Tensor, num_kv_heads: int) -> Tensor:
-    """Queries [L, Hq, D] as rows of the KV heads that they read: [1, Hkv, G * L, D], a head's tokens together."""
+    """Queries [L, Hq, D] as rows of their KV heads: [1, Hkv, G * L, D], sorted by query head, then token."""
     length, num_heads, dim = query.shape
     grouped = query.view(length, num_kv_heads, num_heads // num_kv_heads, dim)  # [L, Hkv, G, D]
     return grouped.permute(1, 2, 0, 3).reshape(1, num_kv_heads, -1, dim)
@@ -102,15 +103,13 @@ def stack_rows(query: Tensor, num_kv_heads: int) -> Tensor:
 
 def unstack_rows(rows: Tensor, length: int) -> Tensor:
     """The inverse, for [1, Hkv, G * L, ...]: [L, Hq, ...]."""
-    rest = rows.shape[3:]
-    heads = rows.reshape(-1, length, *rest)  # [Hq, L, ...]
-    return heads.transpose(0, 1)
+    return rows.reshape(-1, length, *rows.shape[3:]).transpose(0, 1)
 
 
 def attend_part(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over a part of the keys: outputs [B, H, L, D] and float32 log-sum-exps [B, H, L].
+    """Attention over some of the keys: outputs [B, H, L, D] and float32 log-sum-exps of the scores [B, H, L].
 
     query: [B, H, L, D]. keys, values: [B, H, S, D]. mask: added to the scores, [B or 1, 1, L, S].
     """
@@ -121,13 +120,13 @@ def attend_part(
 
 
 def merge_parts(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
-    """Outputs [L, Hq, D] over two parts, and their log-sum-exps [L, Hq], as one output over both."""
+    """Merge the outputs [L, Hq, D] over two sets of keys, with log-sum-exps [L, Hq], into the output over both."""
     share = torch.sigmoid(other_lse - lse)[..., None]  # [L, Hq, 1]: exp(b) / (exp(a) + exp(b))
     return torch.lerp(out.float(), other.float(), share).to(out.dtype)
 
 
 def causal_rows(query_len: int, kv_len: int, groups: int, dtype: torch.dtype) -> Tensor:
-    """The causal mask of `stack_rows`' rows, to be added: [1, 1, G * L, S]."""
+    """The causal mask for the rows of `stack_rows`, to be added to scores: [1, 1, G * L, S]."""
     hidden = ~visible_tokens(query_len, kv_len, None)  # [L, S]
     mask = torch.zeros(query_len, kv_len, dtype=dtype).masked_fill_(hidden, -math.inf)
     return mask.repeat(groups, 1)[None, None]
@@ -135,7 +134,7 @@ def causal_rows(query_len: int, kv_len: int, groups: int, dtype: torch.dtype) ->
 
 @cache
 def parts_work() -> bool:
-    """Whether this torch has the function under `attend_part`, and it means what we think. It is not a public one."""
+    """Whether this torch has the private function that `attend_part` calls, with the meaning that we rely on."""
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(1, 2, n, 16, generator=generator) for n in (3, 7, 7))
     mask = torch.zeros(1, 1, 3, 7)

@@ -1,4 +1,4 @@
-"""Attention as the formula says it, one request at a time: slow, obvious, the oracle."""
+"""The attention formula, one request at a time: slow, obvious, and the oracle of the other backends."""
 
 from __future__ import annotations
 
@@ -20,11 +20,10 @@ class ReferenceBackend(AttentionBackend):
         self.dtype = dtype
 
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
-        """See `AttentionBackend.attend`."""
         out = torch.zeros_like(query)  # [T, Hq, D]
         start = 0
         for index, (query_len, kv_len) in enumerate(zip(meta.query_lens, meta.kv_lens, strict=True)):
-            # Token j of a request stands in block table[j // block_size], at offset j % block_size.
+            # Token j of a request is in block table[j // block_size], at offset j % block_size.
             positions = torch.arange(kv_len, device=query.device)  # [S]
             blocks = meta.block_table[index, positions // meta.block_size].long()  # [S]
             keys = kv.keys[blocks, positions % meta.block_size].to(self.dtype)  # [S, Hkv, D]
@@ -43,7 +42,7 @@ class ReferenceBackend(AttentionBackend):
 
 
 def visible_tokens(query_len: int, kv_len: int, sliding_window: int | None) -> Tensor:
-    """Which of `kv_len` tokens each of the last `query_len` of them may see, itself included: [L, S] bool."""
+    """Which of `kv_len` tokens each of the last `query_len` attends to, itself included: [L, S] bool."""
     query_positions = torch.arange(kv_len - query_len, kv_len)[:, None]  # [L, 1]
     kv_positions = torch.arange(kv_len)[None]  # [1, S]
     visible = kv_positions <= query_positions

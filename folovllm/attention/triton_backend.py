@@ -1,14 +1,14 @@
-"""Paged attention in Triton, the default on a GPU: how the kernels of `triton_kernels` are launched.
+"""Paged attention in Triton, the default on a GPU: launches the kernels of `triton_kernels`.
 
-A launch is a grid, the numbers of programs along three axes, and arguments. The grid follows from the shapes of the
-step's tensors, which are padded to few sizes, and from whether the step only decodes, never from what stands in the
-tensors. So a launch can be recorded into a CUDA graph and played again for another step of its size and kind, and
-nothing waits for the device. Programs that the step does not need end at once::
+A launch is a grid (the number of programs along three axes) and arguments. The grid depends on the shapes of the step's
+tensors, which are padded to a few sizes, and on whether all requests decode, but never on values on the device. So no
+launch waits for the device, and a launch could be captured in a CUDA graph and replayed for another step of the same
+size and kind. Programs without work end at once::
 
-    attention_kernel    (blocks of queries, KV heads * pieces of their group, segments)
+    attention_kernel    (blocks of queries, KV heads * chunks of their group, segments)
 
-Without a GPU the same kernels run in Triton's interpreter, on the CPU, if TRITON_INTERPRET=1 stands in the environment
-before Triton is imported. That is for lessons and tests: it takes milliseconds for what takes a GPU microseconds.
+Without a GPU the kernels run in Triton's interpreter, on the CPU, if TRITON_INTERPRET=1 is set before Triton is
+imported. That is for lessons and tests: it takes milliseconds for what takes a GPU microseconds.
 """
 
 from __future__ import annotations
@@ -26,16 +26,16 @@ from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.triton_configs import ENOUGH_PROGRAMS, KernelConfig, KernelConfigs, choose_configs
 from folovllm.attention.triton_kernels import attention_kernel, copy_kernel, reduce_kernel, write_kernel
 
-# Whether Triton was imported to interpret: then even its own functions are not compiled.
+# Whether Triton was imported with TRITON_INTERPRET=1: then its own functions are not compiled either.
 INTERPRETED = not isinstance(triton.language.max, triton.JITFunction)
-WRITE_CHUNK, COPY_CHUNK = 1024, 2048  # numbers per program: a multiple of what its 128 threads load at once
+WRITE_CHUNK, COPY_CHUNK = 1024, 2048  # elements per program: a multiple of what its 128 threads load at once
 
 
 class TritonBackend(AttentionBackend):
     """Ragged paged attention by the kernels, for prefills and decodes alike.
 
-    device: where the tensors will be. configs: how to cut the kernel, in place of `choose_configs`. Raises ValueError
-    for a CPU without the interpreter, and when it attends for what `choose_configs` refuses.
+    device: of the tensors. configs: tile sizes instead of those of `choose_configs`. The constructor raises ValueError
+    for a CPU without the interpreter, and `attend` for what `choose_configs` refuses.
     """
 
     name = "triton"
@@ -44,16 +44,15 @@ class TritonBackend(AttentionBackend):
         if device.type != "cuda" and not INTERPRETED:
             raise ValueError(
                 f"attention_backend='triton' is not valid on device={str(device)!r}, for which Triton cannot compile; "
-                "allowed: a GPU, another backend, or TRITON_INTERPRET=1 set in the environment before the start, with "
-                "which Triton interprets its kernels, slowly"
+                "allowed: a GPU, another backend, or TRITON_INTERPRET=1 set in the environment before the start, which "
+                "runs the kernels in Triton's slow interpreter"
             )
         self.device = device
         self.configs = configs
         self.capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
 
     def write(self, kv: LayerKV, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
-        """See `AttentionBackend.write`."""
-        key, value = side_by_side(key), side_by_side(value)
+        key, value = with_contiguous_heads(key), with_contiguous_heads(value)
         keys, values = kv.flat()
         num_tokens, width = len(key), key.shape[1] * key.shape[2]
         with self._on_device():
@@ -63,7 +62,6 @@ class TritonBackend(AttentionBackend):
             )  # fmt: skip
 
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
-        """See `AttentionBackend.attend`."""
         num_tokens, num_heads, dim = query.shape
         num_kv_heads, num_requests = kv.keys.shape[2], len(meta.seq_lens)
         configs = self.configs or choose_configs(query.dtype, dim, self.capability)
@@ -73,9 +71,9 @@ class TritonBackend(AttentionBackend):
         q_blocks = num_tokens // (config.rows // constants["HEADS"]) + num_requests
         heads = num_kv_heads * triton.cdiv(constants["GROUP"], constants["HEADS"])
         segments = config.segments if q_blocks * heads < ENOUGH_PROGRAMS else 1
-        # A recorded launch may be played for a step of fewer tokens.
+        # A captured launch may be replayed for a step with fewer tokens.
         padded = num_tokens > meta.num_tokens or (query.is_cuda and torch.cuda.is_current_stream_capturing())
-        query = side_by_side(query)
+        query = with_contiguous_heads(query)
         shape, device = (num_tokens, num_heads, dim), query.device
         keys, values = kv.flat()
         if segments > 1:
@@ -102,10 +100,9 @@ class TritonBackend(AttentionBackend):
         return out
 
     def copy_blocks(self, pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        """See `AttentionBackend.copy_blocks`."""
         layers, _, _, *block = pool.shape
         numbers = block[0] * block[1] * block[2]
-        pin = pool.device.type == "cuda"  # from pinned memory a copy need not be waited for
+        pin = pool.device.type == "cuda"  # a copy from pinned memory is asynchronous
         for together in independent(pairs):
             table = torch.tensor(together, dtype=torch.int32, pin_memory=pin).to(pool.device, non_blocking=True)
             with self._on_device():
@@ -114,44 +111,39 @@ class TritonBackend(AttentionBackend):
                 )
 
     def _on_device(self) -> AbstractContextManager[Any]:
-        """Triton launches on the current GPU, which need not be this one."""
+        """Make this GPU the current one, on which Triton launches."""
         return torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext()
 
 
 def attention_constants(
-    config: KernelConfig,
-    num_heads: int,
-    num_kv_heads: int,
-    head_dim: int,
-    block_size: int,
-    params: AttentionParams,
+    config: KernelConfig, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, params: AttentionParams
 ) -> dict[str, Any]:
-    """What `attention_kernel` is compiled for, all but SEGMENTS."""
+    """The compile-time constants of `attention_kernel`, without SEGMENTS."""
     group = num_heads // num_kv_heads
     return {
         "NUM_HEADS": num_heads,
         "GROUP": group,
         "HEADS": min(group, config.rows),
         "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),  # no product of tiles has a side below 16
+        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),  # tl.dot needs sides of at least 16
         "BLOCK_SIZE": block_size,
         "ROWS": config.rows,
         "TILE": config.tile,
         "TWO_LOOPS": config.two_loops and params.sliding_window is None,
         "WINDOW": params.sliding_window or 0,
         "SOFTCAP": params.softcap is not None,
-        # The interpreter computes with bfloat16 as if it were an integer, and says nothing.
+        # The interpreter silently computes with bfloat16 as if it were an integer.
         "WIDEN": INTERPRETED,
     }
 
 
-def side_by_side(x: Tensor) -> Tensor:
-    """`x` [T, H, D] as it is if the numbers of a token lie side by side, however far apart the tokens; else a copy."""
+def with_contiguous_heads(x: Tensor) -> Tensor:
+    """`x` [T, H, D] itself if each token's heads are contiguous, with any stride between tokens; else a copy."""
     return x if x.stride()[1:] == (x.shape[2], 1) else x.contiguous()
 
 
 def independent(pairs: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    """The pairs (from, to) in order, cut into runs in which no pair writes what another one reads or writes."""
+    """Split the pairs (from, to), in order, into runs in which no pair writes what another one reads or writes."""
     run: list[tuple[int, int]] = []
     read: set[int] = set()
     written: set[int] = set()

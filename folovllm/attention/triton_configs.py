@@ -1,20 +1,20 @@
-"""How the attention kernel is cut, per kind of step, GPU, number format and head size.
+"""Tile sizes of the attention kernel, per kind of step, GPU, number format and head size.
 
-A tile that is too small wastes tensor cores and loads; one that is too large does not fit. What it has to fit into:
+A tile that is too small wastes tensor cores and loads; one that is too large does not fit. The limits are:
 
-- *Registers*: 255 of 32 bits per thread. The queries [rows, D], the output so far [rows, D] and the scores
-  [rows, tile] lie there, spread over 32 threads per warp. What does not fit is *spilled*: written to memory and read
+- *Registers*: 255 of 32 bits per thread. They hold the queries [rows, D], the output so far [rows, D] and the scores
+  [rows, tile], spread over the 32 threads of each warp. What does not fit is *spilled*: written to memory and read
   back, in the innermost loop.
-- *Shared memory*: 99 KiB for a program on most cards, 163 KiB on an A100, 227 KiB on an H100. Tiles of keys and of
-  values lie there, [tile, D] each: one that is multiplied, and those that are on their way meanwhile.
+- *Shared memory*: 99 KiB per program on most cards, 163 KiB on an A100, 227 KiB on an H100. It holds tiles of keys and
+  of values, [tile, D] each: the one being multiplied, and those being fetched.
 
-Tensor cores multiply at least 16 rows. A decode has as many rows as heads share a KV head and is padded to 16: it
-waits for memory anyway. A prefill has tokens enough for 64 or 128. float32 has no tensor cores here (they would round
-its inputs to 10 bits), so its products are made one by one and its tiles are small.
+Tensor cores multiply at least 16 rows. A decode has one row per query head of a KV head, padded to 16: it waits for
+memory anyway. A prefill has enough tokens for 64 or 128 rows. float32 does not use tensor cores (they would round its
+inputs to 10 bits), so its products are slow and its tiles are small.
 
-The tables hold what compiles for every head size without a spill, which tests check without a GPU, for the pinned
-Triton: another release places registers differently. Which of those that fit is fastest, only a GPU can tell:
-`python -m folovllm.course.measure.sweep_kernels` tries them.
+The tables hold sizes that compile without a spill for every head size. Tests check that without a GPU, for the pinned
+Triton; other releases allocate registers differently. Which of them is fastest has to be measured on a GPU:
+`python -m folovllm.course.measure.sweep_kernels`.
 """
 
 from __future__ import annotations
@@ -24,55 +24,54 @@ from functools import cache
 
 import torch
 
+from folovllm.checks import check_int, invalid
+
 MAX_HEAD_DIM = 256
-ENOUGH_PROGRAMS = 256  # with fewer, parts of a large GPU (an A100 has 108, an H100 132) have nothing or little to do
+ENOUGH_PROGRAMS = 256  # fewer leave multiprocessors of a large GPU idle (an A100 has 108, an H100 132)
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """One way to cut the attention kernel. Raises ValueError for a number that it cannot be cut with."""
+    """Tile sizes of the attention kernel. Raises ValueError for sizes that the kernel does not support."""
 
     rows: int  # query tokens times packed heads in a tile
     tile: int  # keys in a tile
-    warps: int  # of 32 threads, per program
-    # How far ahead of the products the compiler may fetch. Where K/V is must be fetched before K/V itself, so 2 fetches
-    # one tile ahead, 3 also what the block table says of the next, and only 5 two tiles.
+    warps: int  # per program, of 32 threads each
+    # How far ahead the compiler may fetch. A tile's block table entries are fetched before its K/V, so 2 fetches one
+    # tile ahead, 3 also the next tile's table entries, and only 5 two tiles.
     stages: int
-    segments: int = 1  # pieces that K/V is split into where there would be too few programs; 1 for never
-    # One for the tiles that every row sees, one for those that need a mask. That is twice the code, and pays where
-    # tensor cores make a mask seem long.
+    segments: int = 1  # into which K/V is split if there are too few programs; 1: never split
+    # A loop without masks for the tiles that every row sees, then one with masks. This doubles the code, and pays off
+    # if tensor cores make the products fast.
     two_loops: bool = False
 
     def __post_init__(self) -> None:
         for name, least, most in (("rows", 16, 256), ("tile", 16, 256), ("warps", 1, 16), ("segments", 1, 256)):
             value = getattr(self, name)
             if value < least or value > most or value & (value - 1):
-                raise ValueError(f"{name}={value} is not valid; allowed: powers of two from {least} to {most}")
-        if self.stages < 1:
-            raise ValueError(f"stages={self.stages} is not valid; allowed: an integer >= 1")
+                raise invalid(name, value, f"powers of two from {least} to {most}")
+        check_int("stages", self.stages, 1)
 
 
 @dataclass(frozen=True)
 class KernelConfigs:
-    """The cuts for one kind of head on one kind of GPU."""
+    """Tile sizes for one head size on one kind of GPU."""
 
     prefill: KernelConfig  # for steps in which some request has several new tokens
-    decode: KernelConfig  # for those in which each has one
+    decode: KernelConfig  # for steps in which every request has one new token
 
 
-# Largest head size -> configurations. For 16-bit formats on cards with 99 KiB of shared memory or more (from sm_80 on),
-AMPERE = {
+# Largest head size -> tile sizes.
+AMPERE = {  # 16-bit formats, from sm_80 on: 99 KiB of shared memory or more
     64: KernelConfigs(KernelConfig(128, 64, 8, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
     128: KernelConfigs(KernelConfig(128, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
     256: KernelConfigs(KernelConfig(64, 32, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
 }
-# on data centre cards with 227 KiB (sm_90, sm_100),
-HOPPER = {
+HOPPER = {  # 16-bit formats on data centre cards with 227 KiB (sm_90, sm_100)
     64: KernelConfigs(KernelConfig(128, 64, 4, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
     128: KernelConfigs(KernelConfig(128, 64, 8, 3, two_loops=True), KernelConfig(16, 64, 4, 3, 16)),
     256: KernelConfigs(KernelConfig(64, 64, 8, 3, two_loops=True), KernelConfig(16, 32, 4, 3, 16)),
 }
-# and for float32 on any.
 FLOAT32 = {
     64: KernelConfigs(KernelConfig(32, 32, 8, 2), KernelConfig(16, 16, 8, 2, 16)),
     128: KernelConfigs(KernelConfig(16, 32, 8, 1), KernelConfig(16, 16, 8, 1, 16)),
@@ -82,7 +81,7 @@ FLOAT32 = {
 
 @cache
 def choose_configs(dtype: torch.dtype, head_dim: int, capability: tuple[int, int]) -> KernelConfigs:
-    """The configurations for a number format, a head size and a GPU's compute capability, (9, 0) for an H100.
+    """Tile sizes for a number format, a head size and a GPU's compute capability, (9, 0) for an H100.
 
     Raises ValueError for a head size above `MAX_HEAD_DIM` and a format other than float32, float16 and bfloat16.
     """

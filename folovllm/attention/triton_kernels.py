@@ -1,21 +1,20 @@
 """Paged attention as GPU kernels in Triton (vLLM: `vllm/v1/attention/ops/triton_unified_attention.py`).
 
-A kernel is a function that runs many times at once, as *programs* that share nothing. A program asks which piece of
-the work is its own (`tl.program_id`) and walks through it in tiles, small arrays that live in registers: `tl.load`
-fetches a whole tile from an array of pointers, `tl.dot` multiplies two, `tl.max` reduces one. An argument marked
-`tl.constexpr` is known when the kernel is compiled, so an `if` on it costs nothing when it runs. Sizes of tiles are
-powers of two; what a tile has too much is masked.
+A kernel is a function that runs many times in parallel, as *programs* that share nothing. A program selects its part of
+the work by `tl.program_id` and processes it in tiles, small arrays in registers: `tl.load` fetches a tile from an array
+of pointers, `tl.dot` multiplies two tiles, `tl.max` reduces one. A `tl.constexpr` argument is known at compile time, so
+an `if` on it costs nothing at run time. Tile sizes are powers of two; surplus elements are masked.
 
-Four things are done here, each by a kernel whose text begins with a drawing of its pieces::
+There are four kernels, each with a drawing of its work::
 
-    write_kernel       new K/V to their slots               one program per token and chunk of its numbers
+    write_kernel       new K/V to their slots               one program per token and chunk of its elements
     attention_kernel   all queries of a ragged batch        one per block of queries, KV head and segment of the keys
-    reduce_kernel      segments of the keys put together    one per token and query head
+    reduce_kernel      merges the segments of the keys      one per token and query head
     copy_kernel        whole blocks, for copy-on-write      one per block, layer and chunk of the block
 
-The pool of a layer is [blocks, block_size, Hkv, D], for keys and for values. Token j of a request stands in block
-`table[j // block_size]` at offset `j % block_size`, and the slot of both is block * block_size + offset. A tile of keys
-has a size of its own and each of its rows looks up its own block, so that any block size will do.
+A layer's pool is [blocks, block_size, Hkv, D], for keys and for values. Token j of a request is in block
+`table[j // block_size]` at offset `j % block_size`; its slot is block * block_size + offset. The size of a tile of keys
+does not depend on the block size, because each row of the tile looks up its own block.
 """
 
 from __future__ import annotations
@@ -40,8 +39,8 @@ def write_kernel(
 ) -> None:
     """Store K and V of new tokens at their slots. Program (t, c) takes chunk c of token t.
 
-    The slots may lie anywhere in the pool; the numbers of one token lie side by side, which is what makes the copy
-    fast, since neighbouring threads touch neighbouring addresses::
+    Slots may be anywhere in the pool. The elements of one token are contiguous, so neighbouring threads access
+    neighbouring addresses, which is fast::
 
         key     token 0  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[0]]  [ chunk 0 | chunk 1 ]
                 token 1  [ chunk 0 | chunk 1 ]  ──>  keys[slot_mapping[1]]  [ chunk 0 | chunk 1 ]
@@ -60,8 +59,8 @@ def write_kernel(
 def find_request(query_start_loc: tl.tensor, q_block: tl.tensor, num_requests: tl.tensor, BLOCK_Q: tl.constexpr) -> int:
     """The request that block `q_block` of queries belongs to, by binary search.
 
-    Request i owns the blocks from query_start_loc[i] // BLOCK_Q + i on. To round up its last block takes at most one
-    block more, which is what the + i makes room for: there may be a block that nobody needs, and never one too few::
+    Request i owns the blocks from query_start_loc[i] // BLOCK_Q + i on. The + i allows each request one more block, for
+    rounding up. There may be a block without work, but never a block too few::
 
         BLOCK_Q = 4          request 0    request 1    request 2
         new tokens           5            1            7
@@ -105,7 +104,7 @@ def attend_keys(
 ) -> tuple[tl.tensor, tl.tensor, tl.tensor]:
     """Online softmax over keys first <= j < last, tile by tile (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
-    The scores of a row never stand side by side. Three things are carried from tile to tile instead::
+    The scores of a row are never all in memory. Three values are carried from tile to tile instead::
 
                 keys   first     + TILE    + 2 TILE     last
         ROWS of        ┌─────────┬─────────┬─────────┬───┐      maximum [ROWS]     of the scores so far
@@ -113,10 +112,10 @@ def attend_keys(
                        │   TILE] │         │         │ / │      out     [ROWS, D]  sum of 2^(score - maximum) * value
                        └─────────┴─────────┴─────────┴───┘      / is masked
 
-    When a tile raises a row's maximum from old to new, whatever was summed before it is too large by 2^(new - old), so
-    both sums are multiplied by 2^(old - new). Without this rescale they would add numbers of different scales.
+    When a tile raises a row's maximum from old to new, the sums so far are too large by 2^(new - old), so both are
+    multiplied by 2^(old - new). Without this rescale they would add values of different scales.
 
-    MASKED: some row may not see some key of the range. If all see all, nothing is compared and nothing left out.
+    MASKED: some row does not see some key of the range. If every row sees every key, no mask is computed.
     """
     dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
     for start in range(first, last, TILE):
@@ -124,24 +123,25 @@ def attend_keys(
         k_mask = (dims < HEAD_DIM)[:, None]
         v_mask = (dims < HEAD_DIM)[None, :]
         if MASKED:
-            # What is not loaded is 0. A slot beyond the request may hold NaN, and 0 * NaN is NaN: it is never loaded.
+            # Masked elements are 0. Slots after the request's last token are masked: they may hold NaN, and 0 * NaN is
+            # NaN.
             in_range = tokens < last  # [TILE]
             k_mask = k_mask & in_range[None, :]
             v_mask = v_mask & in_range[:, None]
             blocks = tl.load(table + tokens // BLOCK_SIZE, mask=in_range, other=0)  # [TILE]
         else:
             blocks = tl.load(table + tokens // BLOCK_SIZE)  # [TILE]
-        # In a large pool the position of a number does not fit into 32 bits.
+        # In a large pool, offsets of elements exceed 32 bits.
         slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE  # [TILE]
         k = tl.load(keys + slots[None, :] * stride_slot + dims[:, None], mask=k_mask, other=0.0)  # [PADDED_DIM, TILE]
         v = tl.load(values + slots[:, None] * stride_slot + dims[None, :], mask=v_mask, other=0.0)  # [TILE, PADDED_DIM]
         if WIDEN:
             k, v = k.to(tl.float32), v.to(tl.float32)
 
-        # "ieee" is about float32, whose numbers tensor cores would round to 10 bits. 16-bit numbers are exact there.
+        # "ieee" matters for float32, which tensor cores would round to 10 bits. 16-bit formats are exact there.
         scores = tl.dot(q, k, input_precision="ieee")  # [ROWS, TILE]
         if SOFTCAP:
-            # tanh(x) = 1 - 2 / (e^2x + 1), which is right for an e^2x that overflows as well.
+            # tanh(x) = 1 - 2 / (e^2x + 1), which is right even if e^2x overflows.
             ratio = tl.exp2(scores * (2.0 * LOG2_E * scale / softcap))
             scores = (softcap - 2.0 * softcap / (ratio + 1.0)) * LOG2_E
         else:
@@ -153,7 +153,7 @@ def attend_keys(
             scores = tl.where(visible, scores, float("-inf"))
 
         new_maximum = tl.maximum(maximum, tl.max(scores, 1))  # [ROWS]
-        # A row that has seen nothing so far has no maximum. With 0 in its place all its weights are 2^-inf = 0.
+        # The maximum of a row without visible keys so far is -inf. With 0 instead, its weights are 2^-inf = 0.
         reference = tl.where(new_maximum == float("-inf"), 0.0, new_maximum)
         weights = tl.exp2(scores - reference[:, None])  # [ROWS, TILE]
         rescale = tl.exp2(maximum - reference)  # [ROWS]
@@ -163,7 +163,7 @@ def attend_keys(
     return out, maximum, total
 
 
-@triton.jit(do_not_specialize=["num_requests"])  # else there is one kernel for 1, for multiples of 16, and for others
+@triton.jit(do_not_specialize=["num_requests"])  # else separate kernels for 1, multiples of 16, and others
 def attention_kernel(
     query: tl.tensor,  # [T, Hq, D]
     keys: tl.tensor,  # [slots, Hkv, D]
@@ -172,13 +172,13 @@ def attention_kernel(
     block_table: tl.tensor,  # [R, B]
     seq_lens: tl.tensor,  # [R]
     query_start_loc: tl.tensor,  # [R + 1]
-    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM], as the next two only with SEGMENTS > 1
+    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM]; the partial_* only with SEGMENTS > 1
     partial_max: tl.tensor,  # [T, Hq, SEGMENTS]
     partial_sum: tl.tensor,  # [T, Hq, SEGMENTS]
     num_requests: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
-    stride_query: tl.tensor,  # between tokens; the heads of a token lie side by side, here as everywhere
+    stride_query: tl.tensor,  # between tokens; the heads of a token are contiguous, as in all tensors here
     stride_slot: tl.tensor,
     stride_table: tl.tensor,
     NUM_HEADS: tl.constexpr,
@@ -197,35 +197,35 @@ def attention_kernel(
 ) -> None:
     """Attention of one block of queries of one request, with the heads of one KV head, over one segment of its keys.
 
-    Packing. GROUP query heads read the same KV head. They become rows of one tile, so that each key is loaded once for
-    all of them and that even one token fills rows. With GROUP = 2 and ROWS = 8, a tile holds BLOCK_Q = 4 tokens::
+    Packing. GROUP query heads read the same KV head. They become rows of one tile, so each key is loaded once for all
+    of them, and even one token fills several rows. With GROUP = 2 and ROWS = 8, a tile holds BLOCK_Q = 4 tokens::
 
         row      0      1      2      3      4      5      6      7
         token    0      0      1      1      2      2      3      3
         head     2 kv   2 kv+1 2 kv   2 kv+1 2 kv   2 kv+1 2 kv   2 kv+1
 
-    A group with more heads than rows is cut into pieces of HEADS = ROWS, each with programs of its own. Prefills and
-    decodes differ in nothing but how many rows there are.
+    A group with more heads than rows is split into chunks of HEADS = ROWS heads, each with its own programs. Prefills
+    and decodes differ only in the number of rows.
 
     Visibility. The new tokens are the last of their request. Their rows see a staircase of its keys::
 
         keys        0                      whole           last
-        token 0     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ · · · · · │          up to `whole` there are whole tiles that every row
-        token 1     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ · · · · │          sees, so no mask is needed; beyond `last` nobody
-        token 2     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ ■ · · · │          sees anything, so nothing is loaded
+        token 0     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ · · · · · │          up to `whole` every row sees every tile, so no mask
+        token 1     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ · · · · │          is needed; from `last` on no row sees any key, so
+        token 2     ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ ■ │ ■ ■ ■ · · · │          nothing is loaded
 
-    With TWO_LOOPS the first of them goes up to `whole` without masks, which saves time where products are fast. Else,
-    as with a window, which takes keys away on the left too, one loop masks everything.
+    With TWO_LOOPS the first loop runs up to `whole` without masks, which saves time if products are fast. Otherwise,
+    and with a window, which also hides keys on the left, one loop masks all tiles.
 
-    Segments. With SEGMENTS > 1 the keys are cut into so many pieces, a program for each, and `reduce_kernel` puts them
-    together. Else one decode with a long past would be the work of a single program per head, on a GPU that runs
-    hundreds (Flash-Decoding, 2023).
+    Segments. With SEGMENTS > 1 the keys are split into that many segments, with a program for each, and `reduce_kernel`
+    merges them. Otherwise a decode with a long past would be the work of one program per head, on a GPU that runs
+    hundreds in parallel (Flash-Decoding, 2023).
     """
     BLOCK_Q: tl.constexpr = ROWS // HEADS
-    PIECES: tl.constexpr = (GROUP + HEADS - 1) // HEADS
+    CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
     q_block = tl.program_id(0)
-    kv_head = tl.program_id(1) // PIECES
-    first_head = tl.program_id(1) % PIECES * HEADS  # of this piece, in the group
+    kv_head = tl.program_id(1) // CHUNKS
+    first_head = tl.program_id(1) % CHUNKS * HEADS  # of this chunk, in the group
     segment = tl.program_id(2)
 
     request = find_request(query_start_loc, q_block, num_requests, BLOCK_Q)
@@ -281,7 +281,7 @@ def attention_kernel(
 
     row = steps * NUM_HEADS + heads  # [ROWS]: of [T, Hq]
     if SEGMENTS == 1:
-        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # a row of nobody has no keys
+        acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # padding rows have no keys
         tl.store(out + row[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
     else:
         place = row * SEGMENTS + segment  # [ROWS]
@@ -303,15 +303,15 @@ def reduce_kernel(
     PADDED_DIM: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ) -> None:
-    """Put the segments of one token and head together. It is the rescale between tiles once more::
+    """Merge the segments of one token and head. This is the rescale between tiles again::
 
         segment    0        1        2                 m    = the largest of m0, m1, m2
         maximum    m0       m1       m2                sum  = s0 * 2^(m0 - m) + s1 * 2^(m1 - m) + s2 * 2^(m2 - m)
         sum        s0       s1       s2                out  = (o0 * 2^(m0 - m) + o1 * 2^(m1 - m) + ...) / sum
         out        o0 [D]   o1 [D]   o2 [D]
 
-    A segment without keys has the maximum -inf, and so the factor 0. Rows of padding, for which `attention_kernel` has
-    stored nothing, become 0.
+    A segment without keys has the maximum -inf, and so the factor 0. Padding rows, for which `attention_kernel` stores
+    nothing, become 0.
     """
     row = tl.program_id(0).to(tl.int64)  # of [T, Hq]
     segments = tl.arange(0, SEGMENTS)  # [SEGMENTS]

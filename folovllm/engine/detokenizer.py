@@ -1,11 +1,11 @@
-"""Token ids to text, one token at a time, without ever taking a character back (vLLM: `vllm/v1/engine/detokenizer.py`).
+"""Token ids to text, one token at a time; emitted text never changes (vLLM: `vllm/v1/engine/detokenizer.py`).
 
 Two things make this harder than decode(token):
 
-1. A character can span tokens. Byte-level vocabularies split an emoji into up to four bytes in as many tokens, and the
-   text of an incomplete one is U+FFFD. So text is decoded from a window of tokens and emitted only once it does not end
-   in U+FFFD.
-2. A stop string can span tokens. Text that may be the beginning of one is held back until it is clear that it is not.
+1. A character can span tokens. Byte-level vocabularies split an emoji into up to four tokens, and an incomplete
+   character decodes to U+FFFD. So a window of tokens is decoded, and its text is emitted once it no longer ends in
+   U+FFFD.
+2. A stop string can span tokens. Text that may be the beginning of one is held back until that is decided.
 """
 
 from __future__ import annotations
@@ -18,19 +18,18 @@ CONTEXT = 5  # prompt tokens in the first window, as in vLLM
 
 
 class Decodes(Protocol):
-    """The one method of a tokenizer that is needed here."""
+    """The part of a tokenizer that is used here."""
 
-    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> Any:
-        """Text of `token_ids`."""
+    def decode(self, token_ids: list[int], skip_special_tokens: bool = True) -> Any: ...
 
 
 class IncrementalDecoder:
     """Turns a growing list of token ids into a growing string: `push` returns only new, final text.
 
-    Two offsets frame a window of tokens: [prefix, read) has been emitted, [read, end) has not. The window's text minus
-    the prefix's text is what is new. Decoding a window, not a token, keeps the spaces and joins that a tokenizer makes
-    between tokens; keeping it short makes a step's cost independent of the output's length. The first window begins in
-    the prompt, so that prompt and output join: some tokenizers drop the space in front of whatever they decode first.
+    Two offsets divide a window of tokens: [prefix, read) has been emitted, [read, end) has not. The new text is the
+    window's text without that of [prefix, read). Decoding a window keeps the spaces that a tokenizer puts between
+    tokens, and a short window makes a step's cost independent of the output's length. The first window starts in the
+    prompt, because some tokenizers drop the space before the first token that they decode.
     """
 
     def __init__(self, tokenizer: Decodes, prompt_token_ids: Sequence[int] = ()) -> None:
@@ -40,11 +39,11 @@ class IncrementalDecoder:
         self._read = len(self._token_ids)
 
     def push(self, token_id: int) -> str:
-        """Add a token; the text that became certain with it, possibly ""."""
+        """Add a token, and return the text that is now final; it may be ""."""
         self._token_ids.append(token_id)
         emitted, window = self._decode_window()
         if window == emitted and not window.endswith(REPLACEMENT):
-            self._token_ids.pop()  # a special token: no text now or later, so the window need not grow by it
+            self._token_ids.pop()  # a special token has no text, now or later
             return ""
         if window.endswith(REPLACEMENT) or len(window) <= len(emitted):
             return ""
@@ -52,7 +51,7 @@ class IncrementalDecoder:
         return window[len(emitted) :]
 
     def flush(self) -> str:
-        """No more tokens will come: what is left, without the bytes of a character that never became whole."""
+        """End the output, and return the remaining text, without an incomplete last character."""
         emitted, window = self._decode_window()
         self._prefix = self._read = len(self._token_ids)
         return window[len(emitted) :].rstrip(REPLACEMENT)
@@ -64,10 +63,10 @@ class IncrementalDecoder:
 
 
 class Detokenizer:
-    """The text of one output, the stop string that ends it, and how much of it may be shown.
+    """The text of one output, and the stop string that ends it.
 
-    `text` is everything decoded so far, cut at a stop string once one is found. `visible` never shrinks and never
-    contains text that may yet be cut away.
+    `text` is everything decoded so far, cut at the first stop string. `visible` is the final part of it, which never
+    shrinks.
     """
 
     def __init__(
@@ -88,7 +87,7 @@ class Detokenizer:
         self.stop_reason: str | None = None
 
     def update(self, token_ids: Sequence[int]) -> str | None:
-        """Add tokens; the stop string that they completed, or None. After one, further tokens are ignored."""
+        """Add tokens, and return the stop string that they complete, or None. Tokens after it are ignored."""
         for token_id in token_ids:
             if self.stop_reason is None:
                 self._num_tokens += 1
@@ -96,7 +95,7 @@ class Detokenizer:
         return self.stop_reason
 
     def finish(self) -> str | None:
-        """The output is complete: show everything. A stop string in the very last bytes still counts."""
+        """End the output: make all text visible. Returns a stop string as `update` does."""
         if self.stop_reason is None:
             self._add(self._decoder.flush())
         self.visible = self.text
@@ -105,7 +104,7 @@ class Detokenizer:
     def _add(self, new: str) -> None:
         start = len(self.text)
         self.text += new
-        # As in vLLM, a stop string counts if it is completed after the first `min_tokens` tokens.
+        # As in vLLM, only a stop string completed after the first `min_tokens` tokens counts.
         if new and self._num_tokens > self._min_tokens:
             self._cut_at_stop(start)
         if self.stop_reason is not None or self._include_stop:
@@ -114,7 +113,7 @@ class Detokenizer:
             self.visible = self.text[: len(self.text) - self._held_back()]
 
     def _cut_at_stop(self, start: int) -> None:
-        """Cut `text` at the stop string completed first in text[start:]; of two that end together, the first listed."""
+        """Cut `text` at the first stop string that ends after `start`; of two that end together, the first listed."""
         found: tuple[int, str] | None = None
         for stop in self._stop:
             begin = self.text.find(stop, max(0, start - len(stop) + 1))
@@ -125,7 +124,7 @@ class Detokenizer:
             self.text = self.text[: end if self._include_stop else end - len(self.stop_reason)]
 
     def _held_back(self) -> int:
-        """Length of the longest end of `text` that a stop string begins with."""
+        """Length of the longest suffix of `text` with which a stop string begins."""
         longest = max((len(s) for s in self._stop), default=0) - 1
         for length in range(min(longest, len(self.text)), 0, -1):
             if any(s.startswith(self.text[-length:]) for s in self._stop):

@@ -1,18 +1,18 @@
-"""From a configuration to the parts of an engine: the one place where a milestone's preset is turned into objects."""
+"""Build an engine from its configuration: the only place where a milestone's preset becomes objects."""
 
 from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
+import transformers
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
-from folovllm.attention.torch_compiled import TorchCompiledBackend
+from folovllm.checks import check_choice, quoted
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
 from folovllm.engine.core import EngineCore
@@ -20,10 +20,11 @@ from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import KVCacheManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
+from folovllm.math_utils import cdiv
 from folovllm.models.decoder import DecoderConfig
 from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
-    ModelSource,
+    LoadSpec,
     eos_token_ids,
     load_config,
     load_generation_config,
@@ -45,15 +46,12 @@ from folovllm.runner.threads import choose_num_threads
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
 
-if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
-    from transformers import PreTrainedModel
-
-GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # what steps on a GPU are padded to, as CUDA graphs want it
+GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # steps on a GPU are padded to these, for CUDA graphs
 
 
 @dataclass
 class EngineParts:
-    """What `LLMEngine` is made of. Tests give it a core of their own."""
+    """The parts of an `LLMEngine`. Tests pass a core of their own."""
 
     core: EngineCore
     tokenizer: PreTrainedTokenizerBase | None
@@ -63,7 +61,7 @@ class EngineParts:
 
 
 def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
-    """Tokens of prompt and output the engine allows. Raises ValueError when asked for more than the model has."""
+    """Tokens of prompt and output that a request may have. Raises ValueError for a max_model_len above the model's."""
     longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(longest, int):
         raise ValueError(
@@ -78,10 +76,10 @@ def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
     return longest if wanted is None else wanted
 
 
-def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> EngineParts:
+def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | None = None) -> EngineParts:
     """Load the model and make the core that `config.milestone` describes.
 
-    model: the weights, where another engine of the same `config.model` has loaded them: a forward only reads them.
+    model: loaded weights to reuse, of another engine with the same `config.model`; a forward only reads them.
     Raises ValueError for an unknown model, a corrupt checkpoint, or settings that the model cannot meet.
     """
     source = resolve_model(config.model.model)
@@ -89,66 +87,58 @@ def build_engine(config: EngineConfig, model: PreTrainedModel | None = None) -> 
     max_model_len = model_length(config, hf_config)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
+    spec = LoadSpec(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
     tokenizer = load_tokenizer(source)
     generation_config = load_generation_config(source)
     sampler = Sampler(config.model.seed, device)
-    num_threads = step_threads(config, hf_config, device)[0]
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
     runner: ModelRunner
     if config.preset.paged:
-        kv, runner = build_paged(config, source, hf_config, dtype, device, max_model_len, budget, sampler, num_threads)
+        kv, runner = build_paged(config, spec, budget, sampler)
     else:
         if model is None:
-            model = load_hf_model(source, dtype, device, config.model.load_format, config.model.seed)
+            model = load_hf_model(source, dtype, device, spec.load_format, spec.seed)
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
         batching = config.batching or next(iter(config.preset.batchings), "loop")
-        runner = HFRunner(model, sampler, batching, num_threads=num_threads)
-    policy, preemption = config.scheduler.scheduling_policy, config.scheduler.preemption_mode
+        runner = HFRunner(model, sampler, batching, num_threads=step_threads(config, hf_config, device)[0])
     scheduler = Scheduler(
         kv,
         config.max_num_seqs,
         budget,
-        policy,
-        preemption,
+        config.scheduler.scheduling_policy,
+        config.scheduler.preemption_mode,
         config.chunked_prefill,
         config.scheduler.long_prefill_token_threshold,
     )
     core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks)
     vocab_size = int(hf_config.get_text_config().vocab_size)
-    # An id without a logit can never be sampled, so it can never end a sequence either.
+    # An id without a logit is never sampled, so it cannot end a sequence.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
     return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len)
 
 
 def build_paged(
-    config: EngineConfig,
-    source: ModelSource,
-    hf_config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    max_model_len: int,
-    max_tokens: int,
-    sampler: Sampler,
-    num_threads: int | None = None,
+    config: EngineConfig, spec: LoadSpec, max_tokens: int, sampler: Sampler
 ) -> tuple[BlockManager, PagedRunner]:
-    """Load the model, and make a pool of blocks for it. Raises ValueError where not even a block fits the memory."""
+    """Load the model and make its pool of blocks. max_tokens: the token budget of a step.
+
+    Raises ValueError if no block fits into memory.
+    """
+    device, max_model_len = spec.device, model_length(config, spec.hf_config)
     if device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     backend = make_backend(config.attention_backend, device)
-    chosen = config.model
-    model = load_paged_model(
-        source, hf_config, dtype, device, backend, chosen.model_impl, chosen.load_format, chosen.seed, max_model_len
-    )
+    model = load_paged_model(spec, backend, config.model.model_impl)
     size = config.cache.block_size
-    max_blocks = -(-max_model_len // size)  # of one request
+    max_blocks = cdiv(max_model_len, size)  # of one request
     max_requests = min(config.max_num_seqs, max_tokens)
     buffers = InputBatch(max_tokens, max_requests, max_blocks, size, device, GPU_SIZES if device.type == "cuda" else ())
     block_bytes = kv_block_bytes(model, size)
     num_blocks = config.cache.num_kv_blocks
     if num_blocks is None:
         free = determine_available_memory(config, model, buffers, sampler, backend)
-        # More than all running requests at their longest, and a held leader each, would never be touched.
+        # At most: every running request at its longest, and as many held leaders.
         num_blocks = min(free // block_bytes, 2 * max_requests * max_blocks)
         if num_blocks < 1:
             raise ValueError(
@@ -157,65 +147,53 @@ def build_paged(
             )
     swaps = config.scheduler.preemption_mode == "swap"
     num_host_blocks = int(config.cache.swap_space * GIB) // block_bytes if swaps else 0
-    storage = KVStorage.of_model(model, num_blocks, num_host_blocks, size)
+    storage = KVStorage(model.config, model.dtype, model.device, size, num_blocks, num_host_blocks)
     manager = BlockManager(num_blocks, size, num_host_blocks, PrefixCache(size) if config.prefix_caching else None)
+    num_threads = step_threads(config, spec.hf_config, device)[0]
     return manager, PagedRunner(model, storage, backend, sampler, buffers, num_threads=num_threads)
 
 
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
-    """The backend of that name; "auto" is Triton's on a GPU, where Triton is installed, and else torch's.
+    """The attention backend of that name. "auto" is "triton" on a GPU if Triton is installed, else "torch".
 
     Raises ValueError for another name, and for "triton" where its kernels cannot run.
     """
+    check_choice("attention_backend", name, ATTENTION_BACKENDS)
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
         name = "triton" if device.type == "cuda" and has_triton else "torch"
-    if name == "triton":
-        if not has_triton:
-            raise ValueError(
-                "attention_backend='triton' is not valid here, where Triton is not installed (it is made for Linux); "
-                f"allowed: {', '.join(repr(b) for b in ATTENTION_BACKENDS if b != 'triton')}"
-            )
-        # Imported only here: nothing else needs Triton, and importing it takes time.
-        from folovllm.attention.triton_backend import TritonBackend
-
-        return TritonBackend(device)
     if name == "torch":
         return TorchBackend()
     if name == "reference":
         return ReferenceBackend()
-    if name == "torch-compiled":
-        return TorchCompiledBackend()
-    raise ValueError(f"attention_backend={name!r} is not valid; allowed: {', '.join(ATTENTION_BACKENDS)}")
+    if not has_triton:
+        raise ValueError(
+            "attention_backend='triton' is not valid here, where Triton is not installed (it is made for Linux); "
+            f"allowed: {quoted([b for b in ATTENTION_BACKENDS if b != 'triton'])}"
+        )
+    # Imported only here: importing Triton takes time.
+    from folovllm.attention.triton_backend import TritonBackend
+
+    return TritonBackend(device)
 
 
-def load_paged_model(
-    source: ModelSource,
-    hf_config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    backend: AttentionBackend,
-    model_impl: str = "auto",
-    load_format: str = "auto",
-    seed: int = 0,
-    max_positions: int | None = None,
-) -> PagedModel:
+def load_paged_model(spec: LoadSpec, backend: AttentionBackend, model_impl: str = "auto") -> PagedModel:
     """The model of a checkpoint, ready for inference.
 
-    model_impl: "folovllm" is our decoder, "transformers" Hugging Face's model, "auto" ours where it has all that the
-    config asks for. Raises ValueError for what the chosen one does not have, by name, and for weights as `load_decoder`
+    model_impl: "folovllm" is our decoder, "transformers" is Hugging Face's model, "auto" is our decoder if it supports
+    the config. Raises ValueError for a config that the chosen one does not support, and for weights as `load_decoder`
     and `load_hf_paged` do.
     """
-    lacks = None if model_impl == "transformers" else what_decoder_lacks(hf_config)
+    lacks = None if model_impl == "transformers" else what_decoder_lacks(spec.hf_config)
     if model_impl == "folovllm" and lacks is not None:
         raise ValueError(f"model_impl='folovllm' is not valid for this model: {lacks}; or model_impl='auto'")
     if model_impl == "transformers" or lacks is not None:
-        return load_hf_paged(source, hf_config, dtype, device, backend, load_format, seed, max_positions)
-    return load_decoder(source, hf_config, dtype, device, load_format, seed, max_positions)
+        return load_hf_paged(spec, backend)
+    return load_decoder(spec)
 
 
 def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
-    """What our decoder does not have and this config asks for; None if it has everything."""
+    """Why our decoder does not support this config; None if it does."""
     try:
         config = DecoderConfig.from_hf(hf_config)
         rope_frequencies(config.rope, config.head_dim)
@@ -225,7 +203,7 @@ def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
 
 
 def step_threads(config: EngineConfig, hf_config: PretrainedConfig, device: torch.device) -> tuple[int | None, str]:
-    """The CPU threads of a step, None for as many as the process uses, and why. Next to a GPU only what was asked."""
+    """The CPU threads of a step (None: as many as the process uses), and the reason. With a GPU, only `num_threads`."""
     if device.type != "cpu":
         return config.num_threads, "a GPU computes"
     return choose_num_threads(config.num_threads, hf_config.get_text_config().hidden_size)

@@ -1,55 +1,48 @@
-"""What may be given as a prompt, and how it becomes token ids."""
+"""The forms of a prompt, and their conversion to token ids."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, TypedDict, cast
 
 from transformers import PreTrainedTokenizerBase
 
+from folovllm.checks import invalid
 from folovllm.sampling_params import SamplingParams
 
 
-class TokensPrompt(TypedDict):
-    """A prompt given as token ids. cache_salt: only prompts with the same one share cached prefixes."""
-
-    prompt_token_ids: list[int]
-    cache_salt: NotRequired[str]
-
-
-class TextPrompt(TypedDict):
-    """A prompt given as text. cache_salt: as in `TokensPrompt`."""
+class PromptDict(TypedDict, total=False):
+    """A prompt as text or as token ids: one of the first two keys."""
 
     prompt: str
-    cache_salt: NotRequired[str]
+    prompt_token_ids: list[int]
+    cache_salt: str  # only prompts with the same salt share cached prefixes
 
 
-Prompt = str | list[int] | TokensPrompt | TextPrompt
+Prompt = str | list[int] | PromptDict
 
 
 @dataclass(frozen=True)
 class GivenPrompt:
-    """A prompt in its one form."""
+    """A prompt as token ids."""
 
-    text: str | None  # None where token ids were given
+    text: str | None  # None if given as token ids
     token_ids: list[int]
     cache_salt: str
 
 
 def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int) -> GivenPrompt:
-    """A prompt in any of its forms. Raises ValueError for what is none, has no tokens or not the model's."""
+    """Convert a prompt. Raises ValueError for another type, an empty prompt, and ids outside of the vocabulary."""
     content, cache_salt = cast(Any, prompt), ""
     if isinstance(prompt, dict):
         given = dict(cast("dict[str, Any]", prompt))
         cache_salt = given.pop("cache_salt", "")
         if len(given) != 1 or not set(given) <= {"prompt", "prompt_token_ids"}:
-            raise ValueError(
-                f"prompt={prompt!r} is not valid; allowed: a dict with one key of ['prompt', 'prompt_token_ids'], and "
-                "'cache_salt' if wanted"
-            )
+            allowed = "a dict with one key of ['prompt', 'prompt_token_ids'], and optionally 'cache_salt'"
+            raise invalid("prompt", prompt, allowed)
         if not isinstance(cache_salt, str):
-            raise ValueError(f"cache_salt={cache_salt!r} is not valid; allowed: a string")
+            raise invalid("cache_salt", cache_salt, "a string")
         check_text("cache_salt", cache_salt)
         (content,) = given.values()
     if isinstance(content, str):
@@ -63,39 +56,37 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab
 
 
 def check_token_ids(token_ids: Any, vocab_size: int) -> list[int]:
-    """The same as a list. Raises ValueError for no list, an empty one, or what is no token id."""
+    """Token ids as a list. Raises ValueError for another type, an empty list, or ids outside of the vocabulary."""
     if not isinstance(token_ids, (list, tuple)):
-        raise ValueError(f"prompt={token_ids!r} is not valid; allowed: a string or a list of token ids")
+        raise invalid("prompt", token_ids, "a string or a list of token ids")
     if not token_ids:
         raise ValueError(f"prompt={token_ids!r} has no tokens; allowed: at least 1")
     for i, token_id in enumerate(token_ids):
         if isinstance(token_id, bool) or not isinstance(token_id, int) or not 0 <= token_id < vocab_size:
-            raise ValueError(f"prompt_token_ids[{i}]={token_id!r} is not valid; allowed: integers in [0, {vocab_size})")
+            raise invalid(f"prompt_token_ids[{i}]", token_id, f"integers in [0, {vocab_size})")
     return list(token_ids)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, name: str, value: str, add_special_tokens: bool = True) -> list[int]:
-    """Text as token ids. Raises ValueError, naming the argument, for text that is not valid Unicode."""
+    """Text as token ids. Raises ValueError, with `name`, for text that is not valid Unicode."""
     check_text(name, value)
     return list(cast("list[int]", tokenizer(value, add_special_tokens=add_special_tokens)["input_ids"]))
 
 
 def check_text(name: str, value: str) -> None:
-    """Raise ValueError for text that is not valid Unicode, which has no bytes."""
+    """Raise ValueError for text that is not valid Unicode."""
     try:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise ValueError(f"{name}={value!r} is not valid; allowed: text without lone surrogates") from error
+        raise invalid(name, value, "text without lone surrogates") from error
 
 
 def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
-    """One prompt or several, in any form, as a list. A flat list of integers is one prompt."""
+    """One prompt or several as a list. A flat list of integers is one prompt."""
     if isinstance(prompts, (str, dict)):
         return [cast(Prompt, prompts)]
     if not isinstance(prompts, (list, tuple)):
-        raise ValueError(
-            f"prompts={prompts!r} is not valid; allowed: text, token ids, a prompt dict, or a list of them"
-        )
+        raise invalid("prompts", prompts, "text, token ids, a prompt dict, or a list of them")
     if prompts and all(isinstance(p, int) for p in prompts):
         return [cast(Prompt, list(prompts))]
     return list(cast("Sequence[Prompt]", prompts))
@@ -104,9 +95,9 @@ def as_prompt_list(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
 def broadcast_params(
     params: SamplingParams | Sequence[SamplingParams] | None, count: int
 ) -> list[SamplingParams | None]:
-    """One SamplingParams per prompt, from one for all or a list of as many. Raises ValueError for another length."""
+    """A list of `count` parameters, from one for all or a list. Raises ValueError for another length."""
     if params is None or isinstance(params, SamplingParams):
         return [params] * count
     if not isinstance(params, (list, tuple)) or len(params) != count:
-        raise ValueError(f"sampling_params={params!r} is not valid; allowed: one SamplingParams or a list of {count}")
+        raise invalid("sampling_params", params, f"one SamplingParams or a list of {count}")
     return list(params)

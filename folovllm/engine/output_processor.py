@@ -1,12 +1,12 @@
-"""From the core's token ids back to what a user sees (vLLM: `vllm/v1/engine/output_processor.py`).
+"""The core's token ids to the user's outputs (vLLM: `vllm/v1/engine/output_processor.py`).
 
-One `ParentRequest` per `add_request`, one `RequestState` per generated sequence of it, which is one request of
+One `ParentRequest` per `add_request`. It has one `RequestState` per generated sequence; each of these is one request of
 the core.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,7 +18,7 @@ from folovllm.sampling_params import SamplingParams
 
 @dataclass
 class RequestState:
-    """One sequence as text: what the core has sampled for it and what has become visible."""
+    """One sequence: its sampled tokens, and their text."""
 
     request_id: str  # the core's
     index: int
@@ -45,7 +45,7 @@ class RequestState:
             )
 
     def add(self, output: EngineCoreOutput) -> bool:
-        """Take in new tokens. True if their text completed a stop string that the core does not know of."""
+        """Add new tokens. True if their text completed a stop string, which the core has to be told."""
         self.token_ids.extend(output.new_token_ids)
         self._add_logprobs(output)
         ended_by_token = output.finish_reason == "stop"
@@ -63,14 +63,14 @@ class RequestState:
         return unknown_to_core
 
     def abort(self) -> None:
-        """End the sequence as it stands."""
+        """End the sequence early."""
         if self.finish_reason is None:
             self.finish_reason = "abort"
             if self.detokenizer is not None:
                 self.detokenizer.finish()
 
     def completion(self) -> CompletionOutput:
-        """A snapshot that later tokens do not change."""
+        """A copy of the current state."""
         return CompletionOutput(
             index=self.index,
             text=self.detokenizer.visible if self.detokenizer is not None else "",
@@ -105,22 +105,16 @@ class ParentRequest:
 
     @property
     def finished(self) -> bool:
-        """Whether every sequence is complete."""
         return all(s.finish_reason is not None for s in self.sequences)
 
     def output(self) -> RequestOutput:
-        """A snapshot for the user."""
+        """A copy of the current state, for the user."""
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=list(self.prompt_token_ids),
             outputs=[s.completion() for s in self.sequences],
             finished=self.finished,
-            metrics=RequestMetrics(
-                self.metrics.arrival_time,
-                self.metrics.first_scheduled_time,
-                self.metrics.finished_time,
-                list(self.metrics.token_times),
-            ),
+            metrics=replace(self.metrics, token_times=list(self.metrics.token_times)),
             num_cached_tokens=self.num_cached_tokens,
         )

@@ -1,13 +1,13 @@
-"""What changed in the pool of blocks from one step to the next.
+"""The changes in the pool of blocks from one step to the next.
 
-A change is a dict; what did not change is left out::
+They are a dict; a key without changes is left out::
 
-    tables, host   [request, blocks kept from the front, blocks after them] for each table that is another one now
-    taken          blocks that left the line of free ones
-    freed          blocks that joined its end, in order
-    cached         [block, the block before it or null] for each entry of the prefix cache that is new or another
-    uncached       blocks that are in the cache no more
-    evicted        blocks that were given to somebody else while they were cached: what stood in them is lost
+    tables, host   [request, blocks kept from the front, blocks after them] for each table that changed
+    taken          blocks that left the free list
+    freed          blocks that joined the end of the free list, in order
+    cached         [block, the block before it or null] for each new or changed entry of the prefix cache
+    uncached       blocks that left the prefix cache
+    evicted        cached blocks that were allocated again, which overwrites their tokens
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Tables = Mapping[str, Sequence[int]]
 
 
 class PoolRecorder:
-    """The pool after the newest step. Before the first, all blocks are free, in order, and nothing is cached."""
+    """The pool after the newest step. At first all blocks are free, in order, and nothing is cached."""
 
     def __init__(self, block_size: int, num_blocks: int) -> None:
         self._before = BlockSnapshot(
@@ -35,9 +35,9 @@ class PoolRecorder:
         )
 
     def observe(self, after: BlockSnapshot, place: Callable[[str], int]) -> dict[str, Any]:
-        """The changes that lead to `after`. place: how a request is named."""
+        """The changes that lead to `after`. place: the name of a request in them."""
         before, self._before = self._before, after
-        taken, freed = line_changes(before.free, after.free)
+        taken, freed = free_list_changes(before.free, after.free)
         made: dict[str, Any] = {
             "tables": table_changes(before.tables, after.tables, place),
             "host": table_changes(before.host_tables, after.host_tables, place),
@@ -51,7 +51,7 @@ class PoolRecorder:
 
 
 def table_changes(before: Tables, after: Tables, place: Callable[[str], int]) -> list[list[Any]]:
-    """[request, blocks kept, new tail] for each table that changed; one that is gone keeps nothing."""
+    """[request, blocks kept, new tail] for each table that changed. A removed table keeps nothing."""
     changes = []
     for request_id in dict.fromkeys([*before, *after]):
         old, new = tuple(before.get(request_id, ())), tuple(after.get(request_id, ()))
@@ -61,11 +61,10 @@ def table_changes(before: Tables, after: Tables, place: Callable[[str], int]) ->
     return changes
 
 
-def line_changes(before: Sequence[int], after: Sequence[int]) -> tuple[list[int], list[int]]:
-    """Blocks that left a line, and those that joined its end, so that the one becomes the other.
+def free_list_changes(before: Sequence[int], after: Sequence[int]) -> tuple[list[int], list[int]]:
+    """Blocks that left the free list anywhere, and blocks that joined its end: in this order, `before` becomes `after`.
 
-    Who stays keeps the order, since blocks leave from anywhere and join at the end only. One that left and came back
-    is in both.
+    The other blocks keep their order. A block that left and came back is in both lists.
     """
     taken, stayed = [], 0
     for block in before:
@@ -77,6 +76,6 @@ def line_changes(before: Sequence[int], after: Sequence[int]) -> tuple[list[int]
 
 
 def evicted_blocks(before: BlockSnapshot, after: BlockSnapshot) -> list[int]:
-    """Blocks that were given to somebody else while tokens in them were cached, which are lost now."""
+    """Cached blocks that were allocated again."""
     counts_before = before.evictions or (0,) * len(after.evictions)
     return [b for b, (old, new) in enumerate(zip(counts_before, after.evictions, strict=True)) if new > old]

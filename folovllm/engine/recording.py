@@ -1,17 +1,17 @@
-"""Record a run: what a page needs to replay it, in a file that stays small.
+"""Record a run in a small file, from which a page can replay it.
 
-The file is JSON. It is a Chrome trace, which Perfetto opens, with one key more::
+The file is a Chrome trace in JSON, which Perfetto opens, with one more key::
 
     {"traceEvents": [...], "displayTimeUnit": "ms", "folovllm": recording}
 
     recording   schema, version, engine (its settings), phases (their names), texts, prompts, requests, start, steps
-    texts       what tokens say, each text once; prompts and outputs are lists of places in it
-    requests    id, prompt (a place in prompts, or null), output, max_output; begun: what it was before the first step,
-                if it had run then: "running" or "gave way", tokens computed, tokens of output
-    start       changes that make the pool as it was before the first step
+    texts       texts of tokens, each once; prompts and outputs are lists of indices into it
+    requests    id, prompt (an index into prompts, or null), output, max_output; begun: only for a request that had run
+                before the first step: "running" or "preempted", tokens computed, tokens of output
+    start       changes from an empty pool to the pool before the first step
     steps       what is new in each step: see `Recorder.observe` and `folovllm.engine.pool_changes`
 
-A request is named by its place in `requests`. Whatever a step says is read from its `StepTrace`.
+A request is named by its index in `requests`. Everything in a step is read from its `StepTrace`.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.request import RequestStatus
 
 SCHEMA, VERSION = "folovllm-recording", 1
-KEY = "folovllm"  # under which a Chrome trace carries the recording
-OPS: dict[type[KVOp], tuple[str, tuple[str, ...]]] = {  # kind of operation: its name in the file, its numbers
+KEY = "folovllm"  # of the recording in the Chrome trace
+OPS: dict[type[KVOp], tuple[str, tuple[str, ...]]] = {  # kind of operation: its name in the file, its fields
     BlockCopy: ("copy", ("src", "dst")),
     SwapOut: ("out", ("block", "host_block")),
     SwapIn: ("in", ("host_block", "block")),
@@ -44,12 +44,12 @@ OPS: dict[type[KVOp], tuple[str, tuple[str, ...]]] = {  # kind of operation: its
 
 @dataclass
 class _Seen:
-    """A request so far: its tokens, and what its newest share said of it."""
+    """A request so far: its tokens, and the counts of its newest share."""
 
     request_id: str
     prompt: list[int] | None = None
     output: list[int] = field(default_factory=list)
-    num_missed: int = 0  # tokens of output before those, which nobody recorded
+    num_missed: int = 0  # output tokens before those in `output`, which were not recorded
     max_output: int = 0
     begun: list[Any] | None = None
     num_computed: int = 0
@@ -58,17 +58,17 @@ class _Seen:
 
 
 class Recorder:
-    """Takes in steps as they happen, and gives the recording of them.
+    """Builds the recording of observed steps.
 
-    times: False leaves out the times of the phases, and then the same run gives the same recording.
+    times: False leaves out the times of the phases, so that the same run gives the same recording.
     """
 
     def __init__(self, engine: LLMEngine, times: bool = True) -> None:
         self._engine = engine
         self._times = times
-        self._zero: float | None = None  # when the first step began
+        self._zero: float | None = None  # the start of the first step
         self._requests: list[_Seen] = []
-        self._places: dict[str, int] = {}  # of the newest request with an id
+        self._places: dict[str, int] = {}  # id -> index of the newest request with that id
         self._steps: list[dict[str, Any]] = []
         before = engine.core.scheduler.kv.snapshot()
         self._capacity = engine.core.scheduler.kv.usage().capacity
@@ -76,24 +76,24 @@ class Recorder:
         self._start: dict[str, Any] = {}
 
     def begin(self) -> None:
-        """Requests and the pool are now as they will be before the first step that is observed."""
+        """Record the state before the first observed step."""
         scheduler = self._engine.core.scheduler
         for request in scheduler.requests.values():
             if request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED):
                 seen = self._requests[self._place(request.request_id)]
                 seen.prompt, seen.output = request.prompt_token_ids, list(request.output_token_ids)
-                status = "running" if request.status == RequestStatus.RUNNING else "gave way"
+                status = "running" if request.status == RequestStatus.RUNNING else "preempted"
                 self._begin(seen, status, request.num_computed_tokens, request.num_output_tokens)
         now = scheduler.kv.snapshot()
         if self._pool is not None and now is not None:
             self._start = self._pool.observe(now, self._place)
 
     def observe(self, step: StepTrace) -> None:
-        """Take in the next step.
+        """Record the next step.
 
-        What is the same in most steps is left out: see the page's `state.js`, which puts it back. A share is a place
-        where it is a plain decode, one token computed and one sampled, and else
-        [place, scheduled, of the prompt, found in a cache, computed so far, output so far, finish reason].
+        Values that most steps have in common are left out; the page's `state.js` restores them. The share of a plain
+        decode, with one token computed and one sampled, is the request's index. Any other share is
+        [index, scheduled, of the prompt, cached, computed so far, output so far, finish reason].
         """
         for request_id, prompt in step.prompts.items():
             self._first_run(request_id, prompt)
@@ -120,7 +120,7 @@ class Recorder:
         self._steps.append({k: v for k, v in made.items() if v != [] and v != plain.get(k)})
 
     def to_json(self) -> dict[str, Any]:
-        """The recording so far, as plain data."""
+        """The recording as plain data."""
         texts: dict[str, int] = {}
         prompts: dict[tuple[int, ...], int] = {}
         encoded: list[list[int]] = []
@@ -152,7 +152,7 @@ class Recorder:
         }
 
     def save(self, path: str | Path) -> Path:
-        """Write the file that `folovllm replay` and Perfetto read. Returns its path."""
+        """Write the file for `folovllm replay` and Perfetto."""
         path = Path(path)
         data = self._engine.trace.to_chrome_trace() | {KEY: self.to_json()}
         path.write_text(json.dumps(data, separators=(",", ":")), encoding="utf-8")
@@ -165,7 +165,7 @@ class Recorder:
         return self._places[request_id]
 
     def _first_run(self, request_id: str, prompt: list[int]) -> None:
-        """An id that ran before belongs to another request now."""
+        """If a request with this id has run before, this is another one."""
         if request_id in self._places and self._requests[self._places[request_id]].has_run:
             del self._places[request_id]
         seen = self._requests[self._place(request_id)]
@@ -198,24 +198,24 @@ class Recorder:
         return [name, *(getattr(op, number) for number in numbers)]
 
     def _phase_times(self, step: StepTrace) -> list[int]:
-        """The step's start, then start and end of each phase after that, in microseconds."""
+        """The step's start, then start and end of each phase relative to it, in microseconds."""
         start = step.phases["schedule"][0]
         self._zero = start if self._zero is None else self._zero
         spans = [moment - start for name in PHASES for moment in step.phases[name]]
         return [round(1e6 * seconds) for seconds in (start - self._zero, *spans)]
 
     def _texts(self, seen: _Seen) -> tuple[list[str], list[str]]:
-        """What each token of a prompt and of its output says."""
+        """The text of each token of the prompt and of the output."""
         prompt = seen.prompt or []
         texts = token_texts(self._engine.tokenizer, [*prompt, *seen.output])
         return texts[: len(prompt)], [""] * seen.num_missed + texts[len(prompt) :]
 
 
 def token_texts(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[int]) -> list[str]:
-    """The text that each token adds to those before it; together they are the whole text.
+    """The text that each token adds; their concatenation is the whole text.
 
-    A token that ends within a character adds "", and the one that completes it adds it. Special tokens, which a decoded
-    text leaves out, are shown by their names. Without a tokenizer, texts are the ids.
+    A token that ends within a character adds "", and the one that completes it adds the character. Special tokens are
+    shown by their names. Without a tokenizer, texts are the ids.
     """
     if tokenizer is None:
         return [f"{token_id} " for token_id in token_ids]
@@ -233,7 +233,7 @@ def token_texts(tokenizer: PreTrainedTokenizerBase | None, token_ids: Sequence[i
 
 
 def settings(engine: LLMEngine, capacity: int) -> dict[str, Any]:
-    """What was asked of the engine, and what it made of it. A folder's model goes by its name."""
+    """The engine's settings, with the values that it chose itself. A local model is named by its folder."""
     config, snapshot = engine.config, engine.core.scheduler.kv.snapshot()
     model = config.model.model
     return {
@@ -255,10 +255,7 @@ def settings(engine: LLMEngine, capacity: int) -> dict[str, Any]:
 
 @contextmanager
 def recording(engine: LLMEngine, times: bool = True) -> Iterator[Recorder]:
-    """Whatever runs the engine meanwhile, every step of it is recorded, with the state of every block.
-
-    Raises ValueError for an engine that keeps no trace.
-    """
+    """Record every step inside, with the state of every block. Raises ValueError for an engine that keeps no trace."""
     recorder = Recorder(engine, times)
     with observing(engine, recorder.observe):
         recorder.begin()
@@ -266,7 +263,7 @@ def recording(engine: LLMEngine, times: bool = True) -> Iterator[Recorder]:
 
 
 def record(engine: LLMEngine) -> Recorder:
-    """The steps that the engine's trace has. Blocks are in it where the engine recorded them (`trace_blocks=True`)."""
+    """Record the steps of the engine's trace, with the state of the blocks if it has them (`trace_blocks=True`)."""
     recorder = Recorder(engine)
     for step in engine.trace:
         recorder.observe(step)

@@ -1,4 +1,4 @@
-"""What happened in each step, and the sums over all of them.
+"""A record of each step, and the sums over all steps.
 
 Every figure, table and live view of the course is drawn from these records, never from a second implementation.
 """
@@ -18,7 +18,7 @@ from folovllm.request import Request, RequestStatus
 from folovllm.scheduler.scheduler import Scheduler
 
 MAX_QUEUE = 6  # waiting ids that a record keeps
-MAX_QUEUE_WITH_BLOCKS = 64  # and that it keeps beside the state of every block
+MAX_QUEUE_WITH_BLOCKS = 64  # the same, with block snapshots
 PHASES = ("schedule", "prepare", "forward", "sample", "update")
 
 
@@ -27,22 +27,20 @@ class RequestStep:
     """One request's share of one step."""
 
     request_id: str
-    num_scheduled: int  # tokens computed, of which num_prompt are of the prompt
-    num_prompt: int
-    num_cached: int  # prompt tokens that were found computed when the request was admitted in this step
-    # num_computed, num_output: totals after the step
-    num_computed: int
-    num_output: int
-    num_sampled: int
-    status: str
-    # prompt_len, max_output: tokens of the whole prompt, and the most that the output may have
+    num_scheduled: int  # tokens computed in this step
+    num_prompt: int  # those of them that are prompt tokens
+    num_cached: int  # prompt tokens found in the prefix cache, if the request was admitted in this step
+    num_computed: int  # tokens with K/V, after the step
+    num_output: int  # output tokens, after the step
+    num_sampled: int  # output tokens of this step
+    status: str  # name of the `RequestStatus` after the step
     prompt_len: int = 0
-    max_output: int = 0
-    sampled_ids: tuple[int, ...] = ()  # the tokens that `num_sampled` counts
+    max_output: int = 0  # the most output tokens that the request may have
+    sampled_ids: tuple[int, ...] = ()  # the output tokens of this step
 
     @classmethod
     def of(cls, share: ScheduledRequest, request: Request, sampled: Sequence[int], admitted: bool) -> RequestStep:
-        """The record of a share. request: as the step left it. admitted: whether it ran for the first time."""
+        """The record of a share. request: its state after the step. admitted: whether this was its first step."""
         return cls(
             request.request_id,
             share.num_tokens,
@@ -63,8 +61,8 @@ class StepTrace:
     """One step of the engine."""
 
     step: int
-    # (start, end) seconds of "schedule", "prepare", "forward", "sample" and "update", on the engine's clock. On a GPU
-    # the forward is asynchronous: its time ends in "sample", which waits for the result.
+    # (start, end) of each phase in `PHASES`, in seconds on the engine's clock. On a GPU the forward is asynchronous:
+    # its time is part of "sample", which waits for the result.
     phases: dict[str, tuple[float, float]]
     requests: list[RequestStep]
     num_waiting: int  # after the step
@@ -74,25 +72,22 @@ class StepTrace:
     padding_tokens: int  # as in `ModelRunnerOutput`
     kv: KVUsage  # after the step
     kv_ops: list[KVOp] = field(default_factory=list)
-    # finished, preempted: ids, in this step
-    finished: list[str] = field(default_factory=list)
-    preempted: list[str] = field(default_factory=list)
-    aborted: list[str] = field(default_factory=list)  # ids that were ended from outside since the step before
+    finished: list[str] = field(default_factory=list)  # ids, in this step
+    preempted: list[str] = field(default_factory=list)  # ids, in this step
+    aborted: list[str] = field(default_factory=list)  # ids of requests aborted since the previous step
     padding_kv_tokens: int = 0  # as in `ModelRunnerOutput`
-    # The first ids of the queue after the step; samples that wait for the prompt they share are in no line yet
+    # The first ids of the queue after the step. Samples that wait for their shared prompt are not queued yet.
     next_in_line: list[str] = field(default_factory=list)
-    blocks: BlockSnapshot | None = None  # the state of the pool after the step, if snapshots were asked for
-    # The token ids of each prompt whose request runs for the first time
-    prompts: dict[str, list[int]] = field(default_factory=dict)
+    blocks: BlockSnapshot | None = None  # the pool after the step, with trace_blocks
+    prompts: dict[str, list[int]] = field(default_factory=dict)  # id -> prompt of each request in its first step
 
     @property
     def num_scheduled_tokens(self) -> int:
-        """Tokens computed for requests in this step, out of `token_budget`."""
         return sum(r.num_scheduled for r in self.requests)
 
     @property
     def num_prefills(self) -> int:
-        """Requests that computed prompt tokens in this step."""
+        """Requests with prompt tokens in this step."""
         return sum(r.num_prompt > 0 for r in self.requests)
 
     @property
@@ -103,13 +98,13 @@ class StepTrace:
 
 @dataclass
 class EngineStats:
-    """Sums over all steps since the engine was made (or `reset`): the proof that batching, sharing, ... happened."""
+    """Sums over all steps since the start or `reset`."""
 
     steps: int = 0
     forwards: int = 0
     prompt_tokens_computed: int = 0
     generated_tokens: int = 0
-    cached_tokens: int = 0
+    cached_tokens: int = 0  # prompt tokens found in the prefix cache
     padding_tokens: int = 0
     padding_kv_tokens: int = 0
     prefill_chunks: int = 0
@@ -117,19 +112,19 @@ class EngineStats:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     copied_blocks: int = 0
-    max_running: int = 0
+    max_running: int = 0  # the most requests in a step
 
     @property
     def hit_rate(self) -> float | None:
-        """The share of prompt tokens that were found in the prefix cache; None before any prompt was read.
+        """The share of prompt tokens found in the prefix cache; None before the first prompt.
 
-        Prompt tokens that are computed again after a preemption count as not found.
+        Prompt tokens recomputed after a preemption count as not found.
         """
         total = self.cached_tokens + self.prompt_tokens_computed
         return self.cached_tokens / total if total else None
 
     def add(self, step: StepTrace) -> None:
-        """Count one step."""
+        """Count a step."""
         self.steps += 1
         self.forwards += step.forwards
         self.padding_tokens += step.padding_tokens
@@ -146,19 +141,19 @@ class EngineStats:
             self.prefill_chunks += request.num_prompt > 0
 
     def reset(self) -> None:
-        """Start all counts at 0 again."""
-        self.__init__()  # type: ignore[misc]
+        """Set all counts to 0."""
+        self.__dict__.update(EngineStats().__dict__)
 
 
 class Trace:
-    """The last `limit` steps, oldest first. `dropped` counts those that were let go to keep memory bounded."""
+    """The last `limit` steps, oldest first. `dropped` counts the steps before them."""
 
     def __init__(self, limit: int) -> None:
         self._steps: deque[StepTrace] = deque(maxlen=limit)
         self.dropped = 0
 
     def append(self, step: StepTrace) -> None:
-        """Add a step, letting the oldest go when full."""
+        """Add a step. Drops the oldest if full."""
         self.dropped += len(self._steps) == self._steps.maxlen
         self._steps.append(step)
 
@@ -168,7 +163,7 @@ class Trace:
             self._steps[-1] = replace(self._steps[-1], **changes)
 
     def clear(self) -> None:
-        """Forget all steps."""
+        """Drop all steps, and do not count them as dropped."""
         self._steps.clear()
         self.dropped = 0
 
@@ -182,19 +177,16 @@ class Trace:
         return self._steps[index]
 
     def to_json(self) -> dict[str, Any]:
-        """Everything as plain data: {"dropped": n, "steps": [...]}, field names as in `StepTrace`."""
+        """Plain data: {"dropped": n, "steps": [...]}, with the fields of `StepTrace`."""
         return {"dropped": self.dropped, "steps": [asdict(step) for step in self._steps]}
 
     def to_chrome_trace(self) -> dict[str, Any]:
-        """Trace events that Perfetto and chrome://tracing open: one track of phases, one per request, two counters."""
+        """Trace events for Perfetto and chrome://tracing: a track of phases, one per request, two counters."""
         if not self._steps:
             return {"traceEvents": [], "displayTimeUnit": "ms"}
         zero = self._steps[0].phases["schedule"][0]
         tracks: dict[str, int] = {}
-        events: list[dict[str, Any]] = [
-            _name("process_name", 1, 0, "folovllm"),
-            _name("thread_name", 1, 0, "engine step"),
-        ]
+        events = [_name("process_name", 0, "folovllm"), _name("thread_name", 0, "engine step")]
         for step in self._steps:
             for phase, (start, end) in step.phases.items():
                 events.append(_span(phase, 0, start - zero, end - start, {"step": step.step}))
@@ -202,8 +194,7 @@ class Trace:
             for request in step.requests:
                 if request.request_id not in tracks:
                     tracks[request.request_id] = len(tracks) + 1
-                    track = tracks[request.request_id]
-                    events.append(_name("thread_name", 1, track, f"request {request.request_id}"))
+                    events.append(_name("thread_name", len(tracks), f"request {request.request_id}"))
                 kind = "prefill" if request.num_prompt else "decode"
                 events.append(_span(kind, tracks[request.request_id], start - zero, step.duration, asdict(request)))
             for name, value in (("scheduled tokens", step.num_scheduled_tokens), ("running", len(step.requests))):
@@ -211,21 +202,21 @@ class Trace:
         return {"traceEvents": events, "displayTimeUnit": "ms"}
 
     def save(self, path: str | Path, chrome: bool = False) -> Path:
-        """Write JSON to `path`: our own records, or Chrome trace events. Returns the path."""
+        """Write JSON to `path`: our own records, or Chrome trace events."""
         path = Path(path)
         path.write_text(json.dumps(self.to_chrome_trace() if chrome else self.to_json()))
         return path
 
 
 class StepRecorder:
-    """Writes the record of each step, from what the scheduler and the runner said in it."""
+    """Writes the record of each step, from the outputs of the scheduler and the runner."""
 
     def __init__(self, scheduler: Scheduler, max_steps: int, trace_blocks: bool) -> None:
         self.scheduler = scheduler
         self.trace = Trace(max_steps)
         self.trace_blocks = trace_blocks
         self.stats = EngineStats()
-        self.aborted: list[str] = []  # from outside, since the last record
+        self.aborted: list[str] = []  # ids, since the last record
 
     def record(
         self,
@@ -234,7 +225,7 @@ class StepRecorder:
         requests: Sequence[Request],
         phases: dict[str, tuple[float, float]],
     ) -> None:
-        """Add the step's record. requests: those of `step.scheduled`, as the step left them."""
+        """Add the step's record. requests: those of `step.scheduled`, in their state after the step."""
         admitted = {new.request_id for new in step.scheduled_new_reqs}
         trace = StepTrace(
             step=self.stats.steps,
@@ -259,7 +250,7 @@ class StepRecorder:
         self.trace.append(trace)
 
     def record_stopped(self, request_ids: Iterable[str]) -> None:
-        """A stop string ended these requests in the newest step: its record says so."""
+        """Mark these requests, which a stop string ended, as finished in the newest step."""
         stopped = set(request_ids)
         if not self.trace or not stopped:
             return
@@ -285,8 +276,8 @@ class StepRecorder:
         }
 
 
-def _name(kind: str, pid: int, tid: int, name: str) -> dict[str, Any]:
-    return {"ph": "M", "name": kind, "pid": pid, "tid": tid, "args": {"name": name}}
+def _name(kind: str, tid: int, name: str) -> dict[str, Any]:
+    return {"ph": "M", "name": kind, "pid": 1, "tid": tid, "args": {"name": name}}
 
 
 def _span(name: str, tid: int, start: float, seconds: float, args: dict[str, Any]) -> dict[str, Any]:

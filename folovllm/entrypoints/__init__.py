@@ -1,1 +1,1 @@
-"""The ways in: the LLM class and the command line."""
+"""The interfaces: the LLM class and the command line."""

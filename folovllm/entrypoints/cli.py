@@ -1,10 +1,11 @@
-"""The `folovllm` command and its parts. Every option that it shares with `LLM` has the same meaning there."""
+"""The `folovllm` command. Options with the name of an argument of `LLM` have the same meaning."""
 
 from __future__ import annotations
 
 import platform
 from contextlib import nullcontext
-from typing import Annotated, Any
+from dataclasses import fields
+from typing import Annotated, Any, cast
 
 import torch
 import transformers
@@ -13,7 +14,15 @@ from rich.console import Console
 from rich.table import Table
 from typer.core import TyperGroup
 
-from folovllm.config import MILESTONES, NEWEST_MILESTONE, EngineConfig, check_float, check_int
+from folovllm.checks import check_float, check_int
+from folovllm.config import (
+    MILESTONES,
+    NEWEST_MILESTONE,
+    CacheConfig,
+    EngineConfig,
+    ModelConfig,
+    SchedulerConfig,
+)
 from folovllm.engine.factory import step_threads
 from folovllm.engine.recording import recording
 from folovllm.entrypoints.llm import LLM, Message
@@ -58,7 +67,7 @@ from folovllm.kv_cache.formulas import attention_kind, head_dim_of, kv_bytes_per
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
 from folovllm.sampling_params import SamplingParams
 
-# What the course adds to the command: found by name, and imported when it is asked for.
+# Commands of the course, by name: imported on use.
 COURSE_COMMANDS = {
     "replay": "folovllm.course.replay.command:replay",
     "bench": "folovllm.course.bench.cli:bench",
@@ -69,14 +78,12 @@ WATCH = "folovllm.course.viz.live:watch"
 
 
 class Commands(TyperGroup):
-    """The engine's commands, and behind them those of the course where it is installed."""
+    """The engine's commands, then those of the course if it is installed."""
 
     def list_commands(self, ctx: Any) -> list[str]:
-        """Their names, in the order of the help."""
         return [*super().list_commands(ctx), *(name for name, place in COURSE_COMMANDS.items() if is_installed(place))]
 
     def get_command(self, ctx: Any, cmd_name: str) -> Any:
-        """The command of that name; None where there is none."""
         place = COURSE_COMMANDS.get(cmd_name)
         if place is None or not is_installed(place):
             return super().get_command(ctx, cmd_name)
@@ -97,20 +104,30 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     help=(
         "An LLM inference engine that teaches how it works.\n\n"
-        "Start with `folovllm generate`: it answers questions with a model that came with the package. "
-        "Then add `--trace trace.json`, and `folovllm replay trace.json` makes a page of it that shows every step."
+        "Start with `folovllm generate`: it answers questions with a bundled model. "
+        "Then add `--trace trace.json`: `folovllm replay trace.json` makes a page from it that shows every step."
     ),
 )
 
 
 def load_llm(console: Console, model: str, **options: Any) -> LLM:
-    """Load with a spinner."""
+    """Load a model with a spinner."""
     with console.status(f"Loading {model} ..."):
         return LLM(model, **options)
 
 
+def llm_and_params(console: Console, options: dict[str, Any]) -> tuple[LLM, SamplingParams]:
+    """From a command's options: those named as a field of `SamplingParams`, and those named as an argument of `LLM`."""
+    sampling = {f.name for f in fields(cast(Any, SamplingParams))}
+    configs: tuple[Any, ...] = (ModelConfig, CacheConfig, SchedulerConfig, EngineConfig)
+    engine = {f.name for kind in configs for f in fields(kind)} - sampling
+    params = SamplingParams(**{name: value for name, value in options.items() if name in sampling})
+    return load_llm(console, **{name: value for name, value in options.items() if name in engine}), params
+
+
 @app.command()
 def generate(
+    ctx: typer.Context,
     prompts: Annotated[
         list[str] | None, typer.Argument(help="Questions or texts. None: some from the glossary.")
     ] = None,
@@ -140,21 +157,22 @@ def generate(
     n: Annotated[int, typer.Option("--n", "-n", help="Samples per prompt; more than 1 needs a temperature.")] = 1,
     num_prompts: Annotated[int, typer.Option(help="How many glossary questions to ask when no prompt is given.")] = 3,
     raw: Annotated[bool, typer.Option("--raw", help="Complete the text as it is, without the chat template.")] = False,
-    stream: Annotated[bool, typer.Option(help="Show answers as they grow, or all at the end.")] = True,
+    stream: Annotated[bool, typer.Option(help="Show answers as they grow, or at the end.")] = True,
     watch_steps: Annotated[
         bool,
         typer.Option(
-            "--watch", help="See every step as it happens: who waits, who runs, who holds which block. Answers follow."
+            "--watch",
+            help="Show every step as it happens: queue, running requests, blocks. Answers follow.",
         ),
     ] = False,
-    pace: Annotated[float, typer.Option(help="Seconds that --watch shows a step at least; 0 is full speed.")] = 0.1,
+    pace: Annotated[float, typer.Option(help="Least seconds per step with --watch; 0 is full speed.")] = 0.1,
     trace: TracePath = None,
 ) -> None:
-    """Answer prompts, and show what it took.
+    """Answer prompts, and show latencies and steps.
 
     Try: `folovllm generate "What is a KV cache?"`, then the same with `--temperature 0.8 --seed 1 -n 3 --no-stream`.
     To see requests queue, join and leave: `folovllm generate --num-prompts 12 --max-num-seqs 4 --watch`.
-    To see blocks run out: `folovllm generate --num-prompts 12 --num-kv-blocks 32 --watch`.
+    To see preemption: `folovllm generate --num-prompts 12 --num-kv-blocks 32 --watch`.
     To see prompts computed in chunks: `folovllm generate --num-prompts 6 --max-num-batched-tokens 16 --watch`.
     """
     console = Console()
@@ -163,35 +181,7 @@ def generate(
             check_parent("trace", trace)
         check_int("num_prompts", num_prompts, 1)
         check_float("pace", pace, 0, 60)
-        params = SamplingParams(
-            n=n,
-            temperature=temperature,
-            top_p=top_p,
-            top_k=top_k,
-            min_p=min_p,
-            seed=seed,
-            stop=stop,
-            max_tokens=max_tokens,
-        )
-        llm = load_llm(
-            console,
-            model,
-            milestone=milestone,
-            dtype=dtype,
-            device=device,
-            load_format=load_format,
-            max_model_len=max_model_len,
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
-            batching=batching,
-            scheduling_policy=scheduling_policy,
-            block_size=block_size,
-            num_kv_blocks=num_kv_blocks,
-            preemption_mode=preemption_mode,
-            enable_chunked_prefill=enable_chunked_prefill,
-            long_prefill_token_threshold=long_prefill_token_threshold,
-            enable_prefix_caching=enable_prefix_caching,
-        )
+        llm, params = llm_and_params(console, ctx.params)
         titles, inputs = make_prompts(llm, prompts, num_prompts, raw)
         stream = stream and n == 1 and not watch_steps
         with nullcontext() if trace is None else recording(llm.engine) as recorder:
@@ -216,6 +206,7 @@ def generate(
 
 @app.command()
 def chat(
+    ctx: typer.Context,
     model: Model = "folo-tiny",
     milestone: MilestoneName = NEWEST_MILESTONE,
     dtype: Dtype = "auto",
@@ -228,28 +219,18 @@ def chat(
     top_k: TopK = 0,
     min_p: MinP = 0.0,
     seed: Seed = None,
-    system: Annotated[str | None, typer.Option(help="A system prompt that every answer sees.")] = None,
+    system: Annotated[str | None, typer.Option(help="A system prompt for all answers.")] = None,
 ) -> None:
-    """Talk to a model. It sees the whole conversation each time; `/reset` forgets it, `/quit` or Ctrl-D leaves."""
+    """Talk to a model. Each answer sees the whole conversation; `/reset` clears it, `/quit` or Ctrl-D ends it."""
     console = Console()
     with clean_exit(console):
-        params = SamplingParams(
-            temperature=temperature, top_p=top_p, top_k=top_k, min_p=min_p, seed=seed, max_tokens=max_tokens
-        )
-        llm = load_llm(
-            console,
-            model,
-            milestone=milestone,
-            dtype=dtype,
-            device=device,
-            max_model_len=max_model_len,
-            max_num_batched_tokens=max_num_batched_tokens,
-        )
+        llm, params = llm_and_params(console, ctx.params)
         opening: list[Message] = [] if system is None else [{"role": "system", "content": system}]
-        llm.chat_prompts(
-            [[*opening, {"role": "user", "content": "?"}]]
-        )  # no chat template: say so before the first question
-        console.print(f"[bold]{model}[/] with milestone {milestone}. /reset forgets, /quit leaves.", highlight=False)
+        llm.chat_prompts([[*opening, {"role": "user", "content": "?"}]])  # raises now if there is no chat template
+        console.print(
+            f"[bold]{model}[/] with milestone {milestone}. /reset clears it, /quit ends it.",
+            highlight=False,
+        )
         messages = list(opening)
         while (line := read_line(console)) is not None:
             if line == "/quit":
@@ -260,12 +241,12 @@ def chat(
                 asked: list[Message] = [*messages, {"role": "user", "content": line}]
                 try:
                     messages = [*asked, {"role": "assistant", "content": answer(console, llm, asked, params)}]
-                except ValueError as error:  # such as a conversation that has outgrown the model
-                    console.print(f"{error}. /reset makes room.", markup=False, highlight=False)
+                except ValueError as error:  # such as a conversation longer than max_model_len
+                    console.print(f"{error}. /reset starts again.", markup=False, highlight=False)
 
 
 def read_line(console: Console) -> str | None:
-    """One line of input; None at the end of it."""
+    """A line of input; None at the end of input."""
     try:
         return console.input("[bold cyan]> [/]").strip()
     except EOFError:
@@ -274,7 +255,7 @@ def read_line(console: Console) -> str | None:
 
 
 def answer(console: Console, llm: LLM, messages: list[Message], params: SamplingParams) -> str:
-    """Stream the next assistant turn; Ctrl-C ends the answer, not the conversation."""
+    """Stream the next assistant turn. Ctrl-C ends the answer, not the conversation."""
     text = ""
     stream = llm.stream(llm.chat_prompts(messages), params)
     try:
@@ -296,7 +277,7 @@ def info(
     dtype: Dtype = "auto",
     device: Device = "auto",
 ) -> None:
-    """What a model is made of and what its KV cache costs, from its config alone; no weights are loaded."""
+    """Show a model's shape and the size of its KV cache, from its config; no weights are loaded."""
     console = Console()
     with clean_exit(console):
         source = resolve_model(model)

@@ -10,6 +10,7 @@ from typing import Any, cast
 from jinja2 import TemplateError
 from tqdm import tqdm
 
+from folovllm.checks import invalid
 from folovllm.config import EngineConfig
 from folovllm.engine.beam_search import beam_search
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, encode
@@ -23,22 +24,21 @@ Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class OutputStream(Iterator[RequestOutput]):
-    """Growing outputs of some requests, in the order in which steps bring them.
+    """Growing outputs of requests, in the order of the engine's steps. Raises ValueError for an unknown id.
 
-    Not a generator, because one that is dropped before its first `next` would never clean up behind itself. Raises
-    ValueError for an id that the engine does not have.
+    Not a generator: one that is dropped before its first `next` would never abort its requests.
     """
 
     def __init__(self, engine: LLMEngine, request_ids: Sequence[str]) -> None:
         self._engine = engine
         self._unfinished: set[str] = set()
-        self._turns: deque[str] = deque(request_ids)  # each is waited for in turn
         self._ready: deque[RequestOutput] = deque()
         engine.check_live(request_ids)
         self._unfinished.update(request_ids)
 
     def __next__(self) -> RequestOutput:
-        while not self._ready and self._waits():
+        # Another thread may have aborted or finished some of them.
+        while not self._ready and any(map(self._engine.is_live, self._unfinished)):
             try:
                 self._ready.extend(self._engine.step_for(self._unfinished, final_only=False))
             except BaseException:
@@ -46,21 +46,12 @@ class OutputStream(Iterator[RequestOutput]):
                 raise
             self._unfinished -= {o.request_id for o in self._ready if o.finished}
         if not self._ready:
+            self._unfinished.clear()  # another request may use these ids again
             raise StopIteration
         return self._ready.popleft()
 
-    def _waits(self) -> bool:
-        """Whether any request is still to come. One that somebody else aborted or took over is not."""
-        while self._turns:
-            first = self._turns[0]
-            if first in self._unfinished and self._engine.is_live(first):
-                return True
-            self._unfinished.discard(first)
-            self._turns.popleft()
-        return False
-
     def close(self) -> None:
-        """Abort what is unfinished, and yield nothing more."""
+        """Abort the unfinished requests, and yield nothing more."""
         unfinished, self._unfinished = self._unfinished, set()
         self._ready.clear()
         self._engine.abort_request(sorted(unfinished))
@@ -71,11 +62,11 @@ class OutputStream(Iterator[RequestOutput]):
 
 
 class LLM:
-    """An engine and the calls most programs want.
+    """An engine, and the calls that most programs need.
 
-    model: a bundled name, a local folder or a hub id. milestone: which stage of the course runs it; None is the newest.
-    Every other keyword is a field of ModelConfig, CacheConfig, SchedulerConfig or EngineConfig. Raises ValueError for a
-    keyword that none of them has, and for any value that cannot work.
+    model: a bundled name, a local folder or a hub id. milestone: the preset, "m1" to "m4"; None is the newest.
+    Every other keyword is a field of ModelConfig, CacheConfig, SchedulerConfig or EngineConfig. Raises ValueError for
+    an unknown keyword, and for any value that cannot work.
     """
 
     def __init__(self, model: str = "folo-tiny", milestone: str | None = None, **kwargs: Any) -> None:
@@ -91,8 +82,8 @@ class LLM:
         """Complete every prompt; outputs in the order of the prompts, [] for none.
 
         prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. sampling_params: one
-        for all or one per prompt. Raises ValueError if any prompt is bad, and then none of them is started. When
-        interrupted, its requests leave the engine.
+        for all or one per prompt. Raises ValueError if any prompt is invalid; then no prompt is started. An interrupt
+        aborts all of them.
         """
         request_ids = self.enqueue(prompts, sampling_params, priority)
         generated = 0
@@ -110,13 +101,13 @@ class LLM:
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
-        """The `beam_width` likeliest continuations that a beam search finds of every prompt, best first.
+        """The `beam_width` best continuations of every prompt, best first.
 
         Results are those of Hugging Face's `generate` with `num_beams` and `early_stopping=False`. Raises ValueError if
-        any prompt is bad, and then none is started. When interrupted, nothing of it stays in the engine.
+        any prompt is invalid; then no prompt is started. An interrupt aborts all of them.
         """
         if not isinstance(params, BeamSearchParams):
-            raise ValueError(f"params={params!r} is not valid; allowed: a BeamSearchParams")
+            raise invalid("params", params, "a BeamSearchParams")
         prompt_list = as_prompt_list(prompts)
         with tqdm(total=len(prompt_list), desc="Beam search", unit="prompt", disable=not use_tqdm) as bar:
 
@@ -126,27 +117,25 @@ class LLM:
             return beam_search(self.engine, prompt_list, params, on_done)
 
     def reset_prefix_cache(self) -> None:
-        """Let no later request find what was computed so far. Requests that run keep what they have."""
+        """Empty the prefix cache. Running requests keep their blocks."""
         self.engine.core.scheduler.kv.reset_prefix_cache()
 
     def save_trace(self, path: str | Path) -> Path:
-        """Write what each step did, for `folovllm replay` and for Perfetto. Returns the path.
+        """Write the trace for `folovllm replay` and for Perfetto. Returns the path.
 
-        The state of the blocks is in it if the engine recorded that: `LLM(..., trace_blocks=True)`.
+        It has the state of the blocks only with `LLM(..., trace_blocks=True)`.
         """
         return record(self.engine).save(path)
 
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
     ) -> list[str]:
-        """Check every prompt, then queue them all; their request ids. Raises ValueError with nothing queued."""
+        """Check all prompts, then queue them; returns request ids. Raises ValueError with nothing queued."""
         prompt_list = as_prompt_list(prompts)
         params = broadcast_params(sampling_params, len(prompt_list))
         priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompt_list)
         if len(priorities) != len(prompt_list):
-            raise ValueError(
-                f"priority={priority!r} is not valid; allowed: one integer or a list of {len(prompt_list)}"
-            )
+            raise invalid("priority", priority, f"one integer or a list of {len(prompt_list)}")
         submissions = [
             self.engine.prepare(self.engine.next_request_id(), prompt, p, rank)
             for prompt, p, rank in zip(prompt_list, params, cast("list[int]", priorities), strict=True)
@@ -157,14 +146,14 @@ class LLM:
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
     ) -> OutputStream:
-        """Like `generate`, but yields each request's growing output after every step that moved it on.
+        """Like `generate`, but yields a request's growing output after each step with new tokens for it.
 
-        The prompts are checked and queued by the call itself. A stream that is closed or dropped early aborts the rest.
+        The call itself checks and queues the prompts. Closing or dropping the stream aborts unfinished requests.
         """
         return self.follow(self.enqueue(prompts, sampling_params, priority))
 
     def follow(self, request_ids: Sequence[str]) -> OutputStream:
-        """The growing outputs of requests that were queued, stepping the engine until they are complete."""
+        """Step the engine until these queued requests are complete, and yield their growing outputs."""
         return OutputStream(self.engine, request_ids)
 
     def chat(
@@ -173,11 +162,11 @@ class LLM:
         sampling_params: Params = None,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answer one conversation, or several: lists of {"role": ..., "content": ...}, through the chat template."""
+        """Answer one conversation or several, lists of {"role": ..., "content": ...}, with the chat template."""
         return self.generate(self.chat_prompts(messages), sampling_params, use_tqdm)
 
     def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
-        """Conversations as token ids, each ending where the assistant's turn begins.
+        """Conversations as token ids, with the beginning of the assistant's turn.
 
         Raises ValueError for a malformed message, and for a model without a chat template.
         """
@@ -186,9 +175,7 @@ class LLM:
             raise ValueError(f"model={self.engine.config.model.model!r} has no chat template; allowed: generate()")
         single = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], dict)
         if not isinstance(messages, (list, tuple)):
-            raise ValueError(
-                f"messages={messages!r} is not valid; allowed: a list of messages, or a list of such lists"
-            )
+            raise invalid("messages", messages, "a list of messages, or a list of such lists")
         conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
         prompts: list[Prompt] = []
         for conversation in conversations:
@@ -197,7 +184,7 @@ class LLM:
                 rendered = str(
                     tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
                 )
-            except TemplateError as error:  # such as: this model has no system role
+            except TemplateError as error:  # such as a model without a system role
                 raise ValueError(f"messages={conversation!r} is refused by the chat template: {error}") from error
             ids = encode(tokenizer, "messages", rendered, add_special_tokens=False)
             prompts.append({"prompt_token_ids": ids})
@@ -208,12 +195,9 @@ def check_conversation(conversation: Any) -> None:
     """Raise ValueError unless `conversation` is a non-empty list of {"role": str, "content": str}."""
     allowed = 'a non-empty list of {"role": "system" | "user" | "assistant", "content": text}'
     if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise ValueError(f"messages={conversation!r} is not valid; allowed: {allowed}")
+        raise invalid("messages", conversation, allowed)
     for i, message in enumerate(conversation):
-        if (
-            not isinstance(message, dict)
-            or set(message) != {"role", "content"}
-            or not all(isinstance(v, str) for v in message.values())
-            or message["role"] not in ("system", "user", "assistant")
-        ):
-            raise ValueError(f"messages[{i}]={message!r} is not valid; allowed: {allowed}")
+        known = isinstance(message, dict) and message.keys() == {"role", "content"}
+        roles = ("system", "user", "assistant")
+        if not known or message["role"] not in roles or not isinstance(message["content"], str):
+            raise invalid(f"messages[{i}]", message, allowed)

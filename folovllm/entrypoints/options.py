@@ -1,4 +1,4 @@
-"""The options that commands share, each with the meaning that it has for `LLM` or `SamplingParams`."""
+"""Command-line options, with the meaning of the same argument of `LLM` or `SamplingParams`."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ Model = Annotated[
 ]
 MilestoneName = Annotated[
     str,
-    typer.Option(help=f"Which stage of the course runs it: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
+    typer.Option(help=f"The preset: {', '.join(MILESTONES)}. (m0 is examples/m0_inference.py.)"),
 ]
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, safetensors, or dummy: random weights from config.json alone.")]
-MaxTokens = Annotated[int, typer.Option(help="The most tokens to generate per answer.")]
-Temperature = Annotated[float, typer.Option(help="0 always takes the likeliest token; above, tokens are drawn.")]
+MaxTokens = Annotated[int, typer.Option(help="At most this many tokens per answer.")]
+Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0, tokens are drawn at random.")]
 TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this much probability.")]
 TopK = Annotated[int, typer.Option(help="Draw from the k likeliest tokens; 0 is off.")]
 MinP = Annotated[float, typer.Option(help="Drop tokens less likely than this share of the likeliest.")]
-Seed = Annotated[int | None, typer.Option(help="Makes drawn tokens repeatable.")]
+Seed = Annotated[int | None, typer.Option(help="Makes random tokens reproducible.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End an answer at this string. May be given more than once.")]
 MaxModelLen = Annotated[
     int | None, typer.Option(help="Tokens of prompt and answer together; the model's own if not given.")
@@ -37,7 +37,7 @@ MaxNumSeqs = Annotated[
 MaxNumBatchedTokens = Annotated[
     int | None,
     typer.Option(
-        help="Tokens that one step may compute; if not given, 2048, or the longest sequence where that is more and "
+        help="Tokens that one step may compute; if not given, 2048, or the longest sequence if that is more and "
         "prompts are not split."
     ),
 ]
@@ -49,15 +49,15 @@ Batching = Annotated[
 ]
 Policy = Annotated[
     str,
-    typer.Option(help=f"Who comes first: {', '.join(SCHEDULING_POLICIES)} (shortest job first). m1 knows fcfs only."),
+    typer.Option(help=f"Order of the queue: {', '.join(SCHEDULING_POLICIES)} (shortest job first). m1 has fcfs only."),
 ]
 BlockSize = Annotated[int, typer.Option(help="Tokens in a block of K/V.")]
 NumKVBlocks = Annotated[
-    int | None, typer.Option(help="Blocks of K/V that all requests share; as memory allows if not given.")
+    int | None, typer.Option(help="Blocks of K/V in the pool; as many as memory allows if not given.")
 ]
 Preemption = Annotated[
     str,
-    typer.Option(help=f"What becomes of the K/V of who gives way when blocks run out: {', '.join(PREEMPTION_MODES)}."),
+    typer.Option(help=f"What happens to a preempted request's K/V: {', '.join(PREEMPTION_MODES)}."),
 ]
 ChunkedPrefill = Annotated[
     bool | None,
@@ -71,17 +71,14 @@ PrefixCaching = Annotated[
     bool | None,
     typer.Option(
         "--enable-prefix-caching/--no-enable-prefix-caching",
-        help="Take over K/V of prompts that begin alike; as the milestone says if not given.",
+        help="Reuse K/V of prompts with the same beginning; as the milestone says if not given.",
         show_default=False,
     ),
 ]
 LongPrefill = Annotated[
-    int, typer.Option(help="With chunks, the most tokens of one prompt in a step; 0 is as many as there is room for.")
+    int, typer.Option(help="With chunked prefill, the most tokens of one request per step; 0 is no limit.")
 ]
 TracePath = Annotated[
     Path | None,
-    typer.Option(
-        help="Record every step in this file. `folovllm replay` makes a page of it; ui.perfetto.dev and "
-        "chrome://tracing open it, too."
-    ),
+    typer.Option(help="Record every step in this file, for `folovllm replay`, ui.perfetto.dev and chrome://tracing."),
 ]

@@ -29,14 +29,14 @@ SHOWN_STATS = (
 
 
 def new_table(title: str, *, head: bool = True, gap: int = 2) -> Table:
-    """A table in the look that all of them share: no frames, and `gap` blanks between columns (at least 1)."""
+    """An empty table without frames, with `gap` blanks (at least 1) between columns."""
     table = Table(title=title, box=box.SIMPLE_HEAD, padding=(0, gap - 1, 0, 0), show_header=head)
     table.title_justify, table.title_style = "left", "bold"
     return table
 
 
 def milliseconds(seconds: float | None) -> str:
-    """Seconds as milliseconds with three digits that matter; a dash for None."""
+    """Seconds as milliseconds with three significant digits; a dash for None."""
     if seconds is None:
         return "-"
     value = seconds * 1e3
@@ -44,10 +44,10 @@ def milliseconds(seconds: float | None) -> str:
 
 
 def request_table(outputs: Sequence[RequestOutput]) -> Table:
-    """One row per request: how much went in and came out, how it ended, and its latencies.
+    """One row per request: its tokens, finish reason and latencies.
 
-    TTFT: arrival to first token, waiting included. TPOT: mean time per token after the first. Prompt tokens that came
-    from a cache have a column if there are any.
+    TTFT: arrival to first token, queueing included. TPOT: mean time per token after the first. The column of cached
+    prompt tokens is left out if there are none.
     """
     cached = any(output.num_cached_tokens for output in outputs)
     table = new_table("Requests", gap=1 if cached else 2)
@@ -79,7 +79,7 @@ def request_table(outputs: Sequence[RequestOutput]) -> Table:
 
 
 def phase_table(steps: Iterable[StepTrace]) -> Table:
-    """Where the time of a step goes: mean milliseconds of each phase and its share, prefill and decode apart."""
+    """Mean milliseconds of each phase of a step, for steps with prefill and steps without."""
     table = new_table("Time in a step")
     table.add_column("steps")
     table.add_column("count", justify="right")
@@ -100,11 +100,11 @@ def phase_table(steps: Iterable[StepTrace]) -> Table:
 
 
 def step_table(steps: Iterable[StepTrace], most: int = 20) -> Table:
-    """Who shared each step and what that cost. Neighbouring steps with the same work for the same requests are a row.
+    """The work of each step. Consecutive steps with the same work for the same requests share a row.
 
-    Tokens, forwards and ms are those of one step of the row (ms is the mean); padding tokens and masked columns of K/V
-    are those of all its steps; the K/V, in tokens, is the most that a step of the row left behind, and the requests
-    that wait are those after its last step. Of more than `most` rows, the middle ones are left out.
+    Tokens and forwards are per step, ms is the mean per step. Padding tokens and masked K/V columns are summed over the
+    row's steps. K/V, in tokens, is the maximum over them, and waiting requests are those after the last. Of more than
+    `most` rows, the middle ones are left out.
     """
     table = new_table("Steps", gap=1)
     table.add_column("steps", justify="right", no_wrap=True)
@@ -134,12 +134,12 @@ def step_table(steps: Iterable[StepTrace], most: int = 20) -> Table:
 
 
 def _work(step: StepTrace) -> tuple[tuple[str, int, int], ...]:
-    """What makes steps alike: who computed how many tokens, and how many of those were of the prompt."""
+    """What steps of one row have in common: the tokens of each request, and its prompt tokens."""
     return tuple((r.request_id, r.num_scheduled, r.num_prompt) for r in step.requests)
 
 
 def _step_cells(group: Sequence[StepTrace]) -> list[str]:
-    """One row of `step_table`."""
+    """A row of `step_table`."""
     first, last = group[0], group[-1]
     prefill = sum(r.num_prompt for r in first.requests)
     return [
@@ -158,7 +158,7 @@ def _step_cells(group: Sequence[StepTrace]) -> list[str]:
 
 
 def stats_table(stats: EngineStats) -> Table:
-    """The engine's counts, one row each; those that are 0 are left out."""
+    """The engine's counts, without those that are 0."""
     table = new_table("Engine", head=False)
     table.add_column("count")
     table.add_column("value", justify="right")

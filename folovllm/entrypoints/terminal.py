@@ -1,4 +1,4 @@
-"""Prompts from the command line, and outputs in the terminal: what the commands and the examples share."""
+"""Prompts from the command line and outputs in the terminal, for the commands and the examples."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from folovllm.checks import invalid
 from folovllm.entrypoints.llm import LLM
 from folovllm.outputs import RequestOutput
 
@@ -19,23 +20,21 @@ DEFAULT_PROMPTS = "folovllm.course.glossary:default_prompts"
 
 
 def by_name(place: str) -> Any:
-    """What "module:name" leads to. For what the course adds: the engine itself does not import it.
+    """Import "module:name". For the course, which the engine does not import.
 
-    Raises ValueError where the module is not installed.
+    Raises ValueError if the module is not installed.
     """
     module, _, name = place.partition(":")
     try:
         return getattr(import_module(module), name)
     except ModuleNotFoundError as error:
         if not (error.name and module.startswith(error.name)):
-            raise  # of something that the module itself wants to import
-        raise ValueError(
-            f"{module} is not installed; allowed: what works without the course, or its package"
-        ) from error
+            raise  # the module exists, but one of its own imports does not
+        raise ValueError(f"{module} is not installed; allowed: commands that work without it") from error
 
 
 def is_installed(place: str) -> bool:
-    """Whether the module of "module:name" is there. Looking for it imports the package around it, and no more."""
+    """Whether the module of "module:name" exists. Imports only its parent package."""
     try:
         return find_spec(place.partition(":")[0]) is not None
     except ModuleNotFoundError:
@@ -44,7 +43,7 @@ def is_installed(place: str) -> bool:
 
 @contextmanager
 def clean_exit(console: Console) -> Iterator[None]:
-    """One line for a mistake (status 2) or Ctrl-C (status 130) instead of a traceback."""
+    """Exit with one line instead of a traceback: status 2 for a ValueError, 130 for Ctrl-C."""
     try:
         yield
     except ValueError as error:
@@ -57,21 +56,21 @@ def clean_exit(console: Console) -> Iterator[None]:
 
 
 def check_parent(name: str, path: Path) -> None:
-    """Raise ValueError unless a file could be written at `path`: its folder is there, and it is no folder itself."""
+    """Raise ValueError unless `path` is in an existing folder, and is not a folder itself."""
     if not path.parent.is_dir() or path.is_dir():
-        raise ValueError(f"{name}={str(path)!r} is not valid; allowed: a file in a folder that exists")
+        raise invalid(name, str(path), "a file in a folder that exists")
 
 
 def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:
-    """Titles to show and prompts to run.
+    """Titles to show, and prompts to run.
 
-    Questions go through the chat template where the model has one; a model without a tokenizer gets token ids.
+    Questions use the model's chat template if it has one. A model without a tokenizer gets random token ids.
     """
     tokenizer = llm.engine.tokenizer
     if tokenizer is None:
         if prompts:
             raise ValueError(
-                f"prompts={prompts!r} are text and the model has no tokenizer; allowed: none, random ids are used"
+                f"prompts={prompts!r} are text and the model has no tokenizer; allowed: none, for random token ids"
             )
         generator = torch.Generator().manual_seed(0)
         length = min(128, llm.engine.max_model_len - 1)
@@ -87,12 +86,12 @@ def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: boo
 
 
 def show_ids(llm: LLM) -> bool:
-    """Whether outputs have to be shown as token ids, because there is no text."""
+    """Whether to show token ids, because the model has no tokenizer."""
     return llm.engine.tokenizer is None
 
 
 def print_samples(console: Console, title: str, output: RequestOutput, as_ids: bool = False) -> None:
-    """A prompt and all its samples."""
+    """Print a prompt and all its samples."""
     console.print("> " + title, style="bold cyan", markup=False, highlight=False)
     for completion in output.outputs:
         prefix = f"[{completion.index}] " if len(output.outputs) > 1 else ""
@@ -106,14 +105,13 @@ def print_stream(
 ) -> list[RequestOutput]:
     """Print growing outputs one after another, each under its title, and return the final ones.
 
-    outputs: what `LLM.stream` yields. titles: by request id, in the order to print. While one request is on show, what
-    comes of the others is kept and printed in its turn. Only a request's first sequence is shown: its text, or its
-    token ids with `show_ids`, for a model without a tokenizer.
+    outputs: from `LLM.stream`. titles: by request id, in the order to print. Outputs of later requests are kept until
+    the earlier ones are printed. Only a request's first sequence is shown, as text or, with `show_ids`, as token ids.
     """
     done: list[RequestOutput] = []
     latest: dict[str, RequestOutput] = {}
     order = list(titles)
-    shown = -1  # characters of order[0] on the screen; -1: not even its title
+    shown = -1  # characters of order[0] that are printed; -1: its title is not printed yet
     for output in outputs:
         latest[output.request_id] = output
         while order and order[0] in latest:
@@ -134,6 +132,6 @@ def print_stream(
 
 
 def shown_text(output: RequestOutput, show_ids: bool) -> str:
-    """The first sequence as text, or as token ids."""
+    """The first sequence, as text or as token ids."""
     completion = output.outputs[0]
     return "".join(f"{token_id} " for token_id in completion.token_ids) if show_ids else completion.text

@@ -1,15 +1,16 @@
 """One decoder for Llama, Mistral, Qwen2 and Qwen3, on flattened tokens (vLLM: `vllm/model_executor/models/llama.py`).
 
-What differs between the four is written down in `DecoderConfig`: biases (Qwen2), a norm on queries and keys (Qwen3), a
-window (Mistral), a scaled RoPE (Llama 3). All tokens of a step, of whichever requests, stand in one axis:
+`DecoderConfig` holds the differences between the four: biases (Qwen2), a norm on queries and keys (Qwen3), a sliding
+window (Mistral), a scaled RoPE (Llama 3). The tokens of all requests of a step share one axis:
 
     token ids [T] -> embedding [T, E] -> layers -> norm [T, E] -> the rows that sample [N, E] -> logits [N, V]
 
-Only attention knows that there are several requests. It is told by the metadata, which is an argument.
+Only attention distinguishes requests, by the metadata, which is an argument.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,22 +21,29 @@ from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
-from folovllm.models.layers import Linear, QKNorm, RMSNorm, RotaryEmbedding, empty_parameter, rope_frequencies, rotate
+from folovllm.kv_cache.formulas import head_dim_of
+from folovllm.models.layers import (
+    Linear,
+    RMSNorm,
+    RotaryEmbedding,
+    empty_parameter,
+    rms_norm,
+    rope_frequencies,
+    rotate,
+)
+from folovllm.models.paged_model import KVShape
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
 @dataclass(frozen=True)
-class DecoderConfig:
-    """What the decoder needs of a Hugging Face config."""
+class DecoderConfig(KVShape):
+    """The fields of a Hugging Face config that the decoder uses."""
 
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
     num_heads: int
-    num_kv_heads: int
-    head_dim: int
     norm_eps: float
     rope: dict[str, Any]
     tied_embeddings: bool
@@ -43,11 +51,11 @@ class DecoderConfig:
     out_bias: bool
     mlp_bias: bool
     qk_norm: bool
-    windows: tuple[int | None, ...]  # per layer: how many tokens a token sees, itself included
+    windows: tuple[int | None, ...]  # per layer: tokens that a token attends to, itself included; None: all
 
     @classmethod
     def from_hf(cls, hf: PretrainedConfig) -> DecoderConfig:
-        """Raises ValueError, naming it, for a model type or a feature that this decoder does not have."""
+        """Raises ValueError for a model type or an activation that this decoder does not have."""
         if hf.model_type not in MODEL_TYPES:
             raise ValueError(f"model_type={hf.model_type!r} is not valid; allowed: {', '.join(MODEL_TYPES)}")
         if hf.hidden_act != "silu":
@@ -62,7 +70,7 @@ class DecoderConfig:
             num_layers=hf.num_hidden_layers,
             num_heads=hf.num_attention_heads,
             num_kv_heads=hf.num_key_value_heads,
-            head_dim=getattr(hf, "head_dim", None) or hf.hidden_size // hf.num_attention_heads,
+            head_dim=head_dim_of(hf),
             norm_eps=hf.rms_norm_eps,
             rope=dict(hf.rope_parameters),
             tied_embeddings=hf.tie_word_embeddings,
@@ -75,10 +83,9 @@ class DecoderConfig:
 
 
 class Attention(nn.Module):
-    """Queries, keys and values of each token; K and V go into the pool, then each token looks back.
+    """Project to queries, keys and values, write K/V to the pool, attend, project back.
 
-    Queries and keys are neighbours in the fused projection, and what happens to them until then is the same: it is done
-    to all Hq + Hkv heads at once.
+    Queries and keys are adjacent in the fused projection, so norm and RoPE are applied to all Hq + Hkv heads at once.
     """
 
     def __init__(self, config: DecoderConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
@@ -87,25 +94,25 @@ class Attention(nn.Module):
         self.sizes = [config.num_heads * config.head_dim, *2 * [config.num_kv_heads * config.head_dim]]
         self.qkv = Linear(config.hidden_size, sum(self.sizes), config.qkv_bias, dtype, device)
         self.out = Linear(self.sizes[0], config.hidden_size, config.out_bias, dtype, device)
-        heads = (config.num_heads, config.num_kv_heads, config.head_dim)
-        self.qk_norm = QKNorm(*heads, config.norm_eps, dtype, device) if config.qk_norm else None
+        self.q_norm = empty_parameter(config.head_dim, dtype=dtype, device=device) if config.qk_norm else None
+        self.k_norm = empty_parameter(config.head_dim, dtype=dtype, device=device) if config.qk_norm else None
+        self.eps = config.norm_eps
         self.params = AttentionParams(config.head_dim**-0.5, config.windows[layer])
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kv: LayerKV, meta: AttentionMetadata, backend: AttentionBackend
     ) -> Tensor:
-        """[T, E] in, [T, E] out."""
         heads = self.qkv(x).view(len(x), -1, self.head_dim)  # [T, Hq + 2 Hkv, D]
         query_key, value = heads.split([self.num_heads + self.num_kv_heads, self.num_kv_heads], dim=1)
-        if self.qk_norm is not None:
-            query_key = self.qk_norm(query_key)
+        if self.q_norm is not None and self.k_norm is not None:
+            weights = [self.q_norm.expand(self.num_heads, -1), self.k_norm.expand(self.num_kv_heads, -1)]
+            query_key = rms_norm(query_key, torch.cat(weights), self.eps)
         query_key = rotate(query_key, *rope)
         query, key = query_key.split([self.num_heads, self.num_kv_heads], dim=1)  # [T, Hq, D], [T, Hkv, D]
-        # All K/V of the step is stored before anybody attends: a request may read what another one writes right now.
+        # Write all K/V of the step before attending: a request may read blocks that another one writes in this step.
         backend.write(kv, key, value, meta)
-        mixed: Tensor = backend.attend(query, kv, meta, self.params)  # [T, Hq, D]
-        out: Tensor = self.out(mixed.flatten(1))
-        return out
+        mixed = backend.attend(query, kv, meta, self.params)  # [T, Hq, D]
+        return self.out(mixed.flatten(1))
 
 
 class MLP(nn.Module):
@@ -117,14 +124,12 @@ class MLP(nn.Module):
         self.down = Linear(config.intermediate_size, config.hidden_size, config.mlp_bias, dtype, device)
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, E] in, [T, E] out."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)  # each [T, I]
-        out: Tensor = self.down(silu(gate) * up)
-        return out
+        return self.down(silu(gate) * up)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and an MLP, each behind a norm and added to the stream."""
+    """Attention and an MLP, each after a norm and with a residual connection."""
 
     def __init__(self, config: DecoderConfig, layer: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
@@ -136,22 +141,22 @@ class DecoderLayer(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], kv: LayerKV, meta: AttentionMetadata, backend: AttentionBackend
     ) -> Tensor:
-        """[T, E] in, [T, E] out."""
         x = x + self.attention(self.attention_norm(x), rope, kv, meta, backend)
-        out: Tensor = x + self.mlp(self.mlp_norm(x))
-        return out
+        return x + self.mlp(self.mlp_norm(x))
 
 
 class Decoder(nn.Module):
-    """The whole model. Its weights are allocated and not filled: see `folovllm.models.weights`."""
+    """The whole model. `folovllm.models.weights` fills its weights."""
+
+    layers: Sequence[DecoderLayer]
 
     def __init__(self, config: DecoderConfig, max_positions: int, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.config, self.dtype, self.device = config, dtype, device
         self.max_positions = max_positions
         self.embedding = empty_parameter(config.vocab_size, config.hidden_size, dtype=dtype, device=device)
-        self.layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
-        self.registered_layers = nn.ModuleList(self.layers)
+        layers = [DecoderLayer(config, i, dtype, device) for i in range(config.num_layers)]
+        self.layers = nn.ModuleList(layers)  # type: ignore[assignment]
         self.norm = RMSNorm(config.hidden_size, config.norm_eps, dtype, device)
         self.head = Linear(config.hidden_size, config.vocab_size, False, dtype, device)
         if config.tied_embeddings:
@@ -166,21 +171,17 @@ class Decoder(nn.Module):
         meta: AttentionMetadata,
         backend: AttentionBackend,
     ) -> Tensor:
-        """Token ids and positions, [T] each, in; hidden states [T, E] out. K/V of all tokens is written to `kv`."""
         x = self.embedding[token_ids]  # [T, E]
         rope = self.rotary(positions)
         for layer, layer_kv in zip(self.layers, kv, strict=True):
             x = layer(x, rope, layer_kv, meta, backend)
-        out: Tensor = self.norm(x)
-        return out
+        return self.norm(x)
 
     def pack(self) -> None:
-        """Rearrange the weights for a CPU in bfloat16; elsewhere nothing happens. The embedding stays as it is."""
+        """Reorder the weights of linear layers for a CPU in bfloat16. Elsewhere a no-op."""
         for module in self.modules():
             if isinstance(module, Linear):
-                module.pack(keep=module is self.head and self.config.tied_embeddings)
+                module.pack()
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the rows that sample, [N, E], as logits, [N, V]. The head is the widest layer of all."""
-        out: Tensor = self.head(hidden)
-        return out
+        return self.head(hidden)

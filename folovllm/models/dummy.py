@@ -1,17 +1,17 @@
 """Random weights from a config alone (`load_format="dummy"`), in the spirit of vLLM's `DummyModelLoader`.
 
-Speed and memory do not depend on what the weights say, so a model of any published shape can be measured with
-no download. Its tokens are noise, but they should be noise that a test can use: finite, not one token repeated.
+Speed and memory do not depend on the values of the weights, so a model of any published shape can be measured without
+a download. Its tokens are noise, but must be usable in tests: finite, and not one token repeated.
 
 **The scale.** Every matrix is N(0, 1/n), n its last dimension: the fan-in of a linear layer, the width of an
-embedding. After an RMSNorm a linear layer then gives values of size 1, and logits have a standard deviation of 1, in
-any depth and width. The MLP's last matrix is four times larger. Two things would otherwise repeat one token for ever:
+embedding. After an RMSNorm a linear layer then gives values of size 1, and logits have a standard deviation of 1, for
+any depth and width. The MLP's last matrix is four times larger. Otherwise two effects would repeat one token for ever:
 
-* With tied weights a token's own logit grows with the share its embedding keeps in the residual stream. At Hugging
+* With tied weights a token's own logit grows with the share of its embedding in the residual stream. At Hugging
   Face's `initializer_range` of 0.02 the layers add next to nothing, so the input token wins. Here the embedding has
-  length 1 and each MLP adds a vector of length about 2.4 √n: the own logit's lead is below one standard deviation.
+  length 1 and each MLP adds a vector of length about 2.4 √n: the own logit leads by less than one standard deviation.
 * With random queries and keys attention is close to a plain average, which changes little from one token to the next.
-  The MLP depends on the current token most, so it must outweigh attention.
+  The MLP depends most on the current token, so it must outweigh attention.
 """
 
 from __future__ import annotations
@@ -19,29 +19,26 @@ from __future__ import annotations
 import math
 import zlib
 from collections.abc import Callable, Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
+import transformers
 from torch.overrides import TorchFunctionMode
 from transformers import AutoModelForCausalLM, PretrainedConfig
-
-if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
-    from transformers import PreTrainedModel
 
 _MLP_OUTPUT_GAIN = 4.0
 
 
 def build_dummy_model(
     config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, attn_implementation: str
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """A model of `config` with the weights of `fill_dummy_`, allocated once, in `dtype` on `device`.
 
-    It is built in the ordinary way, not on the meta device: so buffers that no checkpoint holds (RoPE's inverse
-    frequencies) are right by construction. Only the random fills of the constructors are skipped. The global
-    random state is neither read nor changed.
+    It is not built on the meta device, so that buffers which no checkpoint holds (RoPE's inverse frequencies) get their
+    values. Only the random fills of the constructors are skipped. The global random state is neither read nor changed.
     """
     with device, _SkipRandomFills():
-        model: PreTrainedModel = AutoModelForCausalLM.from_config(
+        model = AutoModelForCausalLM.from_config(
             config, dtype=dtype, attn_implementation=attn_implementation, trust_remote_code=False
         )
     for name, parameter in model.named_parameters():
@@ -50,10 +47,10 @@ def build_dummy_model(
 
 
 def fill_dummy_(name: str, tensor: torch.Tensor, seed: int) -> None:
-    """Give the parameter `name` its dummy value in place: the same for the same name, shape, dtype, seed and device.
+    """Fill the parameter `name` in place: the same values for the same name, shape, dtype, seed and device.
 
-    Each tensor has a generator of its own, so the values do not depend on the order of filling. Biases become 0;
-    other vectors (norm weights) keep what their constructor gave them, which is the identity of that norm.
+    Each tensor has its own generator, so the values do not depend on the order of filling. Biases become 0; other
+    vectors (norm weights) keep the value of their constructor, for which the norm only normalises.
     """
     if tensor.ndim >= 2:
         generator = torch.Generator(tensor.device).manual_seed(zlib.crc32(name.encode(), seed & 0xFFFFFFFF))
@@ -64,12 +61,12 @@ def fill_dummy_(name: str, tensor: torch.Tensor, seed: int) -> None:
 
 
 class _SkipRandomFills(TorchFunctionMode):
-    """Inside, `tensor.normal_()` and its like do nothing to a matrix and zero a vector.
+    """Makes `tensor.normal_()` and similar fills skip a matrix and zero a vector.
 
-    Filling 600 million values twice is what makes an ordinary constructor slow, and untouched pages cost no memory.
+    They make an ordinary constructor slow: 600 million values would be filled twice. Untouched pages take no memory.
     """
 
-    # By name, since the same fill is seen as `Tensor.normal_`, `nn.init.normal_` or transformers' own wrapper.
+    # By name: the same fill is called as `Tensor.normal_`, `nn.init.normal_` or transformers' own wrapper.
     _FILLS = frozenset(
         {"normal_", "uniform_", "trunc_normal_", "random_", "exponential_", "log_normal_", "orthogonal_", "erfinv_"}
         | {"kaiming_normal_", "kaiming_uniform_", "xavier_normal_", "xavier_uniform_"}

@@ -1,4 +1,4 @@
-"""The parts of a decoder layer, on flattened tokens: no batch axis, no padding, shapes [T, ...]."""
+"""The modules of a decoder layer, on flattened tokens: no batch axis, no padding, shapes [T, ...]."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.functional import linear
 
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
-    """A weight that a loader will fill. Gradients are never needed."""
+    """A weight to be filled by a loader, without gradients."""
     return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device), requires_grad=False)
 
 
@@ -25,33 +25,13 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Any [..., size] in, the same out."""
         return rms_norm(x, self.weight, self.eps)
 
 
-class QKNorm(nn.Module):
-    """An RMSNorm of every head, with one weight for all query heads and another for all key heads (Qwen3)."""
-
-    head_kinds: Tensor
-
-    def __init__(
-        self, num_heads: int, num_kv_heads: int, head_dim: int, eps: float, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__()
-        self.weight = empty_parameter(2, head_dim, dtype=dtype, device=device)  # of queries, of keys
-        self.eps = eps
-        kinds = torch.tensor([0] * num_heads + [1] * num_kv_heads, device=device)  # [Hq + Hkv]
-        self.register_buffer("head_kinds", kinds, persistent=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Queries and keys side by side, [T, Hq + Hkv, D], in and out."""
-        return rms_norm(x, self.weight[self.head_kinds], self.eps)
-
-
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """The last axis of x, [..., size], to a mean square of 1, times `weight`, [size] or more axes of x."""
+    """Scale the last axis of x, [..., size], to a mean square of 1, then by `weight`, [size] or broadcast over x."""
     wide = x.float()
-    # A mean of squares by way of the norm: one pass, and twice as fast here as squaring and taking the mean.
+    # The mean square from the norm: one pass, and on a CPU twice as fast as squaring and taking the mean.
     mean_square = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square() / x.shape[-1]  # [..., 1]
     return weight * (wide * torch.rsqrt(mean_square + eps)).to(x.dtype)
 
@@ -59,8 +39,8 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
 class Linear(nn.Module):
     """y = x W^T + b, with W of [out, in].
 
-    On a CPU in bfloat16 the weight may be kept in an order of the CPU library's choosing (`pack`): plain torch
-    rearranges it at every call.
+    On a CPU in bfloat16, `pack` keeps the weight in the CPU library's own layout. Otherwise torch reorders it in every
+    call.
     """
 
     def __init__(self, inputs: int, outputs: int, bias: bool, dtype: torch.dtype, device: torch.device) -> None:
@@ -69,36 +49,26 @@ class Linear(nn.Module):
         self.bias = empty_parameter(outputs, dtype=dtype, device=device) if bias else None
         self.packed: Tensor | None = None
 
-    def pack(self, keep: bool = False) -> None:
-        """Rearrange the weight where that works; the original is dropped unless `keep` (somebody else reads it)."""
-        if self.weight is not None and can_pack(self.weight):
-            self.packed = packed_weight(self.weight.data)
-            if not keep:
-                self.weight = None
+    def pack(self) -> None:
+        """Reorder the weight, if this CPU supports it, and drop the original."""
+        weight = self.weight
+        if weight is not None and weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works():
+            self.packed, self.weight = packed_weight(weight.data), None
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, in] in, [T, out] out."""
         if self.packed is not None:
             return packed_linear(x, self.packed, self.bias)
         if self.weight is None:
-            raise RuntimeError("a linear layer without a weight")
+            raise RuntimeError("this linear layer has no weight")
         return linear(x, self.weight, self.bias)
 
 
-PACK_ROWS = 16  # the number of rows that the packed order is made for: a decode step of a small batch
-
-
-def can_pack(weight: Tensor) -> bool:
-    """Whether packing is there for such a weight and gives the right product, tried out on a small one.
-
-    The functions are those that torch's compiler uses. They are not part of its API, so they are not relied upon.
-    """
-    return weight.device.type == "cpu" and weight.dtype == torch.bfloat16 and packing_works()
+PACK_ROWS = 16  # the batch size that the packed layout is optimised for: a decode step of a small batch
 
 
 @cache
 def packing_works() -> bool:
-    """Whether this torch, on this CPU, multiplies with packed weights as it does with plain ones."""
+    """Whether packed and plain weights give the same product: packing calls functions that are not public API."""
     generator = torch.Generator().manual_seed(0)
     weight = torch.randn(64, 96, generator=generator).bfloat16()  # [out, in]
     rows = torch.randn(5, 96, generator=generator).bfloat16()  # [T, in]
@@ -110,22 +80,20 @@ def packing_works() -> bool:
 
 
 def packed_weight(weight: Tensor) -> Tensor:
-    """A weight in the order that the CPU library likes best for `PACK_ROWS` rows; it cannot be read any more."""
-    packed: Tensor = torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
-    return packed
+    """A weight in the CPU library's layout, which only `packed_linear` can read."""
+    return torch.ops.mkldnn._reorder_linear_weight(weight, PACK_ROWS)
 
 
 def packed_linear(x: Tensor, packed: Tensor, bias: Tensor | None) -> Tensor:
     """`linear` with a packed weight."""
-    out: Tensor = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return out
+    return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
 class RotaryEmbedding(nn.Module):
-    """Rotates queries and keys by an angle that grows with the position (RoPE, Su et al., 2021).
+    """Rotates queries and keys by an angle proportional to the position (RoPE, Su et al., 2021).
 
-    Pairs are (i, i + D/2), as in Hugging Face's code. The tables hold the cosine and sine of every position that a
-    request can have, [positions, D] each, the sine with the sign that its half needs:
+    Pairs are (i, i + D/2), as in Hugging Face's code. The tables hold the cosine and sine of every position,
+    [positions, D] each; the sine carries the sign of its half:
 
         (a, b) -> (a cos - b sin, b cos + a sin)   =   (a, b) * (cos, cos) + (b, a) * (-sin, sin)
     """
@@ -142,7 +110,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("sin", torch.cat([-sin, sin], dim=-1).to(device, dtype), persistent=False)
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for positions [T], each [T, 1, D]: the same for all heads and layers of a step."""
+        """Cosines and sines for positions [T], each [T, 1, D]. All heads and layers of a step use the same."""
         return self.cos[positions, None], self.sin[positions, None]
 
 
@@ -154,7 +122,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def rope_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
     """Inverse frequencies, [D/2], for the rope types "default" and "llama3".
 
-    Raises ValueError for another type, because a wrong rotation gives fluent nonsense instead of an error.
+    Raises ValueError for other types: a wrong rotation would give plausible but wrong text.
     """
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
@@ -167,7 +135,7 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
 
 
 def llama3_scaling(inv_freq: Tensor, rope: dict[str, Any]) -> Tensor:
-    """Llama 3.1's longer context: slow rotations are slowed by `factor`, fast ones kept, those between blended."""
+    """Llama 3.1's longer context: divide low frequencies by `factor`, keep high ones, interpolate between."""
     factor, original = float(rope["factor"]), float(rope["original_max_position_embeddings"])
     low, high = float(rope["low_freq_factor"]), float(rope["high_freq_factor"])
     wavelengths = 2 * math.pi / inv_freq  # in positions

@@ -1,8 +1,9 @@
-"""From a model name to files, and from files to a Hugging Face config, tokenizer and model.
+"""Find the files of a model, and load its config, tokenizer and Hugging Face model.
 
-A name is, in this order: a bundled model, a folder, a hub id (`org/name`). Everything that can be wrong with a
-checkpoint ends in one ValueError that says which file or tensor it is; a model with freshly initialised holes,
-which `from_pretrained` would return with a warning, is never handed out.
+A name is, in this order: a bundled model, a folder, a hub id (`org/name`). A bad checkpoint raises one ValueError that
+names the file or tensor. `from_pretrained` only warns if it initialises missing tensors at random; here it is an error.
+
+Annotations say `transformers.PreTrainedModel` because importing that name loads torch's compiler and Triton.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 import transformers
@@ -31,10 +32,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
+from folovllm.checks import check_choice, invalid
+from folovllm.config import DTYPES, LOAD_FORMATS
 from folovllm.models.dummy import build_dummy_model
-
-if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
-    from transformers import PreTrainedModel
 
 BUNDLED_MODEL = "folo-tiny"
 BUNDLED_CONFIGS = {  # shape without weights -> the hub id that has them
@@ -44,15 +44,6 @@ BUNDLED_CONFIGS = {  # shape without weights -> the hub id that has them
 }
 BUNDLED = (BUNDLED_MODEL, *BUNDLED_CONFIGS)
 
-LOAD_FORMATS = ("auto", "safetensors", "dummy")
-DTYPES = {
-    "float32": torch.float32,
-    "float": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "float16": torch.float16,
-    "half": torch.float16,
-}
-
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
@@ -60,7 +51,7 @@ _DOWNLOAD_ADVICE = (
     "to use a model from the hub, run `hf download ORG/NAME --local-dir DIR` and pass DIR, "
     "or pass the id ORG/NAME where there is a network"
 )
-# What reading a damaged or foreign checkpoint raises, across transformers, safetensors and json.
+# What transformers, safetensors and json raise for a bad checkpoint.
 _LOAD_ERRORS = (
     OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
 )  # fmt: skip
@@ -68,28 +59,40 @@ _LOAD_ERRORS = (
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where a model's files are.
-
-    `path_or_id` is what `from_pretrained` takes: a folder, or a hub id when `kind` is "hub".
-    `has_weights` is False for config-only shapes and folders without weight files; a hub id is taken to have them.
-    """
+    """Where a model's files are."""
 
     name: str
-    path_or_id: str
+    path_or_id: str  # what `from_pretrained` takes: a folder, or a hub id
     kind: Literal["bundled", "config", "local", "hub"]
-    has_weights: bool
+    has_weights: bool  # False for bundled configs and folders without weight files; assumed for a hub id
 
     def __str__(self) -> str:
         return self.name if self.kind == "bundled" else f"{self.name} ({self.path_or_id})"
 
 
+@dataclass(frozen=True)
+class LoadSpec:
+    """A model to load, and how. Raises ValueError for an unknown load_format."""
+
+    source: ModelSource
+    hf_config: PretrainedConfig
+    dtype: torch.dtype
+    device: torch.device
+    load_format: str = "auto"  # as in `load_hf_model`
+    seed: int = 0  # of dummy weights
+    max_positions: int | None = None  # tokens that a request may have; None: as many as the config allows
+
+    def __post_init__(self) -> None:
+        check_choice("load_format", self.load_format, LOAD_FORMATS)
+
+
 def resolve_model(model: str) -> ModelSource:
-    """Find out what `model` names; nothing is read but folder listings, and no network is used.
+    """Find the files of `model`. Only looks at folders, and uses no network.
 
     Raises ValueError for an unknown bare name, a path that does not exist, a file, or a folder without config.json.
     """
     if not isinstance(model, str) or not model.strip():
-        raise ValueError(f"model must be a bundled name, a folder or a hub id, got {model!r}")
+        raise invalid("model", model, "a bundled name, a folder or a hub id")
     lowered = model.lower()
     if lowered == BUNDLED_MODEL:
         return ModelSource(lowered, str(_asset(lowered)), "bundled", has_weights=True)
@@ -112,17 +115,16 @@ def resolve_model(model: str) -> ModelSource:
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
-    """The model's config.json as a Hugging Face config. Raises ValueError if it cannot be had or read."""
+    """The model's config.json as a Hugging Face config. Raises ValueError if it is missing or cannot be read."""
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=False)
+            return AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=False)
     except _LOAD_ERRORS as error:
         raise _load_error(source, "config.json", error) from error
-    return config
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig | None:
-    """The model's generation_config.json (its end-of-sequence ids), or None where there is none.
+    """The model's generation_config.json (its end-of-sequence ids), or None if it has none.
 
     Raises ValueError if the file of a folder or a bundled model cannot be read.
     """
@@ -132,15 +134,15 @@ def load_generation_config(source: ModelSource) -> GenerationConfig | None:
         with _quiet():
             return GenerationConfig.from_pretrained(source.path_or_id)
     except _LOAD_ERRORS as error:
-        if source.kind == "hub" and isinstance(error, OSError):  # config.json was had: this one does not exist
+        if source.kind == "hub" and isinstance(error, OSError):  # the model exists, so this file does not
             return None
         raise _load_error(source, "generation_config.json", error) from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
-    """The model's tokenizer; None for a config-only shape and a folder without tokenizer files.
+    """The model's tokenizer; None for a bundled config and a folder without tokenizer files.
 
-    Raises ValueError if there is one that cannot be had or read.
+    Raises ValueError if it cannot be downloaded or read.
     """
     if source.kind == "config":
         return None
@@ -148,12 +150,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         return None
     try:
         with _quiet():
-            tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
-                source.path_or_id, trust_remote_code=False
-            )
+            return AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=False)
     except (*_LOAD_ERRORS, ImportError) as error:
         raise _load_error(source, "the tokenizer", error) from error
-    return tokenizer
 
 
 def eos_token_ids(
@@ -163,7 +162,7 @@ def eos_token_ids(
 ) -> tuple[int, ...]:
     """The ids that end a sequence, in the order given, without repeats; empty if none are known.
 
-    generation_config.json has the last word (chat models list several there), then config.json, then the tokenizer.
+    generation_config.json comes first (chat models list several there), then config.json, then the tokenizer.
     """
     for holder in (generation_config, hf_config, hf_config.get_text_config(), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
@@ -179,15 +178,14 @@ def load_hf_model(
     load_format: str = "auto",
     seed: int = 0,
     attn_implementation: str = "sdpa",
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     """The model on `device` in `dtype`, ready for inference: eval mode, KV cache on, no gradients.
 
-    load_format: "auto" takes the weight files that are there, "safetensors" only those, "dummy" none of them
-    (random weights of `folovllm.models.dummy`, from `seed`). Raises ValueError, chained to its cause, if weights
-    are absent, damaged, missing a tensor, or of another shape than the config says.
+    load_format: "auto" takes any weight files, "safetensors" only those, "dummy" none of them (random weights of
+    `folovllm.models.dummy`, from `seed`). Raises ValueError, chained to its cause, if the weights are missing or
+    damaged, lack a tensor, or have another shape than the config says.
     """
-    if load_format not in LOAD_FORMATS:
-        raise ValueError(f"load_format={load_format!r} is not valid; allowed: {', '.join(LOAD_FORMATS)}")
+    check_choice("load_format", load_format, LOAD_FORMATS)
     config = load_config(source)
     if load_format == "dummy":
         with _quiet():
@@ -200,19 +198,18 @@ def load_hf_model(
 
 
 def resolve_dtype(dtype: str | torch.dtype, hf_config: PretrainedConfig, device: torch.device) -> torch.dtype:
-    """The number format to run in.
+    """The number format to compute in.
 
     "auto" on a GPU: the checkpoint's own 16-bit format; for a float32 checkpoint bfloat16, or float16 where the GPU
     has no bfloat16. "auto" on a CPU: bfloat16 if the checkpoint is bfloat16 and the CPU computes with it natively,
     else float32. float16 is much slower than float32 on a CPU, so it is used there only if asked for by name.
     Raises ValueError for another name or type.
     """
-    if isinstance(dtype, torch.dtype) and dtype in DTYPES.values():
+    if isinstance(dtype, torch.dtype) and dtype in (torch.float32, torch.bfloat16, torch.float16):
         return dtype
-    if isinstance(dtype, str) and dtype in DTYPES:
-        return DTYPES[dtype]
+    check_choice("dtype", dtype, DTYPES)
     if dtype != "auto":
-        raise ValueError(f"dtype={dtype!r} is not valid; allowed: auto, {', '.join(DTYPES)}")
+        return getattr(torch, str(dtype))
     stored = hf_config.dtype or hf_config.get_text_config().dtype
     if device.type == "cpu":
         return torch.bfloat16 if stored == torch.bfloat16 and cpu_has_bfloat16() else torch.float32
@@ -229,17 +226,17 @@ def resolve_device(device: str) -> torch.device:
         return torch.device("cpu")
     found = re.fullmatch(r"cuda(?::(\d+))?", device) if isinstance(device, str) else None
     if found is None:
-        raise ValueError(f"device={device!r} is not valid; allowed: auto, cpu, cuda, cuda:N")
+        raise invalid("device", device, "auto, cpu, cuda, cuda:N")
     if int(found[1] or 0) >= torch.cuda.device_count():
-        raise ValueError(f"device={device!r} is not here: torch sees {torch.cuda.device_count()} CUDA devices")
+        raise ValueError(f"device={device!r} is not available: torch sees {torch.cuda.device_count()} CUDA devices")
     return torch.device(device)
 
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has bfloat16 dot products (x86 AVX512-BF16 or AMX, Arm BF16): without, they are emulated.
+    """Whether this CPU has bfloat16 dot products (x86 AVX512-BF16 or AMX, Arm BF16); else they are emulated.
 
-    Known on Linux, from /proc/cpuinfo; False elsewhere.
+    Read from /proc/cpuinfo on Linux; False elsewhere.
     """
     if platform.system() != "Linux":
         return False
@@ -258,11 +255,10 @@ def _load_checkpoint(
     device: torch.device,
     load_format: str,
     attn_implementation: str,
-) -> PreTrainedModel:
+) -> transformers.PreTrainedModel:
     check_has_weights(source)
     try:
         with _quiet():
-            # The annotation: transformers declares the plain model as the only return type.
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 source.path_or_id,
                 config=config,
@@ -270,8 +266,8 @@ def _load_checkpoint(
                 attn_implementation=attn_implementation,
                 use_safetensors=True if load_format == "safetensors" else None,
                 trust_remote_code=False,
-                ignore_mismatched_sizes=True,  # collected below, all of them in one message
-                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # reported below, in one message
+                output_loading_info=True,  # makes the result a pair, which its type does not say
             )
     except _LOAD_ERRORS as error:
         raise _load_error(source, _damaged_file(source) or "the weights", error) from error
@@ -287,12 +283,11 @@ def _load_checkpoint(
         raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {some(mismatched)}")
     if info["error_msgs"]:
         raise ValueError(f"{source}: the checkpoint cannot be loaded: {some(list(info['error_msgs']))}")
-    on_device: PreTrainedModel = model.to(device)
-    return on_device
+    return model.to(device)
 
 
 def check_has_weights(source: ModelSource) -> None:
-    """Raise ValueError for a source that has none."""
+    """Raise ValueError for a source without weights."""
     if source.kind == "config":
         raise ValueError(
             f"model={source.name!r} is bundled as a shape without weights: pass load_format='dummy' for random ones, "
@@ -306,12 +301,12 @@ def check_has_weights(source: ModelSource) -> None:
 
 
 def some(items: list[str]) -> str:
-    """The first few of them, and how many more there are."""
+    """The first four items, and the number of the others."""
     return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
 
 
 def _load_error(source: ModelSource, what: str, error: BaseException) -> ValueError:
-    """One ValueError for whatever went wrong with `what`; a hub id that cannot be had comes with advice."""
+    """The ValueError for any failure to load `what`. If a hub id cannot be downloaded, it says what to do instead."""
     reason = textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" …")
     if source.kind == "hub" and isinstance(error, OSError):
         return ValueError(
@@ -321,7 +316,7 @@ def _load_error(source: ModelSource, what: str, error: BaseException) -> ValueEr
 
 
 def _damaged_file(source: ModelSource) -> str | None:
-    """The name of the first safetensors file of a folder that does not open, e.g. because it is cut short."""
+    """The name of a folder's first safetensors file that does not open, e.g. because it is truncated."""
     if source.kind == "hub":
         return None
     for file in sorted(Path(source.path_or_id).glob("*.safetensors")):
@@ -335,7 +330,7 @@ def _damaged_file(source: ModelSource) -> str | None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """No progress bars and no warnings from transformers inside; what was set before is restored."""
+    """Turn off transformers' progress bars and warnings, and restore the settings afterwards."""
     logging = transformers.utils.logging
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

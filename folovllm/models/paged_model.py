@@ -1,7 +1,8 @@
-"""What the paged runner asks of a model. Our own decoder and `contrib/transformers` answer it."""
+"""What the paged runner requires of a model. Our own decoder and `contrib/transformers` implement it."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -11,35 +12,24 @@ from folovllm.attention.backend import AttentionBackend, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 
 
-class ModelShape(Protocol):
-    """What the pool must know of a model: the same in all layers."""
+@dataclass(frozen=True)
+class KVShape:
+    """The K/V of one token, the same in all layers."""
 
-    @property
-    def num_layers(self) -> int:
-        """Layers with K/V."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Heads of keys and values."""
-
-    @property
-    def head_dim(self) -> int:
-        """Numbers per head."""
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
 
 
 class PagedModel(Protocol):
-    """A model on flattened tokens and K/V in blocks.
+    """A model on flattened tokens and K/V in blocks."""
 
-    max_positions: tokens that a request may have. dtype, device: of its weights, its hidden states and its K/V.
-    """
-
-    max_positions: int
-    dtype: torch.dtype
+    max_positions: int  # tokens that a request may have
+    dtype: torch.dtype  # of weights, hidden states and K/V
     device: torch.device
 
     @property
-    def config(self) -> ModelShape:
-        """Its shape."""
+    def config(self) -> KVShape: ...
 
     def __call__(
         self,
@@ -49,7 +39,7 @@ class PagedModel(Protocol):
         meta: AttentionMetadata,
         backend: AttentionBackend,
     ) -> Tensor:
-        """Token ids and positions, [T] each, in; hidden states [T, E] out. K/V of all tokens is written to `kv`."""
+        """Token ids and positions, [T] each, to hidden states [T, E]. Writes the K/V of all tokens to `kv`."""
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Hidden states of the rows that sample, [N, E], as logits, [N, V]."""
+        """Hidden states of the rows that sample, [N, E], to logits, [N, V]."""

@@ -1,7 +1,7 @@
-"""From a checkpoint to the decoder's parameters: tensor by tensor, straight to where they are used.
+"""Load a checkpoint into the decoder, tensor by tensor.
 
-Hugging Face's names are kept apart from ours in one table (`targets`). Fused weights are filled in slices, so nothing
-is ever held twice but the one tensor on its way.
+`targets` maps Hugging Face's names to our parameters. Fused weights are filled slice by slice, so at most one tensor is
+in memory twice.
 """
 
 from __future__ import annotations
@@ -15,75 +15,61 @@ import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.dummy import fill_dummy_
-from folovllm.models.layers import Linear, RMSNorm
-from folovllm.models.loader import LOAD_FORMATS, ModelSource, check_has_weights, some
+from folovllm.models.layers import Linear
+from folovllm.models.loader import LoadSpec, ModelSource, check_has_weights, some
 
 INDEX = "model.safetensors.index.json"
-IGNORED = ("rotary_emb.inv_freq",)  # old checkpoints hold it; it follows from the config
+IGNORED = ("rotary_emb.inv_freq",)  # in old checkpoints; computed from the config
 
 
-def load_decoder(
-    source: ModelSource,
-    hf_config: PretrainedConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-    load_format: str = "auto",
-    seed: int = 0,
-    max_positions: int | None = None,
-) -> Decoder:
-    """The model of a checkpoint, ready for inference. load_format as in `load_hf_model`; with "dummy", its weights.
+def load_decoder(spec: LoadSpec) -> Decoder:
+    """Our decoder with the weights of a checkpoint, ready for inference.
 
-    Raises ValueError for a model that the decoder does not support, and for weights that are absent, damaged, of
-    another shape, missing or too many.
+    Raises ValueError for a model that the decoder does not support, for a damaged or missing file, and for a tensor
+    that is missing, unknown or of another shape than the config says.
     """
-    if load_format not in LOAD_FORMATS:
-        raise ValueError(f"load_format={load_format!r} is not valid; allowed: {', '.join(LOAD_FORMATS)}")
-    config = DecoderConfig.from_hf(hf_config)
-    decoder = Decoder(config, max_positions or hf_config.max_position_embeddings, dtype, device)
-    if load_format == "dummy":
-        fill_dummy(decoder, seed)
+    config = DecoderConfig.from_hf(spec.hf_config)
+    max_positions = spec.max_positions or spec.hf_config.max_position_embeddings
+    decoder = Decoder(config, max_positions, spec.dtype, spec.device)
+    if spec.load_format == "dummy":
+        fill_dummy(decoder, spec.seed)
     else:
-        fill_from(source, decoder, load_format)
+        fill_from(spec.source, decoder, spec.load_format)
     decoder.pack()
     return decoder.eval()
 
 
 def targets(decoder: Decoder) -> dict[str, Tensor]:
-    """Hugging Face's name of every weight -> where it goes: a parameter of ours, or a slice of a fused one."""
+    """Hugging Face's name of each weight -> the parameter to fill, or a slice of a fused one."""
     config = decoder.config
     found: dict[str, Tensor] = {"model.embed_tokens.weight": decoder.embedding.data}
     if not config.tied_embeddings:
         found |= _linear(decoder.head, {"lm_head": config.vocab_size})
-    found |= _norm(decoder.norm, "model.norm")
+    found["model.norm.weight"] = decoder.norm.weight.data
     query, kv = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     for index, layer in enumerate(decoder.layers):
         name = f"model.layers.{index}"
         attention = f"{name}.self_attn"
-        found |= _norm(layer.attention_norm, f"{name}.input_layernorm")
-        found |= _norm(layer.mlp_norm, f"{name}.post_attention_layernorm")
+        found[f"{name}.input_layernorm.weight"] = layer.attention_norm.weight.data
+        found[f"{name}.post_attention_layernorm.weight"] = layer.mlp_norm.weight.data
         found |= _linear(
             layer.attention.qkv, {f"{attention}.q_proj": query, f"{attention}.k_proj": kv, f"{attention}.v_proj": kv}
         )
         found |= _linear(layer.attention.out, {f"{attention}.o_proj": config.hidden_size})
-        if layer.attention.qk_norm is not None:
-            weights = layer.attention.qk_norm.weight.data  # [2, D]
-            found |= {f"{attention}.{kind}_norm.weight": part for kind, part in zip("qk", weights, strict=True)}
+        if layer.attention.q_norm is not None and layer.attention.k_norm is not None:
+            found[f"{attention}.q_norm.weight"] = layer.attention.q_norm.data
+            found[f"{attention}.k_norm.weight"] = layer.attention.k_norm.data
         width = config.intermediate_size
         found |= _linear(layer.mlp.gate_up, {f"{name}.mlp.gate_proj": width, f"{name}.mlp.up_proj": width})
         found |= _linear(layer.mlp.down, {f"{name}.mlp.down_proj": config.hidden_size})
     return found
 
 
-def _norm(norm: RMSNorm, name: str) -> dict[str, Tensor]:
-    return {f"{name}.weight": norm.weight.data}
-
-
 def _linear(layer: Linear, rows: dict[str, int]) -> dict[str, Tensor]:
-    """The rows of a (fused) layer by the names of the layers in it, in order."""
+    """The slices of a (fused) layer. rows: name of each layer in it -> its rows, in order."""
     found: dict[str, Tensor] = {}
     for kind, tensor in (("weight", layer.weight), ("bias", layer.bias)):
         if tensor is not None:
@@ -93,7 +79,7 @@ def _linear(layer: Linear, rows: dict[str, int]) -> dict[str, Tensor]:
 
 
 def fill_dummy(decoder: Decoder, seed: int) -> None:
-    """Random weights, the same that `load_format="dummy"` gives to Hugging Face's model of the same config."""
+    """Random weights, equal to those of Hugging Face's model with `load_format="dummy"` and the same config."""
     for name, target in targets(decoder).items():
         if name.endswith("norm.weight"):
             target.fill_(1.0)
@@ -101,7 +87,7 @@ def fill_dummy(decoder: Decoder, seed: int) -> None:
 
 
 def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
-    """Copy a checkpoint in. Raises ValueError as `load_decoder` does."""
+    """Copy a checkpoint into the decoder. Raises ValueError as `load_decoder` does."""
     check_has_weights(source)
     folder = Path(source.path_or_id) if source.kind != "hub" else _download(source)
     wanted = targets(decoder)
@@ -111,7 +97,7 @@ def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
             continue
         target = wanted.pop(name, None)
         if target is None:
-            raise ValueError(f"{source}: the checkpoint has {name}, which a {decoder.config} has no place for")
+            raise ValueError(f"{source}: the checkpoint has {name}, which is no weight of a {decoder.config}")
         if target.shape != tensor.shape:
             raise ValueError(
                 f"{source}: the checkpoint has another shape than config.json says for {name} "
@@ -123,9 +109,10 @@ def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
 
 
 def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a checkpoint, one after the other, as they lie in the files.
+    """Names and tensors of a checkpoint, in the order of the files.
 
-    Safetensors are mapped, not read. Without any, "auto" takes PyTorch's own files. Raises ValueError for damage.
+    Safetensors files are memory-mapped. Without any, "auto" takes PyTorch's own files. Raises ValueError for a
+    file that cannot be read.
     """
     try:
         files = weight_files(folder)
@@ -152,7 +139,7 @@ def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterato
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors of a model: those its index names, or model.safetensors, or all there are."""
+    """The safetensors files of a model: those of its index, or model.safetensors, or all in the folder."""
     if (folder / INDEX).is_file():
         names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
         return [folder / name for name in sorted(set(names))]

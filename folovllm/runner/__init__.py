@@ -1,1 +1,1 @@
-"""From a step's plan to sampled token ids: the part that owns tensors."""
+"""Runs a step's plan: owns the tensors, and returns sampled token ids."""

@@ -1,8 +1,8 @@
-"""A step's requests as tensors without padding: one axis of T tokens, one of R requests (vLLM: `gpu_input_batch.py`).
+"""A step's requests as ragged tensors: one axis of T tokens, one of R requests (vLLM: `gpu_input_batch.py`).
 
-The tensors are made once, as long as the longest step, and every step fills their beginnings. On a GPU that saves
-allocations, and the lengths can be rounded up to a few sizes, so that a recorded CUDA graph could be replayed on the
-very same memory: then the rest is padding, which writes to the null block and belongs to no request.
+The tensors are allocated once at the largest size, and each step writes a prefix of them. On a GPU this saves
+allocations, and lengths can be rounded up to a few sizes, so that a CUDA graph could be replayed on the same memory.
+Padding belongs to no request and writes to the null block.
 """
 
 from __future__ import annotations
@@ -23,18 +23,17 @@ from folovllm.messages import ScheduledRequest
 
 @dataclass
 class ModelInput:
-    """What a forward takes."""
+    """The inputs of a forward."""
 
-    # token_ids, positions: [T]
-    token_ids: Tensor
-    positions: Tensor
-    sample_rows: Tensor  # [N], the rows whose logits are wanted
+    token_ids: Tensor  # [T]
+    positions: Tensor  # [T]
+    sample_rows: Tensor  # [N], the rows to sample from
     metadata: AttentionMetadata
     padding_tokens: int
 
 
 class Buffer:
-    """A tensor on the device and the host array that it is filled from; one and the same on a CPU."""
+    """A tensor on the device, and the host array that fills it. On a CPU they share memory."""
 
     def __init__(self, *shape: int, dtype: torch.dtype, device: torch.device) -> None:
         self.host = torch.zeros(*shape, dtype=dtype, pin_memory=device.type == "cuda")
@@ -42,17 +41,17 @@ class Buffer:
         self.device = self.host if device.type == "cpu" else torch.zeros(*shape, dtype=dtype, device=device)
 
     def send(self, length: int) -> Tensor:
-        """The first `length` entries, on the device."""
+        """Copy the first `length` entries to the device, and return them."""
         if self.device is not self.host:
             self.device[:length].copy_(self.host[:length], non_blocking=True)
         return self.device[:length]
 
 
 class InputBatch:
-    """Room for steps of at most `max_tokens` tokens of `max_requests` requests of `max_blocks` blocks each.
+    """Buffers for steps of at most `max_tokens` tokens of `max_requests` requests of `max_blocks` blocks each.
 
-    sizes: the lengths that tokens and requests are rounded up to, in ascending order; () for none. A step longer than
-    the last size is not padded.
+    sizes: token and request counts to round up to, in ascending order; () for no padding. A step larger than the last
+    size is not padded.
     """
 
     def __init__(
@@ -76,17 +75,17 @@ class InputBatch:
         self.sample_rows = Buffer(requests, dtype=torch.int64, device=device)
 
     def padded(self, count: int) -> int:
-        """The smallest size that holds `count`, or `count` itself."""
+        """The smallest size >= `count`; `count` if there is none."""
         return next((size for size in self.sizes if size >= count), count)
 
     def fill(self, scheduled: Sequence[ScheduledRequest]) -> ModelInput:
-        """Lay out a step: requests in the order given, their tokens one behind the other."""
+        """Lay out a step: the requests' tokens, concatenated in the order given."""
         size = self.block_size
         start, num_samples = 0, 0
         tables: list[tuple[int, ...]] = []
         for row, share in enumerate(scheduled):
             if not isinstance(share.plan, BlockPlan):
-                raise RuntimeError(f"request {share.request_id!r} was planned without blocks")
+                raise RuntimeError(f"request {share.request_id!r} has a plan without blocks")
             end, kv_len = start + share.num_tokens, share.start + share.num_tokens
             table = np.asarray(share.plan.block_table, dtype=np.int32)  # [blocks]
             positions = np.arange(share.start, kv_len)  # [L]

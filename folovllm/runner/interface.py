@@ -1,4 +1,4 @@
-"""What the core asks of a runner: run this step, return what was sampled."""
+"""The interface of a runner: run a step, return the sampled tokens."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 
 
 class ModelRunner(ABC):
-    """Owns the tensors: weights, K/V, and the sampling state of live requests."""
+    """Owns the weights, the K/V and the sampling state of live requests."""
 
     @abstractmethod
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Do `kv_ops`, forget `finished_req_ids`, learn `scheduled_new_reqs`, then compute and sample `scheduled`.
+        """Apply `kv_ops`, drop `finished_req_ids`, add `scheduled_new_reqs`, then compute and sample `scheduled`.
 
-        A step with nothing scheduled is legal and only does the bookkeeping.
+        `scheduled` may be empty.
         """

@@ -1,4 +1,4 @@
-"""The tensors of paged K/V: a pool per layer on the device, one on the host to swap to, and the block operations."""
+"""The tensors of paged K/V: a pool on the device, a pool on the host to swap to, and the block operations."""
 
 from __future__ import annotations
 
@@ -12,46 +12,37 @@ from torch import Tensor
 
 from folovllm.attention.backend import AttentionBackend, LayerKV
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
-from folovllm.models.paged_model import PagedModel
+from folovllm.models.paged_model import KVShape
 
 
 class KVStorage:
-    """K/V of all layers in blocks. Block 0 is the null block: padding is written there and nobody reads it.
+    """K/V of all layers in blocks. Block 0 is the null block: padding is written there, and it is never read.
 
-    Each pool is [layers, 2, blocks + 1, block_size, Hkv, D], zeroed so that what was never written is finite. On a CPU
-    it takes memory as it is written, not before.
+    Each pool is [layers, 2, blocks + 1, block_size, Hkv, D], zeroed so that unwritten slots are finite. On a CPU it
+    takes memory only as it is written.
     """
 
     def __init__(
         self,
-        num_layers: int,
-        num_blocks: int,
-        num_host_blocks: int,
-        block_size: int,
-        num_kv_heads: int,
-        head_dim: int,
+        kv: KVShape,
         dtype: torch.dtype,
         device: torch.device,
+        block_size: int,
+        num_blocks: int,
+        num_host_blocks: int = 0,
     ) -> None:
-        block = (block_size, num_kv_heads, head_dim)
-        shape, host_shape = (num_layers, 2, num_blocks + 1, *block), (num_layers, 2, num_host_blocks + 1, *block)
+        block = (block_size, kv.num_kv_heads, kv.head_dim)
+        shape, host_shape = ((kv.num_layers, 2, n + 1, *block) for n in (num_blocks, num_host_blocks))
         if device.type == "cpu":
             self.device_pool, self.host_pool = lazy_zeros(shape, dtype), lazy_zeros(host_shape, dtype)
         else:
             self.device_pool = torch.zeros(shape, dtype=dtype, device=device)
-            pin = num_host_blocks > 0  # pinned memory is what a GPU copies at full speed
+            pin = num_host_blocks > 0  # a GPU copies pinned memory at full speed
             self.host_pool = torch.zeros(host_shape, dtype=dtype, pin_memory=pin)
         self.layers = [LayerKV(layer[0], layer[1]) for layer in self.device_pool]
 
-    @classmethod
-    def of_model(cls, model: PagedModel, num_blocks: int, num_host_blocks: int, block_size: int) -> KVStorage:
-        """A pool for the model's layers."""
-        shape = model.config
-        blocks = (num_blocks, num_host_blocks, block_size)
-        return cls(shape.num_layers, *blocks, shape.num_kv_heads, shape.head_dim, model.dtype, model.device)
-
     def apply(self, ops: Sequence[KVOp], backend: AttentionBackend) -> None:
-        """Do block operations in order, copies by the backend. Raises RuntimeError for one that is not about blocks."""
+        """Apply block operations in order, copies by the backend. Raises RuntimeError for any other operation."""
         for _, run in groupby(ops, key=type):
             same = list(run)
             if copies := [(op.src, op.dst) for op in same if isinstance(op, BlockCopy)]:
@@ -70,5 +61,5 @@ class KVStorage:
 
 
 def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """As `torch.zeros` on the CPU, but the system gives each page when it is first written: numpy uses calloc."""
+    """`torch.zeros` on the CPU, by numpy's calloc: each page takes memory only when it is first written."""
     return torch.from_numpy(np.zeros(math.prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(shape)

@@ -1,4 +1,4 @@
-"""How much memory the pool of blocks may have (V1: `determine_available_memory`, `profile_run`)."""
+"""How much memory the pool of blocks may take (V1: `determine_available_memory`, `profile_run`)."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 from folovllm.attention.backend import AttentionBackend
 from folovllm.config import EngineConfig
 from folovllm.kv_cache.interface import BlockPlan
+from folovllm.math_utils import cdiv
 from folovllm.messages import NewRequestData, ScheduledRequest, SchedulerOutput
 from folovllm.models.paged_model import PagedModel
 from folovllm.runner.input_batch import InputBatch
@@ -19,26 +20,22 @@ from folovllm.runner.paged_runner import PagedRunner
 from folovllm.sampling.sampler import Sampler
 from folovllm.sampling_params import SamplingParams
 
-CPU_MEMORY_SHARE = 0.25  # of the memory that is free once the model is loaded
+CPU_MEMORY_SHARE = 0.25  # of the memory available after the model is loaded
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), from <malloc.h>
-LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; the most that glibc takes for M_MMAP_THRESHOLD
+LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc's upper bound for M_MMAP_THRESHOLD
 
 
 def kv_block_bytes(model: PagedModel, block_size: int) -> int:
     """Bytes of a block: keys and values of `block_size` tokens in all layers."""
-    shape = model.config
-    return 2 * shape.num_layers * block_size * shape.num_kv_heads * shape.head_dim * model.dtype.itemsize
+    kv = model.config
+    return 2 * kv.num_layers * block_size * kv.num_kv_heads * kv.head_dim * model.dtype.itemsize
 
 
 def determine_available_memory(
-    config: EngineConfig,
-    model: PagedModel,
-    buffers: InputBatch,
-    sampler: Sampler,
-    backend: AttentionBackend,
+    config: EngineConfig, model: PagedModel, buffers: InputBatch, sampler: Sampler, backend: AttentionBackend
 ) -> int:
-    """Bytes that K/V may take. On a CPU a share of the free memory; on a GPU what the longest step leaves."""
+    """Bytes that K/V may take. On a CPU a share of the available memory; on a GPU what the largest step leaves."""
     if model.device.type == "cpu":
         return int(CPU_MEMORY_SHARE * free_cpu_bytes())
     torch.cuda.synchronize(model.device)
@@ -53,17 +50,17 @@ def determine_available_memory(
 
 
 def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backend: AttentionBackend) -> None:
-    """One prefill of as many tokens as a step may have, sampled, to see how much memory that takes."""
+    """Run the largest step, a prefill of the whole token budget with sampling, to measure its peak memory."""
     size = buffers.block_size
-    num_tokens = min(len(buffers.token_ids.host), model.max_positions)  # of one request
+    num_tokens = min(len(buffers.token_ids.host), model.max_positions)  # at most, of one request
     shares: list[ScheduledRequest] = []
     left, block = len(buffers.token_ids.host), 1
     while left > 0 and len(shares) < len(buffers.seq_lens.host):
         count = min(left, num_tokens)
-        table = tuple(range(block, block + -(-count // size)))
+        table = tuple(range(block, block + cdiv(count, size)))
         shares.append(ScheduledRequest(str(len(shares)), [0] * count, 0, True, BlockPlan("", 0, count, (), table)))
         left, block = left - count, table[-1] + 1
-    storage = KVStorage.of_model(model, block - 1, 0, size)
+    storage = KVStorage(model.config, model.dtype, model.device, size, block - 1)
     runner = PagedRunner(model, storage, backend, sampler, buffers)
     params = SamplingParams(temperature=0)
     runner.execute_model(
@@ -74,7 +71,7 @@ def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backen
 
 
 def free_cpu_bytes() -> int:
-    """Memory that is free without taking it from others, as the system sees it; of all memory where it does not say."""
+    """MemAvailable of Linux; total memory if unknown."""
     try:
         with open("/proc/meminfo", encoding="ascii") as file:
             fields = dict(line.split(":") for line in file)
@@ -82,20 +79,20 @@ def free_cpu_bytes() -> int:
     except (OSError, KeyError):
         if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
             return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 8 * GIB  # Windows does not tell without a package
+        return 8 * GIB  # Windows: unknown without a package
 
 
 def keep_freed_memory() -> bool:
-    """Ask the C library to keep freed memory for the next tensor; whether it does. For the whole process.
+    """Make glibc keep freed memory for the next tensor, in the whole process. Returns whether that worked.
 
-    A long prefill makes and drops tensors of tens of megabytes in every layer. By default glibc gives such memory back
-    to the system at once, and the system hands out every page anew, zeroed: a good tenth of such a step here. vLLM's
-    manual asks its users to load another allocator for the same reason. Other C libraries are left as they are.
+    A long prefill allocates and frees tensors of tens of megabytes in every layer. By default glibc returns such memory
+    to the system at once, which then zeroes every page again: over a tenth of such a step here. vLLM's manual advises
+    another allocator for the same reason. Other C libraries are not changed.
     """
     if not sys.platform.startswith("linux"):
         return False
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError):
-        return False  # a C library without it
+        return False  # another C library
     return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK) and mallopt(M_TRIM_THRESHOLD, GIB))

@@ -1,7 +1,7 @@
 """One forward on flattened tokens and paged K/V: prefills and decodes of all requests in one (M3, M4).
 
-Nothing is padded and nothing is copied when requests come and go: a request is rows of the step's token axis, and K/V
-stays in its blocks. Read beside vLLM's `vllm/v1/worker/gpu_model_runner.py`.
+A request is a range of the step's token axis, and its K/V stays in its blocks: nothing is padded, and nothing is copied
+when requests join or leave the batch. Compare vLLM's `vllm/v1/worker/gpu_model_runner.py`.
 """
 
 from __future__ import annotations
@@ -45,7 +45,6 @@ class PagedRunner(ModelRunner):
         self.states = SamplingStates(sampler)
 
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """See `ModelRunner.execute`."""
         with cpu_threads(self.num_threads), torch.inference_mode():
             return self._execute(step)
 
@@ -73,7 +72,7 @@ class PagedRunner(ModelRunner):
             batch.token_ids, batch.positions, self.storage.layers, batch.metadata, self.backend
         )  # [T, E]
         if len(batch.sample_rows) == 0:
-            # Sampling waits for the device. Without it the next step could overwrite inputs that are still being sent.
+            # Without sampling nothing waits for the device, and the next step could overwrite inputs still being sent.
             if hidden.is_cuda:
                 torch.cuda.current_stream(hidden.device).synchronize()
             return None

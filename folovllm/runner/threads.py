@@ -1,7 +1,7 @@
-"""The CPU threads of a step: a step may use its own number, and the process around it keeps its own.
+"""The number of CPU threads of a step, independent of the rest of the process.
 
-Two threads that share a small product wait for each other longer than they compute, and on a busy machine many times
-longer. So a small model gets one thread, unless the user has said otherwise.
+Two threads that share a small matrix product wait longer for each other than they compute, and much longer on a busy
+machine. So a small model gets one thread, unless the user chooses otherwise.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from pathlib import Path
 
 import torch
 
-SMALL_HIDDEN_SIZE = 512  # up to this width a product with a weight is over before a second thread is awake
+SMALL_HIDDEN_SIZE = 512  # up to this width a matrix product ends before a second thread is awake
 
 
 def choose_num_threads(asked: int | None, hidden_size: int) -> tuple[int | None, str]:
-    """The threads that a step should use, None for as many as the process does, and why.
+    """The threads of a step (None: as many as the process uses), and the reason.
 
-    asked: the engine's `num_threads`. It wins; then OMP_NUM_THREADS, then the caller's `torch.set_num_threads`, where
-    that can be seen; then the size of the model.
+    In order: `asked`, which is the engine's `num_threads`; OMP_NUM_THREADS; the caller's `torch.set_num_threads`, if it
+    can be detected; the size of the model.
     """
     if asked is not None:
         return asked, "num_threads"
@@ -36,9 +36,9 @@ def choose_num_threads(asked: int | None, hidden_size: int) -> tuple[int | None,
 
 
 def default_thread_counts(current: int) -> set[int]:
-    """The numbers of threads that torch may start with here: the usable processors, or the cores they belong to.
+    """The numbers of threads that torch may start with: the usable processors, or their physical cores.
 
-    Where the system does not tell (outside of Linux) `current` counts as such a number.
+    Outside of Linux these are unknown, and `current` is taken for the default.
     """
     if not sys.platform.startswith("linux"):
         return {current}
@@ -48,7 +48,7 @@ def default_thread_counts(current: int) -> set[int]:
 
 
 def _core_of(processor: int) -> str:
-    """A name for the physical core of a processor; two that share a core have the same."""
+    """A name for the physical core of a processor."""
     siblings = Path(f"/sys/devices/system/cpu/cpu{processor}/topology/thread_siblings_list")
     try:
         return siblings.read_text(encoding="ascii").strip()
@@ -58,7 +58,7 @@ def _core_of(processor: int) -> str:
 
 @contextmanager
 def cpu_threads(count: int | None) -> Iterator[None]:
-    """Compute with `count` threads (None: as many as before), and then as before."""
+    """Use `count` threads inside (None: no change), and restore the number afterwards."""
     before = torch.get_num_threads()
     if count is None or count == before:
         yield

@@ -1,9 +1,8 @@
-"""Changes to logits: the filters of random sampling, in the order in which the sampler applies them, and penalties.
+"""Filters of random sampling, in the order in which the sampler applies them, and penalties.
 
-Each takes float32 logits `[R, V]` and one parameter per row `[R, 1]`, and returns new logits `[R, V]`. A dropped token
-has the logit -inf, which is probability 0 after the softmax. Read beside vLLM's
-`v1/sample/logits_processor/builtin.py` (min-p), `v1/sample/ops/topk_topp_sampler.py` (top-k and top-p) and
-`model_executor/layers/utils.py: apply_penalties`.
+Each function takes float32 logits `[R, V]` and one parameter per row `[R, 1]`, and returns new logits `[R, V]`. A
+dropped token gets the logit -inf, which is probability 0. Compare vLLM's `v1/sample/logits_processor/builtin.py`
+(min-p), `v1/sample/ops/topk_topp_sampler.py` (top-k and top-p) and `model_executor/layers/utils.py: apply_penalties`.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ def apply_min_p(logits: torch.Tensor, min_p: torch.Tensor) -> torch.Tensor:
 def apply_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
     """Keep the `top_k` `[R, 1]` (int64, >= 1) largest logits (arXiv 1805.04833).
 
-    Tokens that tie with the k-th all stay: which of them came k-th is an accident of sorting.
+    All tokens that tie with the k-th stay: their order would depend on the sorting algorithm.
     """
     top_k = top_k.clamp(max=logits.shape[-1])
     largest = logits.topk(int(top_k.max()), dim=-1).values  # [R, K], descending
@@ -40,8 +39,8 @@ def apply_top_k(logits: torch.Tensor, top_k: torch.Tensor) -> torch.Tensor:
 def apply_top_p(logits: torch.Tensor, top_p: torch.Tensor) -> torch.Tensor:
     """Keep the smallest set of likeliest tokens whose mass reaches `top_p` `[R, 1]` (arXiv 1904.09751).
 
-    Going up from the least likely token, drop while the mass dropped is at most 1 - top_p; the likeliest
-    always stays. A tie at the edge is cut, lower ids first: a set that has reached top_p needs no more.
+    From the least likely token upwards, drop while the dropped mass is at most 1 - top_p. The likeliest token always
+    stays. Among ties at the edge, lower ids are dropped first.
     """
     ascending, token_ids = logits.sort(dim=-1, stable=True)  # [R, V] each
     drop = ascending.softmax(dim=-1).cumsum(dim=-1) <= 1 - top_p
@@ -57,7 +56,7 @@ def apply_penalties(
     frequency: torch.Tensor,
     presence: torch.Tensor,
 ) -> torch.Tensor:
-    """Penalise tokens that have occurred. The counts are `[R, V]`, from `count_tokens`; the penalties `[R, 1]`.
+    """Penalise tokens that have occurred. Counts are `[R, V]`, from `count_tokens`; penalties are `[R, 1]`.
 
     Repetition (arXiv 1909.05858): tokens in prompt or output; positive logits are divided, others multiplied.
     Frequency and presence (OpenAI API): tokens in the output only; subtracted per occurrence, and once.
@@ -71,7 +70,7 @@ def apply_penalties(
 def count_tokens(lists: Sequence[Sequence[int]], vocab_size: int, device: torch.device) -> torch.Tensor:
     """How often each token id occurs in each of R lists: int64 `[R, V]`.
 
-    An id without a logit is not counted: some models embed tokens that they cannot generate.
+    Ids without a logit are not counted: some models embed tokens that they cannot generate.
     """
     width = vocab_size + 1  # the last column collects the ids without a logit
     lengths = torch.tensor([len(ids) for ids in lists])  # [R]

@@ -1,14 +1,14 @@
 """The sampler: one row of logits per request in, one token id per request out.
 
-The order is vLLM V1's (`vllm/v1/sample/sampler.py`); each step sees what the ones before it left:
+The order is vLLM V1's (`vllm/v1/sample/sampler.py`). Each step works on the result of the one before:
 
   1. log probabilities to report are those of the raw logits;
   2. edits that can change the argmax: the min_tokens ban, then logit_bias, then the penalties;
   3. greedy rows take the argmax and are done;
   4. the others: temperature, min_p, top_k, top_p, softmax, and one draw.
 
-A step that no row asks for is skipped, and a filter touches only the rows that ask for it, so that a row's
-token never depends on the sampling parameters of the others.
+A step that no row needs is skipped, and a filter changes only the rows that use it, so a row's token never depends on
+the sampling parameters of the others.
 """
 
 from __future__ import annotations
@@ -30,40 +30,35 @@ from folovllm.sampling.logits import (
 )
 from folovllm.sampling_params import SamplingParams
 
-NO_TOKEN = -1  # in place of a token id, in a row that no token can be chosen from
+NO_TOKEN = -1  # the token id of a row from which no token can be chosen
 
 
 @dataclass
 class SamplingState:
-    """What the sampler must know of one request; the runner keeps one per live request."""
+    """One request as the sampler sees it. The runner keeps one per live request."""
 
     params: SamplingParams
     prompt_token_ids: list[int]
-    output_token_ids: list[int]  # may be the request's own growing list; it is read at each call and never changed
-    # EOS and `params.stop_token_ids`: banned until the output has `params.min_tokens` tokens
-    stop_token_ids: frozenset[int]
-    # The request's own random stream from `Sampler.make_generator`, which each draw advances; None for the sampler's
-    # own stream, which all unseeded requests share
-    generator: torch.Generator | None = None
+    output_token_ids: list[int]  # may be the request's own growing list: read at each call, never changed
+    stop_token_ids: frozenset[int]  # EOS and params.stop_token_ids, banned for the first params.min_tokens tokens
+    generator: torch.Generator | None = None  # of a seeded request; None: the sampler's, shared by unseeded requests
 
 
 @dataclass
 class SamplerOutput:
-    """One entry per row; the last two are None for rows that did not ask for log probabilities."""
+    """One entry per row."""
 
     token_ids: list[int]
-    # The chosen token first, then the likeliest by rank; a chosen token among these stays in front
+    # The chosen token first, then the likeliest by rank. None for rows without params.logprobs
     logprobs: list[dict[int, Logprob] | None]
-    chosen_logprobs: list[float | None]  # the chosen token's alone
-    # Rows that offered no distribution to choose from, because they hold NaN or +inf or because everything in them is
-    # banned; their token id is `NO_TOKEN` and means nothing
+    # Rows without a distribution: they hold NaN or +inf, or every token is banned. Their token id is `NO_TOKEN`
     bad_rows: list[int] = field(default_factory=list)
 
 
 class Sampler:
-    """Chooses tokens, and owns the random stream of all requests that have no seed of their own.
+    """Chooses tokens. Owns the random stream that all unseeded requests share.
 
-    seed: of that stream. device: where the logits will be, because a generator draws on one device only.
+    seed: of that stream. device: of the logits; a generator draws on one device only.
     """
 
     def __init__(self, seed: int = 0, device: torch.device | str = "cpu") -> None:
@@ -71,17 +66,16 @@ class Sampler:
         self.generator = torch.Generator(self.device).manual_seed(seed)
 
     def make_generator(self, params: SamplingParams) -> torch.Generator | None:
-        """The request's own stream, or None if it has no seed or draws nothing. Make it once per request."""
+        """The random stream of a request; None if it has no seed or is greedy. Call it once per request."""
         if params.seed is None or params.is_greedy:
             return None
         return torch.Generator(self.device).manual_seed(params.seed)
 
     @torch.inference_mode()
     def __call__(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
-        """Choose one token for each of the R `states` from `logits` `[R, V]`: any float type, left unchanged.
+        """Choose one token per state from `logits` `[R, V]`, of any float type. The logits are not changed.
 
-        A row without a choice fails alone (`SamplerOutput.bad_rows`). Raises ValueError for logits of another shape,
-        type or device.
+        A bad row fails alone (`SamplerOutput.bad_rows`). Raises ValueError for logits of another shape, type or device.
         """
         if logits.dim() != 2 or len(logits) != len(states) or not logits.is_floating_point():
             given = f"{logits.dtype} {list(logits.shape)}"
@@ -89,10 +83,10 @@ class Sampler:
         if logits.device.type != self.device.type:
             raise ValueError(f"logits are on {logits.device}; allowed: the sampler's device, {self.device}")
         if logits.dtype == torch.float64:
-            logits = logits.float()  # the 16-bit types can wait: in float32 they keep their order and ties
+            logits = logits.float()  # 16-bit types are converted later: that keeps order and ties
         token_ids: list[int] = self._choose(_edit(logits, states), states).tolist()
         bad_rows = [row for row, token_id in enumerate(token_ids) if token_id == NO_TOKEN]
-        return SamplerOutput(token_ids, *_gather_logprobs(logits, states, token_ids), bad_rows)
+        return SamplerOutput(token_ids, _gather_logprobs(logits, states, token_ids), bad_rows)
 
     def _choose(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
         """Token ids `[R]`, or NO_TOKEN."""
@@ -117,24 +111,24 @@ class Sampler:
         logits = _where_asked(apply_top_k, logits, top_k, off=vocab_size)
         logits = _where_asked(apply_top_p, logits, [p.top_p for p in params], off=1.0)
 
-        # A race of V clocks: noise_i / p_i is an exponential time with rate p_i, and clock i rings first with
-        # probability p_i. So the largest p_i / noise_i is a sample, for all rows at once and without a sync.
+        # A race of exponentials: noise_i / p_i is an exponential time with rate p_i, and i is first with probability
+        # p_i. So the index of the largest p_i / noise_i is a sample, for all rows at once and without a sync.
         noise = torch.empty_like(logits)  # [R, V]
         if any(state.generator is None for state in states):
             noise.exponential_(generator=self.generator)
         for row, state in enumerate(states):
             if state.generator is not None:
                 noise[row].exponential_(generator=state.generator)
-        # Some backends draw an exact 0 once in a great while (pytorch issues 22557, 192577). For a dropped
-        # token that would be 0 / 0 = NaN, which argmax takes for the largest.
+        # Some backends draw an exact 0 very rarely (pytorch issues 22557, 192577). For a dropped token that would be
+        # 0 / 0 = NaN, which argmax takes for the largest.
         noise.clamp_(min=torch.finfo(noise.dtype).tiny)
         return _argmax(logits.softmax(dim=-1) / noise)
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:
-    """The first largest score's index per row `[R]`, or NO_TOKEN if that score is not finite."""
+    """The index of the first largest score per row, `[R]`, or NO_TOKEN if that score is not finite."""
     best = scores.max(dim=-1)  # [R] values and indices; four times as fast as argmax in bfloat16 on a CPU
-    # max takes NaN for the largest, so one look at the winner finds a NaN anywhere in the row.
+    # max returns NaN if there is one in the row.
     return best.indices.masked_fill(~best.values.isfinite(), NO_TOKEN)
 
 
@@ -144,7 +138,7 @@ def _where_asked(
     values: Sequence[float],
     off: float,
 ) -> torch.Tensor:
-    """`apply(logits, values)` on the rows whose value is not `off`; the other rows stay as they are."""
+    """`apply(logits, values)` on the rows whose value is not `off`."""
     rows = [row for row, value in enumerate(values) if value != off]
     if not rows:
         return logits
@@ -157,7 +151,7 @@ def _where_asked(
 
 
 def _edit(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """Step 2 on a float32 copy `[R, V]`, or the given logits themselves if no row asks for it."""
+    """Step 2 on a float32 copy `[R, V]`; the given logits themselves if no row needs it."""
     bans = [
         (row, token_id)
         for row, state in enumerate(states)
@@ -183,7 +177,7 @@ def _edit(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor
 
 
 def penalize(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
-    """The penalties on the rows that ask for any; the other rows stay as they are."""
+    """Apply the penalties to the rows that have any."""
     rows = [row for row, state in enumerate(states) if state.params.has_penalties]
     if not rows:
         return logits
@@ -203,32 +197,27 @@ def penalize(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Ten
 
 def _gather_logprobs(
     logits: torch.Tensor, states: Sequence[SamplingState], token_ids: Sequence[int]
-) -> tuple[list[dict[int, Logprob] | None], list[float | None]]:
-    """Step 1, which may come last because nothing has changed the raw logits."""
+) -> list[dict[int, Logprob] | None]:
+    """Step 1. It can come last, because the raw logits have not changed."""
     logprobs: list[dict[int, Logprob] | None] = [None] * len(states)
-    chosen_logprobs: list[float | None] = [None] * len(states)
     vocab_size = logits.shape[-1]
     asked = {
-        row: s.params.logprobs
+        row: vocab_size if s.params.logprobs == -1 else min(s.params.logprobs, vocab_size)
         for row, s in enumerate(states)
         if s.params.logprobs is not None and token_ids[row] != NO_TOKEN
     }
     if not asked:
-        return logprobs, chosen_logprobs
-
-    num_top = [vocab_size if k == -1 else min(k, vocab_size) for k in asked.values()]
-    index = torch.tensor(list(asked), device=logits.device)
-    table = logits[index].log_softmax(dim=-1, dtype=torch.float32)  # [L, V]
+        return logprobs
+    table = logits[list(asked)].log_softmax(dim=-1, dtype=torch.float32)  # [L, V]
     chosen = torch.tensor([token_ids[row] for row in asked], device=logits.device)[:, None]  # [L, 1]
     values = table.gather(1, chosen)  # [L, 1]
     # As in vLLM, a tie counts against the chosen token: as many tokens are at least as likely.
     ranks = (table >= values).sum(dim=-1).tolist()
-    top_values, top_ids = (top.tolist() for top in table.topk(max(num_top), dim=-1))  # [L, K] each
-    for i, row in enumerate(asked):
-        chosen_logprobs[row] = values[i].item()
-        # A dict keeps the place of a key that is written twice, so the chosen token stays in front.
+    top_values, top_ids = (top.tolist() for top in table.topk(max(asked.values()), dim=-1))  # [L, K] each
+    for i, (row, num_top) in enumerate(asked.items()):
+        # A dict keeps the position of a key that is written twice, so the chosen token stays first.
         entry = {token_ids[row]: Logprob(values[i].item(), ranks[i])}
-        for rank in range(1, num_top[i] + 1):
+        for rank in range(1, num_top + 1):
             entry[top_ids[i][rank - 1]] = Logprob(top_values[i][rank - 1], rank)
         logprobs[row] = entry
-    return logprobs, chosen_logprobs
+    return logprobs

@@ -429,7 +429,6 @@ def test_what_chapter_4_says_of_blocks_holds_in_its_results() -> None:
 def test_what_chapter_4_says_of_attention_holds_in_its_results() -> None:
     data = ledger.result("m3-attention-qwen3-0.6b")
     assert max(data["difference"].values()) < 0.004  # bfloat16, on outputs that are means of hundreds of values
-    assert 1 <= data["compiled_graphs"] <= 3
     for current in data["rounds"]:
         for length, ways in current.items():
             kv_bytes = 2 * data["requests"] * int(length) * data["heads"]["kv"] * data["heads"]["dim"] * 2

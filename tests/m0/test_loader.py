@@ -290,7 +290,7 @@ def test_a_folder_without_weights_can_only_be_a_dummy(checkpoint: Path) -> None:
 
 
 def test_an_unknown_load_format_is_refused(checkpoint: Path) -> None:
-    with pytest.raises(ValueError, match="load_format='gguf'.*auto, safetensors, dummy"):
+    with pytest.raises(ValueError, match="load_format='gguf'.*'auto', 'safetensors', 'dummy'"):
         load(checkpoint, load_format="gguf")
 
 
@@ -386,7 +386,7 @@ def test_dtype_names() -> None:
         assert resolve_dtype(name, config, CPU) == dtype
         assert resolve_dtype(dtype, config, CPU) == dtype
     for bad in ("fp8", "", torch.int8, torch.float64, None):
-        with pytest.raises(ValueError, match="dtype=.*allowed: auto, float32"):
+        with pytest.raises(ValueError, match="dtype=.*allowed: 'auto', 'float32'"):
             resolve_dtype(bad, config, CPU)  # type: ignore[arg-type]
 
 

@@ -39,7 +39,7 @@ CONFIG_ERRORS = [
     (lambda: LLM(milestone="m0"), "'m0' is the module folovllm.baseline"),
     (lambda: LLM(dtype="int8"), "dtype='int8' is not valid; allowed: 'auto', 'float32'"),
     (lambda: LLM(device="tpu"), "device='tpu' is not valid; allowed: 'auto', 'cpu', 'cuda'"),
-    (lambda: LLM(device="cuda:77"), "device='cuda:77' is not here"),
+    (lambda: LLM(device="cuda:77"), "device='cuda:77' is not available"),
     (lambda: LLM(load_format="gguf"), "load_format='gguf' is not valid; allowed: 'auto', 'safetensors', 'dummy'"),
     (lambda: LLM(max_model_len=0), "max_model_len=0 is not valid; allowed: an integer >= 1"),
     (lambda: LLM(max_model_len=10**9), "max_model_len=1000000000 is not valid; allowed: at most"),

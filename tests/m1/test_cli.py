@@ -206,5 +206,5 @@ def test_text_held_back_is_never_shown_as_ids_and_loses_nothing(capsys):
 def test_a_chat_that_outgrows_the_model_says_so_and_goes_on():
     long = " ".join(["block"] * 60)
     result = invoke("chat", "--max-model-len", "60", "--max-tokens", "8", stdin=f"{long}\nHello\n/quit\n")
-    assert result.exit_code == 0 and "/reset makes room" in flat(result.output)
+    assert result.exit_code == 0 and "/reset starts again" in flat(result.output)
     assert flat(result.output).count("> ") >= 2

@@ -122,7 +122,6 @@ def test_each_row_of_a_batch_is_what_it_is_alone(seed: int) -> None:
         alone = Sampler(seed=2)(logits[i : i + 1], [seeded(s)])
         assert alone.token_ids == batch.token_ids[i : i + 1]
         assert alone.logprobs == batch.logprobs[i : i + 1]
-        assert alone.chosen_logprobs == batch.chosen_logprobs[i : i + 1]
 
 
 def test_a_seeded_request_is_the_same_in_any_company_and_place() -> None:
@@ -251,14 +250,14 @@ def test_logits_on_another_device_are_refused() -> None:
 
 def test_no_rows_give_no_tokens() -> None:
     result = Sampler()(torch.zeros(0, 5), [])
-    assert (result.token_ids, result.logprobs, result.chosen_logprobs) == ([], [], [])
+    assert (result.token_ids, result.logprobs) == ([], [])
 
 
 def test_a_vocabulary_of_one() -> None:
     s = state(top_k=5, top_p=0.1, min_p=0.5, logprobs=-1)
     result = Sampler()(torch.zeros(2, 1), [s, state(temperature=0)])
     assert result.token_ids == [0, 0]
-    assert result.chosen_logprobs == [0.0, None]
+    assert [entry and entry[0].logprob for entry in result.logprobs] == [0.0, None]
 
 
 def test_extreme_logits_are_sampled_without_overflow() -> None:

@@ -24,7 +24,7 @@ from folovllm.attention.torch_backend import TorchBackend
 from folovllm.models import weights
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.layers import Linear, packing_works
-from folovllm.models.loader import load_config, load_hf_model, resolve_model
+from folovllm.models.loader import LoadSpec, load_config, load_hf_model, resolve_model
 from folovllm.models.weights import fill_dummy, load_decoder, targets
 from folovllm.runner.kv_storage import KVStorage
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_config, tiny_model
@@ -54,7 +54,7 @@ def one_thread() -> None:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, **kwargs: Any) -> Decoder:
     source = resolve_model(str(folder))
-    return load_decoder(source, load_config(source), dtype, CPU, **kwargs)
+    return load_decoder(LoadSpec(source, load_config(source), dtype, CPU, **kwargs))
 
 
 @dataclass
@@ -67,7 +67,7 @@ class Paged:
     tables: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.storage = KVStorage.of_model(self.decoder, 200, 0, BLOCK_SIZE)
+        self.storage = KVStorage(self.decoder.config, self.decoder.dtype, CPU, BLOCK_SIZE, 200)
         self.storage.device_pool.fill_(torch.nan)  # nobody may read what was not written
         self.free = torch.randperm(200, generator=torch.Generator().manual_seed(0)).add(1).tolist()
 
@@ -335,7 +335,7 @@ def spoil(folder: Path, how: str) -> str:
         expected = r"config.json says for .*mlp.down_proj.weight \(file \[96, 64\], config \[64, 96\]\)"
     elif how == "too many":
         tensors["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(128)
-        expected = "the checkpoint has model.layers.0.self_attn.q_proj.bias, which .* has no place for"
+        expected = "the checkpoint has model.layers.0.self_attn.q_proj.bias, which is no weight of a DecoderConfig"
     elif how == "a layer too many":
         tensors["model.layers.2.input_layernorm.weight"] = torch.zeros(64)
         expected = "the checkpoint has model.layers.2.input_layernorm.weight"
@@ -401,9 +401,9 @@ def test_a_shape_without_weights_and_a_wrong_load_format_are_refused(tmp_path: P
     source = resolve_model("qwen3-0.6b")
     config = tiny_config("qwen3")
     with pytest.raises(ValueError, match=r"qwen3-0.6b.*without weights: pass load_format='dummy' for random ones"):
-        load_decoder(source, config, torch.float32, CPU)
-    with pytest.raises(ValueError, match="load_format='gguf' is not valid; allowed: auto, safetensors, dummy"):
-        load_decoder(source, config, torch.float32, CPU, load_format="gguf")
+        load_decoder(LoadSpec(source, config, torch.float32, CPU))
+    with pytest.raises(ValueError, match="load_format='gguf' is not valid; allowed: 'auto', 'safetensors', 'dummy'"):
+        LoadSpec(source, config, torch.float32, CPU, load_format="gguf")
 
 
 # ---------------------------------------------------------------------- dummy weights, memory, packing

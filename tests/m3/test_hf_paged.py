@@ -248,7 +248,7 @@ REFUSED: dict[str, tuple[dict[str, Any], str]] = {
     ),
     "qwen3_5_text": ({}, "layers of type ['linear_attention'], allowed: full_attention, sliding_attention"),
     "roc_bert": ({"intermediate_size": 96}, "its attention is not causal"),  # it can be a decoder; this one is none
-    "stablelm": ({}, "do not hand on keyword arguments"),
+    "stablelm": ({}, "do not pass on keyword arguments"),
     "diffllama": ({"num_key_value_heads": 2}, "4 times, from 2 layers; allowed: once from each of its 2 layers"),
 }  # fmt: skip
 
@@ -366,15 +366,15 @@ def test_numbers_that_overflow_are_no_match() -> None:
     [
         ({"s_aux": torch.zeros(4)}, "sinks"),
         ({"is_causal": False}, "not causal"),
-        ({"position_bias": torch.zeros(1)}, "wants position_bias"),
-        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "attention mask of its own"),
-        ({"sliding_window": 4}, "layer 0 says sliding_window=4, and its mask says None"),
+        ({"position_bias": torch.zeros(1)}, "uses position_bias"),
+        ({"attention_mask": torch.zeros(1, 1, 3, 3)}, "its own attention mask"),
+        ({"sliding_window": 4}, "layer 0 has sliding_window=4, and its mask has None"),
         (
             {"sliding_window": 4, "attention_mask": window_of_mask(5)},
-            "layer 0 says sliding_window=4, and its mask says 5",
+            "layer 0 has sliding_window=4, and its mask has 5",
         ),
-        ({"paged_step": None}, "do not hand on keyword arguments"),
-        ({"module": nn.Identity()}, "do not say which layer they are"),
+        ({"paged_step": None}, "do not pass on keyword arguments"),
+        ({"module": nn.Identity()}, "have no layer_idx"),
     ],
 )
 def test_no_argument_is_dropped_in_silence(given: dict[str, Any], message: str) -> None:

@@ -143,7 +143,7 @@ def test_every_step_is_laid_out_in_the_same_memory(
 
 def test_a_plan_without_blocks_is_not_for_this_runner() -> None:
     buffers = InputBatch(MAX_TOKENS, MAX_REQUESTS, MAX_BLOCKS, 16, CPU)
-    with pytest.raises(RuntimeError, match="request 'r' was planned without blocks"):
+    with pytest.raises(RuntimeError, match="request 'r' has a plan without blocks"):
         buffers.fill([ScheduledRequest("r", [1], 0, True, KVPlan("r", 0, 1))])
 
 

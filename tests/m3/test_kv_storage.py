@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from folovllm.models.paged_model import KVShape
 from folovllm.runner.kv_storage import KVStorage, lazy_zeros
 
 CPU = torch.device("cpu")
@@ -21,7 +22,7 @@ def resident_bytes() -> int:
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only Linux tells how much memory is resident")
 def test_a_pool_takes_memory_as_it_is_written() -> None:
     before = resident_bytes()
-    storage = KVStorage(4, 16_384, 1024, 16, 4, 64, torch.bfloat16, CPU)  # 1.07 GB, and 67 MB for the host
+    storage = KVStorage(KVShape(4, 4, 64), torch.bfloat16, CPU, 16, 16_384, 1024)  # 1.07 GB, and 67 MB for the host
     assert storage.device_pool.nbytes > 10**9
     assert resident_bytes() - before < 10**8
     storage.device_pool[0, 0, :8192] = 1

@@ -31,7 +31,7 @@ def test_where_it_is_not_installed_it_is_refused_by_name(without_triton: None) -
         LLM("folo-tiny", milestone="m3", device="cpu", attention_backend="triton")
     message = str(caught.value)
     assert message.startswith("attention_backend='triton' is not valid here, where Triton is not installed")
-    assert message.endswith("allowed: 'auto', 'reference', 'torch', 'torch-compiled'")
+    assert message.endswith("allowed: 'auto', 'reference', 'torch'")
 
 
 def test_auto_does_without_it(without_triton: None) -> None:

@@ -198,7 +198,7 @@ def test_a_salt_that_is_no_text_is_refused_before_it_can_stop_a_step(folder: str
     ],
 )
 def test_a_salt_does_not_make_a_prompt_of_anything(prompt: Any, folder: str) -> None:
-    with pytest.raises(ValueError, match=r"allowed: a dict with one key of .* and 'cache_salt' if wanted"):
+    with pytest.raises(ValueError, match=r"allowed: a dict with one key of .* and optionally 'cache_salt'"):
         make(folder).generate([prompt], use_tqdm=False)
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from folovllm import LLM, SamplingParams
 from folovllm.course.replay.load import check_recording
 from folovllm.course.viz.live import watching
-from folovllm.engine.pool_changes import line_changes
+from folovllm.engine.pool_changes import free_list_changes
 from folovllm.engine.recording import Recorder, record, recording, token_texts
 from folovllm.engine.trace import PHASES, StepTrace
 from folovllm.kv_cache.interface import BlockCopy, BlockSnapshot
@@ -150,7 +150,7 @@ def test_changes_of_a_line_lead_from_one_to_the_other(data: st.DataObject) -> No
     gone = data.draw(st.sets(st.sampled_from(before))) if before else set()
     joining = [b for b in range(8) if b in gone or b not in before]
     after = [b for b in before if b not in gone] + data.draw(st.permutations(joining))[: data.draw(st.integers(0, 8))]
-    taken, freed = line_changes(before, after)
+    taken, freed = free_list_changes(before, after)
     assert [block for block in before if block not in taken] + freed == after
 
 
@@ -176,7 +176,7 @@ def test_a_recording_may_begin_in_the_middle() -> None:
     check_recording(data)
     assert data["start"]["tables"] and data["start"]["cached"]
     begun = {request["id"]: request["begun"][0] for request in data["requests"] if "begun" in request}
-    words = {"RUNNING": "running", "PREEMPTED": "gave way"}
+    words = {"RUNNING": "running", "PREEMPTED": "preempted"}
     assert begun == {i: words[name] for i, name in status.items() if name in words} and len(set(begun.values())) == 2
     check_against_trace(data, list(engine.trace)[first:])
 

@@ -42,7 +42,7 @@ function summaryOf(replay) {
 }
 
 function isDone(request) {
-  return !["unseen", "running", "gave way"].includes(request.status);
+  return !["unseen", "running", "preempted"].includes(request.status);
 }
 
 // The bar is as long as the budget where steps come near it; else as the largest step, or all bars would look empty.
@@ -185,7 +185,7 @@ function whatHappens(replay, request, kind) {
 
 function drawTexts(replay) {
   const started = replay.requests.filter((request) => request.status !== "unseen");
-  const rank = (request) => (request.status === "running" ? 0 : request.status === "gave way" ? 1 : 2);
+  const rank = (request) => (request.status === "running" ? 0 : request.status === "preempted" ? 1 : 2);
   const sorted = [...started].sort((a, b) => rank(a) - rank(b) || a.place - b.place);
   byId("texts").replaceChildren(...sorted.map((request) => textCard(replay, request)));
 }

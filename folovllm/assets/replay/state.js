@@ -36,7 +36,7 @@ class Replay {
       prompt: request.prompt === null ? null : this.recording.prompts[request.prompt],
       outputTokens: request.output,
       maxOutput: request.max_output,
-      status: "unseen", // then "running", "gave way", or how it ended
+      status: "unseen", // then "running", "preempted", or how it ended
       computed: 0, // tokens that have K/V
       output: 0, // tokens sampled so far
       found: 0, // prompt tokens that were found in the cache when it was admitted
@@ -44,7 +44,7 @@ class Replay {
     }));
     for (const request of this.requests) this.startWith(request, this.recording.requests[request.place].begun);
     // Places of those that were preempted and have not come back, the next to come back first.
-    this.gaveWay = this.requests.filter((request) => request.status === "gave way").map((request) => request.place);
+    this.gaveWay = this.requests.filter((request) => request.status === "preempted").map((request) => request.place);
     this.tables = new Map(); // place -> blocks
     this.hostTables = new Map();
     this.cached = new Map(); // block -> the block before it, or null
@@ -62,7 +62,7 @@ class Replay {
 
   apply(step) {
     for (const place of step.aborted) this.requests[place].status = "abort";
-    for (const place of step.preempted) this.requests[place].status = "gave way";
+    for (const place of step.preempted) this.requests[place].status = "preempted";
     const back = new Set([...step.aborted, ...step.preempted]);
     for (const request of this.requests) request.share = null;
     for (const row of step.shares) back.add(this.applyShare(row));

@@ -14,7 +14,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from transformers import PretrainedConfig
 
-from folovllm.config import BATCHINGS, MILESTONES, check_int
+from folovllm.checks import check_int
+from folovllm.config import BATCHINGS, MILESTONES
 from folovllm.course.bench import machine
 from folovllm.course.bench.one_run import Job
 from folovllm.course.bench.report import add_roofline, build_report, save_report

@@ -25,7 +25,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.configuration_utils import ContinuousBatchingConfig
 from transformers.generation.streamers import BaseStreamer
 
-from folovllm.config import check_int
+from folovllm.checks import check_int
 from folovllm.course.bench.arrivals import Arrivals, FormBatch, by_arrival, dynamic_batch, static_batch
 from folovllm.course.bench.record import Measured
 from folovllm.course.bench.systems import System

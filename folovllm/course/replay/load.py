@@ -53,7 +53,7 @@ def check_recording(data: Any) -> None:
     _record(prompts=_list(_list(text)))("", data)
     prompt = _count(0, len(data["prompts"]) - 1)
     request = _record(id=_text, prompt=_or_null(prompt), output=_list(text), max_output=_count(0))
-    begun = _record(optional=True, begun=_row(_one_of("running", "gave way"), _count(0), _count(0)))
+    begun = _record(optional=True, begun=_row(_one_of("running", "preempted"), _count(0), _count(0)))
     _record(requests=_list(_both(request, begun)))("", data)
     outputs = [len(request["output"]) for request in data["requests"]]
     pool = _pool(len(outputs), data["engine"]["num_blocks"] if paged else 0)

@@ -19,7 +19,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from folovllm.config import check_int
+from folovllm.checks import check_int
 from folovllm.course.viz.live_blocks import level, pool_lines, swatch
 from folovllm.course.viz.live_state import Lane, LiveState
 from folovllm.engine.llm_engine import LLMEngine
