@@ -6,7 +6,7 @@
     ```                                :::                               :::
 
 An erratum may name its entry on the errata page, `:entry: upper-triangle`: it then ends with a link to it.
-`docs/figures.py` says how each figure is drawn. A figure that does not exist, or without words for it, is an error.
+`docs/figures` says how each figure is drawn. A figure that does not exist, or without words for it, is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Drawn(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
         if name not in figures.FIGURES:
-            raise self.error(f"docs/figures.py draws no {name!r}")
+            raise self.error(f"docs/figures draws no {name!r}")
         if not self.options.get("alt"):
             raise self.error(f"the figure {name!r} needs :alt:, its content in words")
         for file in figures.DEPENDS_ON:

@@ -7,21 +7,8 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from claims.ledger import (
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    binary,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
+from claims.forms import Form, digits, ms, percent, plain, share, three, times, times_range, with_range
+from claims.ledger import Claim, Derived, Measured, Table, result
 
 TINY, QWEN = "m2-batching-folo-tiny", "m2-batching-qwen3-0.6b"
 W2 = "m2-w2-qwen3-0.6b"  # by `folovllm bench`, with m1 as the base
@@ -81,8 +68,8 @@ def step_rows() -> list[list[str]]:
     for name, outputs in OUTPUTS.items():
         static, continuous = static_steps(outputs, SEATS), continuous_steps(outputs, SEATS)
         used = sum(outputs) / (SEATS * static)
-        counts = [plain(sum(outputs)), plain(static), percent()(used), plain(continuous)]
-        rows.append([name, *counts, fixed(2)(static / continuous)])
+        counts = [plain(sum(outputs)), plain(static), share(used), plain(continuous)]
+        rows.append([name, *counts, times(static / continuous)])
     return rows
 
 
@@ -131,10 +118,10 @@ def attribution_rows() -> list[list[str]]:
             [
                 system,
                 NOT_TOLD if passes is None else plain(passes),
-                shown(numbers["output_tokens_per_s"], digits(3)),
-                shown(numbers["ratio_to_base"], fixed(2)),
-                shown(numbers["ttft_p50_s"], digits(3)),
-                shown(numbers["itl_p50_s"], digits(3, "", 1e3)),
+                shown(numbers["output_tokens_per_s"], three),
+                shown(numbers["ratio_to_base"], times),
+                shown(numbers["ttft_p50_s"], three),
+                shown(numbers["itl_p50_s"], ms),
                 "/".join(map(str, numbers["same_tokens_as_base"] or [NOT_TOLD])),
             ]
         )
@@ -143,7 +130,7 @@ def attribution_rows() -> list[list[str]]:
 
 def shown(spread: Any, form: Form) -> str:
     """The median of a spread, or a dash where the system does not tell."""
-    return NOT_TOLD if spread is None else median(form)(spread)
+    return NOT_TOLD if spread is None else form(spread)
 
 
 # --- 16 requests on folo-tiny -----------------------------------------------------------------------------
@@ -167,12 +154,12 @@ def arm_rows() -> list[list[str]]:
         rows.append(
             [
                 name,
-                median(plain)(numbers["forwards"]),
-                median(fixed(2))(numbers["ratio_to_m1"]),
-                median(digits(3, "", 1e3))(numbers["mean_ttft_s"]),
-                median(digits(3, "", 1e3))(numbers["mean_e2e_s"]),
-                median(percent())(numbers["padding_share"]),
-                median(percent())(numbers["kv_padding_share"]),
+                plain(numbers["forwards"]),
+                times(numbers["ratio_to_m1"]),
+                ms(numbers["mean_ttft_s"]),
+                ms(numbers["mean_e2e_s"]),
+                share(numbers["padding_share"]),
+                share(numbers["kv_padding_share"]),
             ]
         )
     return rows
@@ -193,9 +180,9 @@ def policy_rows() -> list[list[str]]:
         rows.append(
             [
                 policy,
-                median(digits(3))(numbers["mean_wait_steps"]),
-                median(plain)(numbers["longest_wait_steps"]),
-                digits(3)(sum(steps[i] for i in urgent) / len(urgent)),
+                three(numbers["mean_wait_steps"]),
+                plain(numbers["longest_wait_steps"]),
+                three(sum(steps[i] for i in urgent) / len(urgent)),
                 plain(steps_in_all(policy)),
             ]
         )
@@ -212,10 +199,10 @@ def decode_rows() -> list[list[str]]:
         rows.append(
             [
                 count,
-                median(digits(3, "", 1e3))(numbers["padded_seconds"]),
-                median(digits(3, "", 1e3))(numbers["loop_seconds"]),
+                ms(numbers["padded_seconds"]),
+                ms(numbers["loop_seconds"]),
                 with_range(digits(2))(numbers["loop_over_padded"]),
-                median(digits(3))(numbers["padded_tokens_per_s"]),
+                three(numbers["padded_tokens_per_s"]),
             ]
         )
     return rows
@@ -259,71 +246,64 @@ TABLES: dict[str, Table] = {
 }
 
 
-def _derived(says: str, number: float, form: Form, name: str) -> Claim:
-    return Derived(says, lambda: number, form, f"{HERE}:{name}")
-
-
 def _w2(says: str, system: str, number: str, form: Form) -> Claim:
     return Measured(f"{says}, {system}, w2 on Qwen3-0.6B", W2, ("summary", "w2", system, number), form)
 
 
 CLAIMS: dict[str, Claim] = {
     # --- padding
-    "padding-unequal-cells": _derived(
-        f"cells of a batch of prompts of {UNEQUAL} tokens", cells(UNEQUAL), plain, "cells"
+    "padding-unequal-cells": Derived(
+        f"cells of a batch of prompts of {UNEQUAL} tokens", cells(UNEQUAL), plain, f"{HERE}:cells"
     ),
-    "padding-unequal-tokens": _derived("tokens in it", sum(UNEQUAL), plain, "UNEQUAL"),
-    "padding-unequal": _derived("share of it that is padding", padding_share(UNEQUAL), percent(1), "padding_share"),
-    "padding-nearly-equal": _derived(
+    "padding-unequal-tokens": Derived("tokens in it", sum(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
+    "padding-unequal": Derived(
+        "share of it that is padding", padding_share(UNEQUAL), percent(1), f"{HERE}:padding_share"
+    ),
+    "padding-nearly-equal": Derived(
         f"share of a batch of prompts of {NEARLY_EQUAL} tokens that is padding",
         padding_share(NEARLY_EQUAL),
         percent(1),
-        "padding_share",
+        f"{HERE}:padding_share",
     ),
-    "padding-mixed-cells": _derived(
-        "cells of a batch of a prompt of 100 tokens and 7 decodes", cells(ONE_PROMPT_SEVEN_DECODES), plain, "cells"
+    "padding-mixed-cells": Derived(
+        "cells of a batch of a prompt of 100 tokens and 7 decodes",
+        cells(ONE_PROMPT_SEVEN_DECODES),
+        plain,
+        f"{HERE}:cells",
     ),
-    "padding-mixed-tokens": _derived("tokens in it", sum(ONE_PROMPT_SEVEN_DECODES), plain, "ONE_PROMPT_SEVEN_DECODES"),
-    "padding-mixed": _derived(
-        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), percent(1), "padding_share"
+    "padding-mixed-tokens": Derived(
+        "tokens in it", sum(ONE_PROMPT_SEVEN_DECODES), plain, f"{HERE}:ONE_PROMPT_SEVEN_DECODES"
     ),
-    "padding-exercise-cells": _derived(
+    "padding-mixed": Derived(
+        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), percent(1), f"{HERE}:padding_share"
+    ),
+    "padding-exercise-cells": Derived(
         f"padding cells of a batch of prompts of {EXERCISE} tokens",
         cells(EXERCISE) - sum(EXERCISE),
         plain,
-        "cells",
+        f"{HERE}:cells",
     ),
-    "padding-exercise-used": _derived(
-        "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), "padding_share"
+    "padding-exercise-used": Derived(
+        "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), f"{HERE}:padding_share"
     ),
     "w2-prefill-padding": Derived(
         "padding in one prefill of all prompts of w2",
         lambda: padding_share(w2_prompts()),
-        percent(),
+        share,
         f"{HERE}:w2_prompts",
     ),
     "w2-kv-padding": Derived(
         "padding among the K/V columns that m2:padded reads on w2, over all its passes",
         padded_kv_share,
-        percent(),
+        share,
         f"{HERE}:padded_kv_share",
     ),
     # --- the problem, and what w2 shows
-    "m1-w2-ttft": _w2("median TTFT", "m1", "ttft_p50_s", median(digits(2, "s"))),
-    "m1-w2-itl": _w2("median ITL", "m1", "itl_p50_s", median(digits(2, "ms", 1e3))),
-    "m2-loop-ttft": _w2("median TTFT", "m2:loop", "ttft_p50_s", median(digits(2, "s"))),
-    "m2-loop-itl": _w2("median ITL", "m2:loop", "itl_p50_s", median(digits(2, "ms", 1e3))),
-    "m2-padded-ttft": _w2("median TTFT", "m2:padded", "ttft_p50_s", median(digits(2, "s"))),
-    "m2-padded-itl": _w2("median ITL", "m2:padded", "itl_p50_s", median(digits(2, "ms", 1e3))),
-    "m2-loop-over-m1": _w2("output tokens per second over M1's", "m2:loop", "ratio_to_base", with_range(fixed(2))),
-    "m2-padded-over-m1": _w2("output tokens per second over M1's", "m2:padded", "ratio_to_base", with_range(fixed(2))),
-    "m1-w2-roofline": _w2("least time on the roofline over time", "m1", "roofline_share", median(percent(1))),
-    "m2-loop-roofline": _w2("least time on the roofline over time", "m2:loop", "roofline_share", median(percent(1))),
-    "m2-padded-roofline": _w2(
-        "least time on the roofline over time", "m2:padded", "roofline_share", median(percent(1))
-    ),
-    "m2-reserved": _w2("most K/V set aside", "m2:padded", "kv_reserved_bytes", median(binary)),
-    "m2-used": _w2("most K/V that requests needed", "m2:padded", "kv_used_bytes", median(binary)),
+    "m2-loop-over-m1": _w2("output tokens per second over M1's", "m2:loop", "ratio_to_base", times_range),
+    "m2-padded-over-m1": _w2("output tokens per second over M1's", "m2:padded", "ratio_to_base", times_range),
+    "m1-w2-roofline": _w2("least time on the roofline over time", "m1", "roofline_share", percent(1)),
+    "m2-loop-roofline": _w2("least time on the roofline over time", "m2:loop", "roofline_share", percent(1)),
+    "m2-padded-roofline": _w2("least time on the roofline over time", "m2:padded", "roofline_share", percent(1)),
 }
 CLAIMS |= {
     f"{name}-passes": Derived(
@@ -332,22 +312,7 @@ CLAIMS |= {
     for name, system in {"m1-w2": "m1", "m2-loop": "m2:loop", "m2-padded": "m2:padded"}.items()
 }
 CLAIMS |= {
-    # --- what sharing a pass gains, forward by forward
-    "m2-step-16-over-1": Measured(
-        "time of a decode step of 16 texts in one pass over one of 1 text, Qwen3-0.6B",
-        QWEN,
-        ("summary", "decode_step", "16", "padded_over_one_row"),
-        with_range(digits(2)),
-    ),
-    "m2-prefill-loop-over-padded": Measured(
-        "time of four prefills of 128, 64, 32 and 16 tokens in a pass each over one padded pass, Qwen3-0.6B",
-        QWEN,
-        ("summary", "prefill", "loop_over_padded"),
-        with_range(fixed(2)),
-    ),
-    "m2-prefill-cells": Measured("cells of that padded pass", QWEN, ("prefill_cells", "padded"), plain),
-    "m2-prefill-tokens": Measured("tokens in it", QWEN, ("prefill_cells", "needed"), plain),
-    # --- room
+    # --- reservations
     "reservation": Derived(
         f"tokens set aside for a prompt of {PROMPT} with max_model_len={MAX_MODEL_LEN}",
         lambda: reserved_and_used()[0],
@@ -367,7 +332,7 @@ CLAIMS |= {
         f"{HERE}:reserved_and_used",
     ),
     "reservation-by-use": Derived(
-        "requests of that size for which the cache has room",
+        "requests of that size whose tokens the cache can hold",
         lambda: CAPACITY // reserved_and_used()[1],
         plain,
         f"{HERE}:CAPACITY",
@@ -382,29 +347,4 @@ CLAIMS |= {
         )
         for policy in ("fcfs", "sjf")
     },
-    # --- few seats
-    "m2-tiny-static-4-passes": Measured(
-        "forward passes of static batches of 4, folo-tiny",
-        TINY,
-        ("summary", "arms", "static-4", "forwards"),
-        median(plain),
-    ),
-    "m2-tiny-static-4-over-m1": Measured(
-        "output tokens per second over M1's, static batches of 4, folo-tiny",
-        TINY,
-        ("summary", "arms", "static-4", "ratio_to_m1"),
-        with_range(fixed(2)),
-    ),
-    "m2-tiny-padded-4-passes": Measured(
-        "forward passes of M2 padded with 4 seats, folo-tiny",
-        TINY,
-        ("summary", "arms", "m2-padded-4", "forwards"),
-        median(plain),
-    ),
-    "m2-tiny-padded-4-over-m1": Measured(
-        "output tokens per second over M1's, M2 padded with 4 seats, folo-tiny",
-        TINY,
-        ("summary", "arms", "m2-padded-4", "ratio_to_m1"),
-        with_range(fixed(2)),
-    ),
 }

@@ -1,39 +1,34 @@
-"""Claims of chapter 4: what memory is lost to, what blocks lose, who shares them, and who gives way."""
+"""Claims of chapter 4: what memory is lost to, what blocks lose and share, what preemption costs, what M3 gains."""
 
 from __future__ import annotations
 
 from statistics import fmean
 from typing import Any
 
-from claims.ledger import (
-    Cited,
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    binary,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
+from claims import chapter_3
+from claims.forms import binary, digits, fixed, mib, ms, percent, plain, share, three, times, times_range
+from claims.ledger import Cited, Claim, Derived, Table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
+from folovllm.course.bench.report import spread
 from folovllm.course.lessons.allocators import Buddy
 from folovllm.course.lessons.formulas import linear_flops_per_token
 from folovllm.course.lessons.fragmentation import capacity_of, num_blocks, paged_waste, region_waste, translate
-from folovllm.course.viz.blocks import PAPER_FIG_2
 from folovllm.kv_cache.block_manager import WATERMARK
 from folovllm.kv_cache.formulas import kv_bytes_per_token
 
+ATTENTION = "m3-attention-qwen3-0.6b"  # by `python -m folovllm.course.measure attention`
+W2 = "m4-qwen3-0.6b"  # by `folovllm bench`, workloads w1 and w2
 BLOCKS = "m3-blocks-folo-tiny"  # by `folovllm/course/measure/course.py blocks`
 HERE = "docs/claims/chapter_4.py"
 FRAGMENTATION = "folovllm/course/lessons/fragmentation.py"
 
 PAPER = ("Kwon et al. 2023, arXiv:2309.06180", "https://arxiv.org/abs/2309.06180")
+PAPER_FIG_2 = {  # share of K/V memory that holds tokens
+    "max": ("Orca (Max)", 0.204),
+    "pow2": ("Orca (Pow2)", 0.268),
+    "oracle": ("Orca (Oracle)", 0.382),
+    "vllm": ("vLLM", 0.963),
+}
 BLOG = ("vLLM blog, June 2023", "https://blog.vllm.ai/2023/06/20/vllm.html")
 
 # --- one request ------------------------------------------------------------------------------------------
@@ -116,7 +111,7 @@ def empty_share(block_size: int) -> float:
 
 
 def longest_together() -> int:
-    """Tokens with K/V if all requests of w2 stood at their longest at once."""
+    """Tokens with K/V if all requests of w2 were at their longest at once."""
     return sum(prompt + output - 1 for prompt, output in result(BLOCKS)["capacity"]["requests"])
 
 
@@ -124,10 +119,6 @@ def used_of_held(milestone: str) -> float:
     """Of the slots that requests hold, those that are written, over all steps."""
     run = result(BLOCKS)["capacity"][milestone]
     return float(sum(run["used"]) / sum(run["reserved"]))
-
-
-def _capacity(milestone: str, says: str, number: str) -> Claim:
-    return Measured(f"{says}, w2 in 4,096 slots, {milestone}", BLOCKS, ("capacity", milestone, number), plain)
 
 
 # --- sharing ----------------------------------------------------------------------------------------------
@@ -140,15 +131,15 @@ def sharing_rows() -> list[list[str]]:
         [
             size,
             width,
-            percent()(found["parallel_sampling"][size][width]),
-            percent()(fmean(saved)),
+            share(found["parallel_sampling"][size][width]),
+            share(fmean(saved)),
         ]
         for size, widths in found["beam_search"].items()
         for width, saved in widths.items()
     ]
 
 
-# --- giving way -------------------------------------------------------------------------------------------
+# --- preemption -------------------------------------------------------------------------------------------
 
 ARMS = {"roomy": "enough blocks", "recompute": "too few, recompute", "swap": "too few, swap"}
 
@@ -162,11 +153,11 @@ def preemption_rows() -> list[list[str]]:
         rows.append(
             [
                 name,
-                median(plain)(numbers["preemptions"]),
-                median(plain)(numbers["steps"]),
-                median(plain)(numbers["prompt_tokens_computed"]),
+                plain(numbers["preemptions"]),
+                plain(numbers["steps"]),
+                plain(numbers["prompt_tokens_computed"]),
                 plain(moved),
-                with_range(fixed(2))(numbers["over_roomy"]),
+                times_range(numbers["over_roomy"]),
             ]
         )
     return rows
@@ -177,6 +168,72 @@ def swap_bytes() -> int:
     return 2 * LLAMA_2_7B_TOKEN
 
 
+# --- time ------------------------------------------------------------------------------------------------
+
+PEER = "hf:static"  # of one request, a plain `generate`
+
+
+def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, float]:
+    """A system's output tokens per second over another's, taken inside of each round: median and ends."""
+    ratios = []
+    for current in result(file)["rounds"]:
+        runs = current["runs"][workload]
+        ratios.append(runs[system]["output_tokens_per_s"] / runs[peer]["output_tokens_per_s"])
+    return spread(ratios)
+
+
+def time_rows() -> list[list[str]]:
+    """Every system on w1 and on w2; medians of the rounds."""
+    rows = []
+    for workload in ("w1", "w2"):
+        for system, numbers in result(W2)["summary"][workload].items():
+            if system == "m4":
+                continue  # its numbers are in chapter 7
+            rows.append(
+                [
+                    workload,
+                    system,
+                    three(numbers["output_tokens_per_s"]),
+                    times(over(W2, workload, system)),
+                    three(numbers["ttft_p50_s"]),
+                    ms(numbers["itl_p50_s"]),
+                    chapter_3.shown(numbers["kv_reserved_bytes"], mib),
+                ]
+            )
+    return rows
+
+
+ATTENTION_WAYS = {
+    "gather": "gather, then `scaled_dot_product_attention`",
+    "gather_grouped": "the same, query heads of a KV head together",
+    "torch": "`torch`",
+    "torch_neighbours": "`torch`, blocks side by side",
+}
+
+
+def attention_rows() -> list[list[str]]:
+    """Each way to attend over blocks, for contexts of each length; medians of the rounds."""
+    rows = []
+    for length, ways in sorted(result(ATTENTION)["summary"].items(), key=lambda item: int(item[0])):
+        for way, numbers in ways.items():
+            rows.append(
+                [
+                    length,
+                    ATTENTION_WAYS[way],
+                    ms(numbers["seconds"]),
+                    times_range(numbers["over_gather"]),
+                    digits(2, "", 1e-9)(numbers["kv_bytes_per_s"]),
+                ]
+            )
+    return rows
+
+
+def attention_over_grouped() -> dict[str, float]:
+    """The torch backend's time over that of the second way, taken inside of each round."""
+    rounds = [current["512"] for current in result(ATTENTION)["rounds"]]
+    return spread([ways["torch"]["seconds"] / ways["gather_grouped"]["seconds"] for ways in rounds])
+
+
 TABLES: dict[str, Table] = {
     "paging-waste": Table(
         "a request's empty slots, in blocks of 16 and in a region of 4,096",
@@ -185,8 +242,8 @@ TABLES: dict[str, Table] = {
         source=f"{FRAGMENTATION}:paged_waste",
     ),
     "fragmentation": Table(
-        "what slots are under four policies, over the steps in which somebody waits",
-        ("policy", "used", "reserved", "internal", "external", "at once", "steps", "gave way"),
+        "what slots are under four policies, over the steps in which a request waits",
+        ("policy", "used", "reserved", "internal", "external", "at once", "steps", "preempted"),
         fragmentation_rows,
         source=f"{FRAGMENTATION}:replay",
         files=(BLOCKS,),
@@ -200,86 +257,71 @@ TABLES: dict[str, Table] = {
     ),
     "m3-preemption": Table(
         "w2 with enough blocks and with a quarter of them",
-        ("blocks", "gave way", "steps", "prompt tokens computed", "blocks moved", "time over enough"),
+        ("blocks", "preempted", "steps", "prompt tokens computed", "blocks moved", "time over enough"),
         preemption_rows,
         source="folovllm/course/measure/blocks.py:preemption_rounds",
         files=(BLOCKS,),
     ),
+    "m3-time": Table(
+        "one request (w1) and sixteen (w2) on M3 and on Hugging Face's ways",
+        ("workload", "system", "tokens/s", f"over {PEER}", "TTFT, s", "ITL, ms", "K/V held, MiB"),
+        time_rows,
+        source=f"{HERE}:over",
+        files=(W2,),
+    ),
+    "m3-attention": Table(
+        "a layer of Qwen3-0.6B attends for sixteen decodes at once",
+        ("tokens each", "way", "ms", "over gather", "GB of K/V per second"),
+        attention_rows,
+        source=f"{HERE}:attention_rows",
+        files=(ATTENTION,),
+    ),
 }
 
 
-def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
-    return Derived(says, lambda: number, form, source)
-
-
 def _card(says: str, number: int) -> Claim:
-    return _derived(
-        f"{says}: Llama-2-13B in 16 bits with 12 GiB for K/V", number, plain, f"{FRAGMENTATION}:capacity_of"
-    )
+    return Derived(f"{says}: Llama-2-13B in 16 bits with 12 GiB for K/V", number, plain, f"{FRAGMENTATION}:capacity_of")
 
 
 def _buddy(says: str, number: int) -> Claim:
-    return _derived(f"{says}, in the example", number, digits(3, "MB"), f"{HERE}:buddy_example")
+    return Derived(f"{says}, in the example", number, digits(3, "MB"), f"{HERE}:buddy_example")
+
+
+def _over(says: str, file: str, workload: str, system: str, peer: str = PEER) -> Claim:
+    return Derived(
+        f"output tokens per second of {says} over {peer}'s in the same round, {workload} on Qwen3-0.6B",
+        lambda: over(file, workload, system, peer),
+        times_range,
+        f"{HERE}:over",
+    )
 
 
 CLAIMS: dict[str, Claim] = {
     # --- the problem, and what becomes of it
     "w2-longest": Derived(
-        "tokens with K/V if all sixteen requests of w2 stood at their longest at once",
+        "tokens with K/V if all sixteen requests of w2 were at their longest at once",
         longest_together,
         plain,
         f"{HERE}:longest_together",
     ),
-    "m2-at-once": _capacity("m2", "requests that ran at once, at most", "max_running"),
-    "m2-capacity-passes": _capacity("m2", "forward passes", "forwards"),
-    "m2-most-held": _capacity("m2", "slots set aside, at most", "most_reserved"),
-    "m2-most-used": _capacity("m2", "slots with K/V, at most", "most_used"),
-    "m3-at-once": _capacity("m3", "requests that ran at once, at most", "max_running"),
-    "m3-capacity-passes": _capacity("m3", "forward passes", "forwards"),
-    "m3-most-held": _capacity("m3", "slots in blocks that requests hold, at most", "most_reserved"),
-    "m3-most-used": _capacity("m3", "slots with K/V, at most", "most_used"),
     "m2-used-of-held": Derived(
         "of the slots that M2 sets aside for w2, those with K/V, over all steps",
         lambda: used_of_held("m2"),
-        percent(),
+        share,
         f"{HERE}:used_of_held",
     ),
     "m3-used-of-held": Derived(
         "of the slots in blocks that requests hold in M3 on w2, those with K/V, over all steps",
         lambda: used_of_held("m3"),
-        percent(),
+        share,
         f"{HERE}:used_of_held",
     ),
-    # --- replays, and the paper
-    **{
-        f"replay-{policy}-used": Measured(
-            f"share of the slots with K/V, {policy}",
-            BLOCKS,
-            ("simulator", "policies", policy, "shares", "used"),
-            percent(1),
-        )
-        for policy in ("oracle", "paged")
-    },
-    "replay-oracle-external": Measured(
-        "share of the slots lost to external fragmentation, oracle",
-        BLOCKS,
-        ("simulator", "policies", "oracle", "shares", "external"),
-        percent(1),
-    ),
-    **{
-        f"replay-{policy}-at-once": Measured(
-            f"requests at once while somebody waits, {policy}",
-            BLOCKS,
-            ("simulator", "policies", policy, "mean_running"),
-            fixed(1),
-        )
-        for policy in ("max", "paged")
-    },
+    # --- the paper
     **{
         f"paper-{name}-used": Cited(
-            f"share of K/V memory that holds tokens, {system}", share / 100, percent(1), f"{PAPER[0]}, Fig. 2", PAPER[1]
+            f"share of K/V memory that holds tokens, {system}", used, percent(1), f"{PAPER[0]}, Fig. 2", PAPER[1]
         )
-        for name, (system, share) in zip(("max", "pow2", "oracle", "vllm"), PAPER_FIG_2, strict=True)
+        for name, (system, used) in PAPER_FIG_2.items()
     },
     "paper-throughput": Cited(
         "vLLM's throughput over FasterTransformer's and Orca's at the same latency",
@@ -308,63 +350,61 @@ CLAIMS: dict[str, Claim] = {
     "empty-share-256": Derived(
         "of the slots that requests hold in blocks of 256, those that are empty",
         lambda: empty_share(256),
-        percent(),
+        share,
         f"{HERE}:empty_share",
     ),
     # --- one request
-    "blocks-100": _derived("blocks of 16 for 100 tokens", num_blocks(100, 16), plain, f"{FRAGMENTATION}:num_blocks"),
-    "slots-100": _derived("slots in them", slots(100), plain, f"{HERE}:slots"),
-    "empty-100": _derived("empty slots in them", slots(100) - 100, plain, f"{HERE}:slots"),
-    "paged-waste-100": _derived(
+    "blocks-100": Derived("blocks of 16 for 100 tokens", num_blocks(100, 16), plain, f"{FRAGMENTATION}:num_blocks"),
+    "slots-100": Derived("slots in them", slots(100), plain, f"{HERE}:slots"),
+    "empty-100": Derived("empty slots in them", slots(100) - 100, plain, f"{HERE}:slots"),
+    "paged-waste-100": Derived(
         "share of them that is empty", paged_waste(100, 16), percent(1), f"{FRAGMENTATION}:paged_waste"
     ),
-    "region-waste-2048": _derived(
+    "region-waste-2048": Derived(
         "empty share of a region of 2,048 with 100 tokens",
         region_waste(100, 2048),
         percent(1),
         f"{FRAGMENTATION}:region_waste",
     ),
-    "blocks-1000": _derived(
-        "blocks of 16 for 1,000 tokens", num_blocks(1000, 16), plain, f"{FRAGMENTATION}:num_blocks"
-    ),
-    "paged-waste-1000": _derived(
+    "blocks-1000": Derived("blocks of 16 for 1,000 tokens", num_blocks(1000, 16), plain, f"{FRAGMENTATION}:num_blocks"),
+    "paged-waste-1000": Derived(
         "share of them that is empty", paged_waste(1000, 16), percent(2), f"{FRAGMENTATION}:paged_waste"
     ),
-    "layer-region": _derived(
+    "layer-region": Derived(
         "K/V of 4,096 tokens in one float32 layer with 32 heads of 128",
         REGION * LAYER_TOKEN_BYTES,
         binary,
         f"{HERE}:LAYER_TOKEN_BYTES",
     ),
-    "layer-used": _derived("of 1,000 tokens", 1000 * LAYER_TOKEN_BYTES, binary, f"{HERE}:LAYER_TOKEN_BYTES"),
-    "layer-blocks": _derived(
+    "layer-used": Derived("of 1,000 tokens", 1000 * LAYER_TOKEN_BYTES, binary, f"{HERE}:LAYER_TOKEN_BYTES"),
+    "layer-blocks": Derived(
         "of 1,000 tokens in blocks of 16", slots(1000) * LAYER_TOKEN_BYTES, binary, f"{HERE}:LAYER_TOKEN_BYTES"
     ),
-    "batch-layer-region": _derived(
+    "batch-layer-region": Derived(
         "the layer's K/V for 32 requests with a region of 4,096 each",
         BATCH * REGION * LAYER_TOKEN_BYTES,
         binary,
         f"{HERE}:BATCH",
     ),
-    "batch-layer-blocks": _derived(
+    "batch-layer-blocks": Derived(
         "the same for 500 tokens each in blocks of 16",
         BATCH * slots(BATCH_LEN) * LAYER_TOKEN_BYTES,
         binary,
         f"{HERE}:BATCH",
     ),
-    "batch-region": _derived(
+    "batch-region": Derived(
         "K/V of Llama-2-7B in 16 bits, 32 requests with a region of 4,096 each",
         BATCH * REGION * LLAMA_2_7B_TOKEN,
         binary,
         f"{HERE}:BATCH",
     ),
-    "batch-blocks": _derived(
+    "batch-blocks": Derived(
         "the same for 500 tokens each in blocks of 16",
         BATCH * slots(BATCH_LEN) * LLAMA_2_7B_TOKEN,
         binary,
         f"{HERE}:BATCH",
     ),
-    "batch-saved": _derived("what that saves", 1 - slots(BATCH_LEN) / REGION, percent(1), f"{HERE}:BATCH"),
+    "batch-saved": Derived("what that saves", 1 - slots(BATCH_LEN) / REGION, percent(1), f"{HERE}:BATCH"),
     # --- a card of 40 GB
     "card-tokens": _card("tokens that fit", CARD.tokens),
     "card-regions": _card("regions of 2,048 that fit", CARD.regions),
@@ -372,47 +412,58 @@ CLAIMS: dict[str, Claim] = {
     "card-requests": _card("requests of 500 tokens in blocks that fit", CARD.requests),
     # --- buddies
     "buddy-free": _buddy("free memory", buddy_example()[0].num_free),
-    "buddy-largest": _buddy("the largest free piece", buddy_example()[0].largest_free),
+    "buddy-largest": _buddy("the largest free part", buddy_example()[0].largest_free),
     "buddy-left": _buddy("free memory after 64 MB more are taken", buddy_example()[1].num_free),
-    "buddy-left-largest": _buddy("the largest free piece after that", buddy_example()[1].largest_free),
+    "buddy-left-largest": _buddy("the largest free part after that", buddy_example()[1].largest_free),
     # --- addresses
-    "page-number": _derived("page of address 10,000", ADDRESS // PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
-    "page-offset": _derived("offset of address 10,000 in it", ADDRESS % PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
-    "page-physical": _derived(
+    "page-number": Derived("page of address 10,000", ADDRESS // PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
+    "page-offset": Derived("offset of address 10,000 in it", ADDRESS % PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
+    "page-physical": Derived(
         "physical address, if the page lies in frame 3",
         translate(ADDRESS, PAGE_SIZE, FRAMES),
         plain,
         f"{FRAGMENTATION}:translate",
     ),
-    "slot-of-37": _derived(
+    "slot-of-37": Derived(
         "slot of token 37 with the block table 7, 2, 9 and blocks of 16",
         translate(POSITION, BLOCK_SIZE, TABLE),
         plain,
         f"{FRAGMENTATION}:translate",
     ),
-    # --- giving way
-    "watermark": _derived(
+    # --- preemption
+    "watermark": Derived(
         "share of the pool that an admission leaves free",
         WATERMARK,
-        percent(),
+        share,
         "folovllm/kv_cache/block_manager.py:WATERMARK",
     ),
-    "recompute-flops": _derived(
+    "recompute-flops": Derived(
         "FLOPs in the linear layers to compute a token of Llama-2-7B again",
         linear_flops_per_token(LLAMA_2_7B),
         digits(3, "GFLOPs", 1e-9),
         "folovllm/course/lessons/formulas.py:linear_flops_per_token",
     ),
-    "swap-bytes": _derived(
+    "swap-bytes": Derived(
         "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back",
         swap_bytes(),
         binary,
         f"{HERE}:swap_bytes",
     ),
-    "recompute-over-swap": _derived(
+    "recompute-over-swap": Derived(
         "FLOPs per byte at which both take as long",
         linear_flops_per_token(LLAMA_2_7B) / swap_bytes(),
-        digits(3),
+        three,
         f"{HERE}:swap_bytes",
+    ),
+    # --- time
+    "m3-over-static-w1": _over("M3", W2, "w1", "m3"),
+    "m3-over-static-w2": _over("M3", W2, "w2", "m3"),
+    "m3-over-continuous-w2": _over("M3", W2, "w2", "m3", "hf:continuous"),
+    "m2-over-static-w2": _over("M2 padded", chapter_3.W2, "w2", "m2:padded"),
+    "m3-attention-over-grouped": Derived(
+        "time of the torch backend over gather and SDPA with grouped heads, 16 requests of 512 tokens",
+        lambda: attention_over_grouped()["median"],
+        times,
+        f"{HERE}:attention_over_grouped",
     ),
 }

@@ -2,24 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from claims.ledger import (
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    binary,
-    digits,
-    fixed,
-    median,
-    plain,
-    power,
-    result,
-    with_range,
-)
+from claims.forms import binary, digits, ms, plain, power, three, times
+from claims.ledger import Claim, Derived, Table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
+from folovllm.course.bench.report import spread
 from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
@@ -29,6 +15,8 @@ from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.scheduler import Scheduler
 
 CHUNKS = "m4-chunks-folo-tiny"  # by `folovllm/course/measure/course.py chunks`
+MIXED = "m4-mixed-qwen3-0.6b"  # by `folovllm bench`: `mixed`, with two token budgets
+SMALL, LARGE = "m4:budget=256", "m4:budget=4096"
 HERE = "docs/claims/chapter_6.py"
 
 # --- a prompt of 100,000 tokens -----------------------------------------------------------------------------
@@ -125,12 +113,49 @@ def arm_rows() -> list[list[str]]:
         rows.append(
             [
                 name,
-                median(plain)(numbers["chunks"]),
-                *(median(digits(3, "", 1e3))(numbers[key]) for key in milliseconds),
+                plain(numbers["chunks"]),
+                *(ms(numbers[key]) for key in milliseconds),
             ]
         )
     return rows
 
+
+def longest_itl_ratio() -> dict[str, float]:
+    """The longest ITL with the large budget over that with the small one, taken inside of each round."""
+    ratios = []
+    for current in result(MIXED)["rounds"]:
+        runs = current["runs"]["mixed"]
+        ratios.append(runs[LARGE]["itl_s"]["max"] / runs[SMALL]["itl_s"]["max"])
+    return spread(ratios)
+
+
+def late_ttft_ratio() -> dict[str, float]:
+    """The time to first token of the long prompt, the longest of all, with the small budget over the large one."""
+    ratios = []
+    for current in result(MIXED)["rounds"]:
+        runs = current["runs"]["mixed"]
+        ratios.append(runs[SMALL]["ttft_s"]["max"] / runs[LARGE]["ttft_s"]["max"])
+    return spread(ratios)
+
+
+def mixed_rows() -> list[list[str]]:
+    """Both budgets on `mixed`; medians of the rounds."""
+    rows = []
+    for system in (LARGE, SMALL):
+        numbers = result(MIXED)["summary"]["mixed"][system]
+        rows.append(
+            [
+                system.removeprefix("m4:budget="),
+                ms(numbers["itl_p50_s"]),
+                ms(numbers["itl_max_s"]),
+                three(numbers["ttft_max_s"]),
+                three(numbers["output_tokens_per_s"]),
+            ]
+        )
+    return rows
+
+
+# --- chunks and logits ------------------------------------------------------------------------------------
 
 WAYS = {
     "chunks_of_16": "chunks of 16",
@@ -179,71 +204,50 @@ TABLES: dict[str, Table] = {
         source="folovllm/course/measure/chunks.py:logit_differences",
         files=(CHUNKS,),
     ),
+    "m4-mixed": Table(
+        "eight streams and a prompt of 2,048 tokens, with two token budgets",
+        ("budget", "ITL p50, ms", "longest ITL, ms", "TTFT of the long prompt, s", "tokens/s"),
+        mixed_rows,
+        source=f"{HERE}:mixed_rows",
+        files=(MIXED,),
+    ),
 }
-
-
-def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
-    return Derived(says, lambda: number, form, source)
-
-
-def _arm(says: str, arm: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, {ARMS[arm]}, folo-tiny", CHUNKS, ("summary", "arms", arm, number), form)
 
 
 CLAIMS: dict[str, Claim] = {
     # --- eight streams and a long prompt
-    "streams-usual-itl": _arm(
-        "median ITL of 8 streams in the whole run", "m3", "run_itl_p50_s", median(digits(2, "ms", 1e3))
-    ),
-    "m3-pause": _arm("largest ITL beside a prompt of 2,048", "m3", "itl_max_s", median(digits(2, "ms", 1e3))),
-    "m3-run-p95": _arm("95th percentile of ITL in the whole run", "m3", "run_itl_p95_s", median(digits(2, "ms", 1e3))),
-    **{
-        f"chunk-{budget}-pause": _arm(
-            "largest ITL beside a prompt of 2,048", budget, "itl_max_s", median(digits(2, "ms", 1e3))
-        )
-        for budget in ("256", "64")
-    },
-    **{
-        f"chunk-{budget}-below": _arm(
-            "M3's largest ITL over this one's in the same round", budget, "max_itl_below_m3", with_range(fixed(1))
-        )
-        for budget in ("256", "64")
-    },
-    **{
-        f"chunk-{budget}-ttft": _arm(
-            "TTFT of the long prompt over M3's in the same round", budget, "ttft_over_m3", with_range(fixed(2))
-        )
-        for budget in ("256", "64")
-    },
-    "chunk-256-run-p95": _arm(
-        "95th percentile of ITL in the whole run", "256", "run_itl_p95_s", median(digits(2, "ms", 1e3))
-    ),
-    "chunk-64-passes": _arm("passes that compute the prompt", "64", "chunks", median(plain)),
-    "chunk-64-room": _derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, plain, f"{HERE}:STREAMS"),
-    "chunk-logits-deviation": Measured(
-        "standard deviation of the logits of a prompt, folo-tiny",
-        CHUNKS,
-        ("logit_differences", "logits_standard_deviation"),
-        digits(2),
-    ),
+    "chunk-64-room": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, plain, f"{HERE}:STREAMS"),
     # --- a prompt of 100,000 tokens
-    "kv-100k": _derived(
+    "kv-100k": Derived(
         "K/V of 100,000 tokens, Llama-2-7B in 16 bits",
         kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT),
         binary,
         "folovllm/kv_cache/formulas.py:kv_bytes",
     ),
-    "kv-of-a-piece": _derived(
+    "kv-of-a-piece": Derived(
         "K/V that a piece of 4,096 tokens adds",
         kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT),
         binary,
         "folovllm/kv_cache/formulas.py:kv_bytes",
     ),
-    "pieces-100k": _derived(
+    "pieces-100k": Derived(
         "passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), plain, f"{HERE}:num_chunks"
     ),
-    "mlp-100k": _derived(
+    "mlp-100k": Derived(
         "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, f"{HERE}:mlp_bytes"
     ),
-    "mlp-of-a-piece": _derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, f"{HERE}:mlp_bytes"),
+    "mlp-of-a-piece": Derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, f"{HERE}:mlp_bytes"),
+    # --- two budgets on Qwen3-0.6B
+    "m4-longest-itl": Derived(
+        "longest ITL with a budget of 4096 over that with 256, mixed",
+        lambda: longest_itl_ratio()["median"],
+        digits(2),
+        f"{HERE}:longest_itl_ratio",
+    ),
+    "m4-late-ttft": Derived(
+        "TTFT of the long prompt with a budget of 256 over that with 4096, mixed",
+        lambda: late_ttft_ratio()["median"],
+        times,
+        f"{HERE}:late_ttft_ratio",
+    ),
 }

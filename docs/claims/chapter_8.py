@@ -8,22 +8,9 @@ from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any
 
-from claims.ledger import (
-    ROOT,
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
-from claims.m3_bench import over
+from claims.chapter_4 import over
+from claims.forms import digits, fixed, mib, ms, percent, plain, share, three, times, with_range
+from claims.ledger import ROOT, Claim, Derived, Table, result
 from folovllm.course.bench.report import spread
 from folovllm.course.grading.latency import (
     COST,
@@ -93,12 +80,12 @@ def w3_rows() -> list[list[str]]:
         rows.append(
             [
                 name,
-                median(digits(3))(numbers["output_tokens_per_s"]),
-                "-" if gain is None else median(fixed(2))(gain),
-                median(digits(3))(numbers["ttft_p50_s"]),
-                median(digits(3, "", 1e3))(numbers["itl_max_s"]),
-                median(digits(3, "", MIB))(numbers["kv_reserved_bytes"]),
-                percent()(used_share(numbers)),
+                three(numbers["output_tokens_per_s"]),
+                "-" if gain is None else times(gain),
+                three(numbers["ttft_p50_s"]),
+                ms(numbers["itl_max_s"]),
+                mib(numbers["kv_reserved_bytes"]),
+                share(used_share(numbers)),
             ]
         )
     return rows
@@ -119,14 +106,14 @@ def tiny_rows() -> list[list[str]]:
         rows.append(
             [
                 name,
-                median(digits(3))(numbers["output_tokens_per_s"]),
-                median(fixed(2))(numbers["over_before"]) if before(arm, ARMS) else "-",
-                median(digits(3, "", 1e3))(numbers["mean_ttft_s"]),
-                median(digits(3, "", 1e3))(numbers["max_itl_s"]),
-                median(digits(3, "", MIB))(numbers["kv_reserved_bytes"]),
-                percent()(used_share(numbers)) if numbers["kv_reserved_bytes"]["max"] else "-",
-                median(plain)(whole_number(numbers["prompt_tokens_computed"])),
-                median(plain)(whole_number(numbers["forwards"])),
+                three(numbers["output_tokens_per_s"]),
+                times(numbers["over_before"]) if before(arm, ARMS) else "-",
+                ms(numbers["mean_ttft_s"]),
+                ms(numbers["max_itl_s"]),
+                mib(numbers["kv_reserved_bytes"]),
+                share(used_share(numbers)) if numbers["kv_reserved_bytes"]["max"] else "-",
+                plain(whole_number(numbers["prompt_tokens_computed"])),
+                plain(whole_number(numbers["forwards"])),
             ]
         )
     return rows
@@ -163,7 +150,7 @@ def crowded() -> int:
 
 # --- a request through the layers ---------------------------------------------------------------------------
 
-FOLLOWED = "1"  # the second request of the trace: it waits for the first one's prefix
+FOLLOWED = "1"  # the second request of the trace: it has the first one's prefix
 
 
 def request_rows() -> list[list[str]]:
@@ -171,13 +158,13 @@ def request_rows() -> list[list[str]]:
     rows: list[list[str]] = []
     for step in result(WHOLE)["trace"]["steps"]:
         share = next((r for r in step["requests"] if r["request_id"] == FOLLOWED), None)
-        if share is None and rows and rows[-1][1] != "follows":
+        if share is None and rows and rows[-1][1] != "waiting":
             break  # it is done
         spent = {name: end - start for name, (start, end) in step["phases"].items()}
         runtime = sum(spent.values()) - spent["forward"]
         times = [digits(2, "", 1e3)(runtime), digits(2, "", 1e3)(spent["forward"])]
         if share is None:
-            rows.append([plain(step["step"]), "follows", "-", "-", "0", "-", "-", *times])
+            rows.append([plain(step["step"]), "waiting", "-", "-", "0", "-", "-", *times])
             continue
         table = step["blocks"]["tables"].get(FOLLOWED, [])
         rows.append(
@@ -199,7 +186,7 @@ def layer_rows() -> list[list[str]]:
     """Of M4's time, the shares of the interface, the runtime and the model's forward, by workload."""
     rows = []
     shares = result(WHOLE)["summary"]["layers"]
-    rows.append(["folo-tiny, this chapter's", *(median(percent(1))(shares[x]) for x in LAYERS)])
+    rows.append(["folo-tiny, this chapter's", *(percent(1)(shares[x]) for x in LAYERS)])
     rows.append(["Qwen3-0.6B, w3", *(percent(2)(w3_layer(x)) for x in LAYERS)])
     return rows
 
@@ -318,17 +305,9 @@ def _w3_gain(says: str, system: str) -> Claim:
     return Derived(
         f"{says}, w3 on Qwen3-0.6B",
         lambda: (w3_over_before(system) or {})["median"],
-        fixed(2),
+        times,
         f"{HERE}:w3_over_before",
     )
-
-
-def _w3(says: str, system: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, w3 on Qwen3-0.6B", WATERFALL, ("summary", "w3", system, number), form)
-
-
-def _tiny(says: str, arm: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, {ARMS[arm]}, folo-tiny", WHOLE, ("summary", "arms", arm, number), form)
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
@@ -336,13 +315,9 @@ def _target(says: str, nanoseconds: int) -> Claim:
 
 
 LATENCY = "folovllm/course/grading/latency.py:step_cost"
-IN_MIB = median(digits(3, "MiB", MIB))
 
 CLAIMS: dict[str, Claim] = {
     # --- w3
-    "w3-m0-speed": _w3("tokens per second, M0", "hf:sequential", "output_tokens_per_s", median(digits(3))),
-    "w3-m4-speed": _w3("tokens per second, M4", "m4", "output_tokens_per_s", median(digits(3))),
-    "w3-m4-over-m0": _w3("M4's tokens per second over M0's", "m4", "ratio_to_base", with_range(digits(3))),
     "w3-m1-gain": _w3_gain("M1 over M0", "m1"),
     "w3-loop-gain": _w3_gain("M2's loop over M1", "m2:loop"),
     "w3-padded-gain": _w3_gain("M2's padded batch over its loop", "m2:padded"),
@@ -351,18 +326,13 @@ CLAIMS: dict[str, Claim] = {
     "w3-m4-over-static": Derived(
         "M4's tokens per second over a static batch's, w3 on Qwen3-0.6B",
         lambda: over(WATERFALL, "w3", "m4", STATIC)["median"],
-        digits(3),
-        "docs/claims/m3_bench.py:over",
+        three,
+        "docs/claims/chapter_4.py:over",
     ),
-    "w3-m4-same": _w3("requests with M0's tokens on M4", "m4", "same_tokens_as_base", "{0[0]} of {0[1]}".format),
-    "w3-m0-kv": _w3("most K/V of M0", "hf:sequential", "kv_reserved_bytes", IN_MIB),
-    "w3-m2-kv": _w3("most K/V set aside by M2", "m2:padded", "kv_reserved_bytes", IN_MIB),
-    "w3-m3-kv": _w3("most K/V set aside by M3", "m3", "kv_reserved_bytes", IN_MIB),
-    "w3-m4-kv": _w3("most K/V set aside by M4", "m4", "kv_reserved_bytes", IN_MIB),
     "w3-m2-used": Derived(
         "of what M2 set aside, the share that was used, w3",
         lambda: used_share(result(WATERFALL)["summary"]["w3"]["m2:padded"]),
-        percent(),
+        share,
         f"{HERE}:used_share",
     ),
     # --- this chapter's workload
@@ -372,24 +342,12 @@ CLAIMS: dict[str, Claim] = {
         with_range(digits(2)),
         f"{HERE}:tiny_over",
     ),
-    "tiny-cache-gain": _tiny("tokens per second over those without a KV cache", "m0", "over_before", median(digits(2))),
-    "tiny-padded-gain": _tiny("tokens per second over those of the loop", "m2-padded", "over_before", median(fixed(2))),
-    "tiny-m3-gain": _tiny("tokens per second over M2's padded batch", "m3", "over_before", median(fixed(2))),
-    "tiny-m4-gain": _tiny("tokens per second over M3's", "m4", "over_before", median(fixed(2))),
-    "tiny-m2-kv": _tiny("most K/V set aside", "m2-padded", "kv_reserved_bytes", IN_MIB),
-    "tiny-m3-kv": _tiny("most K/V set aside", "m3", "kv_reserved_bytes", IN_MIB),
-    "tiny-m4-kv": _tiny("most K/V set aside", "m4", "kv_reserved_bytes", IN_MIB),
     "tiny-m2-used": Derived(
         "of what M2 set aside, the share that was used, folo-tiny",
         lambda: used_share(result(WHOLE)["summary"]["arms"]["m2-padded"]),
-        percent(),
+        share,
         f"{HERE}:used_share",
     ),
-    "tiny-m3-itl": _tiny("longest ITL", "m3", "max_itl_s", median(digits(2, "ms", 1e3))),
-    "tiny-m4-itl": _tiny("longest ITL", "m4", "max_itl_s", median(digits(2, "ms", 1e3))),
-    "tiny-m3-prompt": _tiny("prompt tokens computed", "m3", "prompt_tokens_computed", median(plain)),
-    "tiny-m4-prompt": _tiny("prompt tokens computed", "m4", "prompt_tokens_computed", median(plain)),
-    "tiny-padding": _tiny("of the rows that were computed, padding", "m2-padded", "padding_share", median(percent())),
     # --- the matrix
     "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), plain, f"{HERE}:cells"),
     "matrix-compared": Derived("answers compared with generate's", compared, plain, f"{HERE}:compared"),
@@ -401,12 +359,6 @@ CLAIMS: dict[str, Claim] = {
         lambda: w3_layer("forward"),
         percent(1),
         f"{HERE}:w3_layer",
-    ),
-    "tiny-runtime-share": Measured(
-        "share of M4's time in the runtime around the forward, folo-tiny",
-        WHOLE,
-        ("summary", "layers", "runtime"),
-        median(percent()),
     ),
     # --- the latency target
     "target-itl": _target("the longest time between two tokens", ITL_TARGET),

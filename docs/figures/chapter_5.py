@@ -1,8 +1,6 @@
-"""The figures of chapter 5; what `figures` says of its own holds for them."""
+"""The figures of chapter 5."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from claims import chapter_5
@@ -46,7 +44,7 @@ def draw_kernel_tiles() -> Figure:
     return ragged.kernel_tiles(*chapter_5.KERNEL_STEP, chapter_5.BLOCK_Q, chapter_5.KEY_TILE, NAMES)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES = {
     "padded-and-ragged": draw_padded_and_ragged,
     "ragged-masks": draw_masks,
     "slot-arrows": draw_slot_arrows,

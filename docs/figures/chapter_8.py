@@ -1,8 +1,7 @@
-"""The figures of chapter 8; what `figures` says of its own holds for them."""
+"""The figures of chapter 8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from claims import chapter_8
@@ -162,7 +161,7 @@ def draw_policy_steps() -> Figure:
     return step_costs(runs, ITL_TARGET / MS)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES = {
     "speed-waterfall": draw_speed_waterfall,
     "memory-waterfall": draw_memory_waterfall,
     "same-token-matrix": draw_matrix,
