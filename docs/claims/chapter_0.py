@@ -246,16 +246,10 @@ CLAIMS: dict[str, Claim] = {
         f"{HERE}:attention_crossing",
     ),
     "budget-scheduled": Derived(
-        "tokens of 10 decodes and prompts of 100, 200 and 500",
-        scheduled_tokens,
-        plain,
-        f"{HERE}:scheduled_tokens",
+        "tokens of 10 decodes and prompts of 100, 200 and 500", scheduled_tokens, plain, f"{HERE}:scheduled_tokens"
     ),
     "budget-filled": Derived(
-        "the share of a budget of 1000 that they fill",
-        scheduled_tokens() / BUDGET,
-        share,
-        f"{HERE}:scheduled_tokens",
+        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, share, f"{HERE}:scheduled_tokens"
     ),
     "budget-c-claimed": Derived(
         "tokens of request C that the example schedules in order to fill the budget",

@@ -18,12 +18,7 @@ from claims.models import (
     bundled,
 )
 from folovllm.course.lessons.formulas import attention_ratio, generation_flops, linear_ratio
-from folovllm.kv_cache.formulas import (
-    attention_kind,
-    kv_bytes,
-    kv_bytes_per_token,
-    kv_values_per_layer,
-)
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes, kv_bytes_per_token, kv_values_per_layer
 
 HERE = "docs/claims/chapter_1.py"
 FORMULAS = "folovllm/course/lessons/formulas.py"
@@ -132,7 +127,7 @@ TABLES: dict[str, Table] = {
         "logits against one plain forward",
         ("compared with one forward over T tokens", "largest difference of a logit"),
         difference_rows,
-        source="folovllm/course/measure/course.py:logit_differences",
+        source="folovllm/course/measure/chapter_1.py:logit_differences",
         files=(TINY,),
     ),
 }

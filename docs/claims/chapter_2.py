@@ -83,7 +83,7 @@ TABLES: dict[str, Table] = {
         "M1 beside the bare loop",
         ("model", "loop, ms per token", "engine, ms per token", "engine over loop", "of a decode step, not forward"),
         overhead_rows,
-        source="folovllm/course/measure/course.py:engine_of",
+        source="folovllm/course/measure/chapter_2.py:engine_of",
         files=(TINY, QWEN),
     ),
 }

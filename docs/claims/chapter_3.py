@@ -39,11 +39,7 @@ def w2_prompts() -> list[int]:
 # --- steps ------------------------------------------------------------------------------------------------
 
 SEATS = 4
-OUTPUTS = {
-    "10, 20, 30, 100": (10, 20, 30, 100),
-    "these, 4 times": (10, 20, 30, 100) * 4,
-    "40, 16 times": (40,) * 16,
-}
+OUTPUTS = {"10, 20, 30, 100": (10, 20, 30, 100), "these, 4 times": (10, 20, 30, 100) * 4, "40, 16 times": (40,) * 16}
 
 
 def static_steps(outputs: Sequence[int], seats: int) -> int:
@@ -219,7 +215,7 @@ TABLES: dict[str, Table] = {
         "a decode step of several texts, in one pass and in one pass each",
         ("texts", "one pass, ms", "a pass each, ms", "a pass each over one pass", "tokens/s in one pass"),
         decode_rows,
-        source="folovllm/course/measure/batching.py:forwards_of",
+        source="folovllm/course/measure/chapter_3.py:forwards_of",
         files=(QWEN,),
     ),
     "m2-attribution": Table(
@@ -233,14 +229,14 @@ TABLES: dict[str, Table] = {
         "16 requests on the bundled model, with few seats and with enough",
         ("arm, seats", "passes", "over M1", "first, ms", "last, ms", "rows", "K/V"),
         arm_rows,
-        source="folovllm/course/measure/batching.py:serving_of",
+        source="folovllm/course/measure/chapter_3.py:serving_of",
         files=(TINY,),
     ),
     "m2-policies": Table(
         "waits for a seat in steps, 16 requests that arrive together, 4 seats",
         ("policy", "mean wait", "longest wait", "mean wait of the urgent", "steps until all are done"),
         policy_rows,
-        source="folovllm/course/measure/batching.py:waits_under",
+        source="folovllm/course/measure/chapter_3.py:waits_under",
         files=(TINY,),
     ),
 }
@@ -287,10 +283,7 @@ CLAIMS: dict[str, Claim] = {
         "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), f"{HERE}:padding_share"
     ),
     "w2-prefill-padding": Derived(
-        "padding in one prefill of all prompts of w2",
-        lambda: padding_share(w2_prompts()),
-        share,
-        f"{HERE}:w2_prompts",
+        "padding in one prefill of all prompts of w2", lambda: padding_share(w2_prompts()), share, f"{HERE}:w2_prompts"
     ),
     "w2-kv-padding": Derived(
         "padding among the K/V columns that m2:padded reads on w2, over all its passes",

@@ -9,7 +9,7 @@ from claims import chapter_3
 from claims.forms import binary, digits, fixed, mib, ms, percent, plain, share, three, times, times_range
 from claims.ledger import Cited, Claim, Derived, Table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
-from folovllm.course.bench.report import spread
+from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.allocators import Buddy
 from folovllm.course.lessons.formulas import linear_flops_per_token
 from folovllm.course.lessons.fragmentation import capacity_of, num_blocks, paged_waste, region_waste, translate
@@ -18,7 +18,7 @@ from folovllm.kv_cache.formulas import kv_bytes_per_token
 
 ATTENTION = "m3-attention-qwen3-0.6b"  # by `python -m folovllm.course.measure attention`
 W2 = "m4-qwen3-0.6b"  # by `folovllm bench`, workloads w1 and w2
-BLOCKS = "m3-blocks-folo-tiny"  # by `folovllm/course/measure/course.py blocks`
+BLOCKS = "m3-blocks-folo-tiny"  # by `python -m folovllm.course.measure blocks`
 HERE = "docs/claims/chapter_4.py"
 FRAGMENTATION = "folovllm/course/lessons/fragmentation.py"
 
@@ -128,12 +128,7 @@ def sharing_rows() -> list[list[str]]:
     """The largest share of blocks that sharing saved in any step: samples of one prompt, beams on four."""
     found = result(BLOCKS)["sharing"]
     return [
-        [
-            size,
-            width,
-            share(found["parallel_sampling"][size][width]),
-            share(fmean(saved)),
-        ]
+        [size, width, share(found["parallel_sampling"][size][width]), share(fmean(saved))]
         for size, widths in found["beam_search"].items()
         for width, saved in widths.items()
     ]
@@ -252,14 +247,14 @@ TABLES: dict[str, Table] = {
         "blocks that sharing saves, at most in any step",
         ("block size", "samples or beams", "samples save", "beams save"),
         sharing_rows,
-        source="folovllm/course/measure/blocks.py:sharing",
+        source="folovllm/course/measure/chapter_4.py:sharing",
         files=(BLOCKS,),
     ),
     "m3-preemption": Table(
         "w2 with enough blocks and with a quarter of them",
         ("blocks", "preempted", "steps", "prompt tokens computed", "blocks moved", "time over enough"),
         preemption_rows,
-        source="folovllm/course/measure/blocks.py:preemption_rounds",
+        source="folovllm/course/measure/chapter_4.py:preemption_rounds",
         files=(BLOCKS,),
     ),
     "m3-time": Table(

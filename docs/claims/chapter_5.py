@@ -17,7 +17,7 @@ from folovllm.course.lessons.fragmentation import num_blocks, translate
 from folovllm.course.lessons.online_softmax import online_softmax
 from folovllm.course.viz.ragged import tile_kinds
 
-RAGGED = "m3-ragged-folo-tiny"  # by `folovllm/course/measure/course.py ragged`
+RAGGED = "m3-ragged-folo-tiny"  # by `python -m folovllm.course.measure ragged`
 HERE = "docs/claims/chapter_5.py"
 SOFTMAX = "folovllm/course/lessons/online_softmax.py:online_softmax"
 TILES = "folovllm/course/viz/ragged.py:tile_kinds"
@@ -193,14 +193,14 @@ TABLES: dict[str, Table] = {
         "one forward that reads the last logits of three texts, padded and in one row",
         ("tokens", "way", "rows of tokens", "ms"),
         prefill_rows,
-        source="folovllm/course/measure/ragged.py:forwards",
+        source="folovllm/course/measure/chapter_5.py:forwards",
         files=(RAGGED,),
     ),
     "packing": Table(
         "three packed texts: the largest difference of any logit from the text alone",
         ("what the model is told", "a", "b", "c"),
         packing_rows,
-        source="folovllm/course/measure/ragged.py:packing",
+        source="folovllm/course/measure/chapter_5.py:packing",
         files=(RAGGED,),
     ),
     "step-metadata": Table(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from claims.forms import binary, digits, ms, plain, power, three, times
 from claims.ledger import Claim, Derived, Table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
-from folovllm.course.bench.report import spread
+from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
@@ -14,7 +14,7 @@ from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.scheduler import Scheduler
 
-CHUNKS = "m4-chunks-folo-tiny"  # by `folovllm/course/measure/course.py chunks`
+CHUNKS = "m4-chunks-folo-tiny"  # by `python -m folovllm.course.measure chunks`
 MIXED = "m4-mixed-qwen3-0.6b"  # by `folovllm bench`: `mixed`, with two token budgets
 SMALL, LARGE = "m4:budget=256", "m4:budget=4096"
 HERE = "docs/claims/chapter_6.py"
@@ -110,13 +110,7 @@ def arm_rows() -> list[list[str]]:
     for arm, name in ARMS.items():
         numbers = result(CHUNKS)["summary"]["arms"][arm]
         milliseconds = ("itl_p50_s", "itl_p95_s", "itl_max_s", "run_itl_p95_s", "ttft_p50_s", "ttft_p95_s")
-        rows.append(
-            [
-                name,
-                plain(numbers["chunks"]),
-                *(ms(numbers[key]) for key in milliseconds),
-            ]
-        )
+        rows.append([name, plain(numbers["chunks"]), *(ms(numbers[key]) for key in milliseconds)])
     return rows
 
 
@@ -189,19 +183,16 @@ TABLES: dict[str, Table] = {
     ),
     "m4-chunks": Table(
         "8 streams and a prompt of 2,048 tokens that comes in among them, milliseconds",
-        (
-            *("budget", "passes", "ITL p50", "ITL p95", "ITL max"),
-            *("ITL p95, whole run", "TTFT p50", "TTFT p95"),
-        ),
+        (*("budget", "passes", "ITL p50", "ITL p95", "ITL max"), *("ITL p95, whole run", "TTFT p50", "TTFT p95")),
         arm_rows,
-        source="folovllm/course/measure/chunks.py:chunks",
+        source="folovllm/course/measure/chapter_6.py:chunks",
         files=(CHUNKS,),
     ),
     "chunk-logits": Table(
         "the logits of a prompt's last chunk, against one pass over all of it",
         ("way", "largest difference"),
         logit_rows,
-        source="folovllm/course/measure/chunks.py:logit_differences",
+        source="folovllm/course/measure/chapter_6.py:logit_differences",
         files=(CHUNKS,),
     ),
     "m4-mixed": Table(

@@ -12,7 +12,7 @@ from claims.ledger import Claim, Derived, Measured, Table, result
 from folovllm.course.bench.workloads import get_workload
 from folovllm.course.viz.prefix import hit_tokens
 
-PREFIXES = "m4-prefixes-folo-tiny"  # by `folovllm/course/measure/course.py prefixes`
+PREFIXES = "m4-prefixes-folo-tiny"  # by `python -m folovllm.course.measure prefixes`
 BENCH = "m4-qwen3-0.6b"  # by `folovllm bench`: w1, w2 and w3 on m3, m4, hf:static and hf:continuous
 HERE = "docs/claims/chapter_7.py"
 HITS = "folovllm/course/viz/prefix.py:hit_tokens"
@@ -152,14 +152,14 @@ TABLES: dict[str, Table] = {
         "20 requests with a system prompt of 400 tokens and 24 of their own",
         ("arm", "prompt tokens computed", "found", "steps", "mean TTFT, ms", "time over no cache"),
         arm_rows,
-        source="folovllm/course/measure/chunks.py:prefixes",
+        source="folovllm/course/measure/chapter_7.py:prefixes",
         files=(PREFIXES,),
     ),
     "m4-sharing-rules": Table(
         "prompt tokens computed for the same requests, all of which arrive together",
         ("budget", "of one request", "no cache", "what is written", "and this forward's"),
         rule_rows,
-        source="folovllm/course/measure/chunks.py:by_rule",
+        source="folovllm/course/measure/chapter_7.py:by_rule",
         files=(PREFIXES,),
     ),
     "m4-bench": Table(

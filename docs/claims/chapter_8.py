@@ -1,43 +1,21 @@
-"""Claims of chapter 8: one workload on every milestone, who says the same, and what a latency target asks for."""
+"""Claims of chapter 8: one workload on every milestone, the same tokens, and what a latency target asks for."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
 from claims.chapter_4 import over
 from claims.forms import digits, fixed, mib, ms, percent, plain, share, three, times, with_range
-from claims.ledger import ROOT, Claim, Derived, Table, result
-from folovllm.course.bench.report import spread
-from folovllm.course.grading.latency import (
-    COST,
-    ITL_TARGET,
-    LONG,
-    LONG_TTFT_TARGET,
-    MS,
-    READERS,
-    SHORT,
-    SHORT_TTFT_TARGET,
-    FixedBudget,
-    Policy,
-    Served,
-    serve,
-)
+from claims.ledger import Claim, Derived, Table, result
+from folovllm.course.bench.rounds import spread
+from folovllm.course.grading.latency import COST, ITL_TARGET, LONG_TTFT_TARGET, MS, SHORT_TTFT_TARGET
 
 WATERFALL = "m4-waterfall-qwen3-0.6b"  # w3 on every milestone, hf:sequential (M0's way) and hf:static
-WHOLE = "m4-whole-folo-tiny"  # by `folovllm/course/measure/course.py whole`
+WHOLE = "m4-whole-folo-tiny"  # by `python -m folovllm.course.measure whole`
+LATENCY = "m4-latency-target"  # by `python -m folovllm.course.measure latency`
 HERE = "docs/claims/chapter_8.py"
-W3 = {
-    "hf:sequential": "M0",
-    "m1": "M1",
-    "m2:loop": "M2, loop",
-    "m2:padded": "M2, padded",
-    "m3": "M3",
-    "m4": "M4",
-}
+W3 = {"hf:sequential": "M0", "m1": "M1", "m2:loop": "M2, loop", "m2:padded": "M2, padded", "m3": "M3", "m4": "M4"}
 ARMS = {
     "m0-recompute": "M0, no cache",
     "m0": "M0",
@@ -67,7 +45,7 @@ def w3_over_before(system: str) -> Spread | None:
 
 
 def used_share(numbers: Mapping[str, Spread]) -> float:
-    """Of the K/V that was set aside, the share that somebody needed."""
+    """Of the K/V that was set aside, the share that requests needed."""
     return numbers["kv_used_bytes"]["median"] / numbers["kv_reserved_bytes"]["median"]
 
 
@@ -124,7 +102,7 @@ def whole_number(counts: Spread) -> Spread:
     return {key: round(value) for key, value in counts.items()}
 
 
-# --- who says the same --------------------------------------------------------------------------------------
+# --- the same tokens ----------------------------------------------------------------------------------------
 
 
 def cells() -> list[dict[str, Any]]:
@@ -144,7 +122,7 @@ def same_answers() -> int:
 
 
 def crowded() -> int:
-    """Settings in which somebody gave way."""
+    """Settings in which a request was preempted."""
     return sum(cell["preemptions"] > 0 for cell in cells())
 
 
@@ -208,55 +186,20 @@ def w3_layer(layer: str) -> float:
 
 # --- a latency target ---------------------------------------------------------------------------------------
 
-BUDGETS = (64, 108, 160, 256, 4096)
-HARDEST = (*READERS, LONG, *SHORT)
-
-
-@cache
-def solution() -> type[Policy]:
-    """The policy of the exercise's solution."""
-    file = ROOT / "milestones" / "m4_latency_target" / "solution.py"
-    spec = importlib.util.spec_from_file_location("m4_latency_target_solution", file)
-    if spec is None or spec.loader is None:
-        raise LookupError(f"{file.name} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    policy: type[Policy] = module.LatencyPolicy
-    return policy
-
-
-@cache
-def under(policy: int | str) -> Served:
-    """The exercise's hardest workload under a fixed budget, or under the solution's policy."""
-    make: Callable[..., Policy] = solution()
-    return serve(HARDEST, COST, FixedBudget(policy) if isinstance(policy, int) else make(ITL_TARGET, COST))
-
 
 def latency_rows() -> list[list[str]]:
-    """What anybody waits under fixed budgets and under the solution, on the made-up machine."""
+    """Waits under fixed budgets and under the solution's policy, on the made-up machine."""
     rows = []
-    for policy in (*BUDGETS, "solution"):
-        done = under(policy)
-        shorts = max(done.ttft(arrival.request_id) for arrival in SHORT)
-        name = f"budget {policy:,}" if isinstance(policy, int) else "by cost, shortest first"
-        waits = (done.longest_itl(), done.ttft(LONG.request_id), shorts)
-        rows.append([name, *(fixed(0)(wait) for wait in waits)])
+    for policy, numbers in result(LATENCY)["policies"].items():
+        name = "by cost, shortest first" if policy == "solution" else f"budget {int(policy):,}"
+        rows.append([name, *(fixed(0)(numbers[key]) for key in ("longest_itl_ms", "long_ttft_ms", "short_ttft_ms"))])
     return rows
 
 
 TABLES: dict[str, Table] = {
     "whole-w3": Table(
         "w3 on every milestone, on the shape of Qwen3-0.6B",
-        (
-            "milestone",
-            "tokens/s",
-            "over the row above",
-            "TTFT p50, s",
-            "longest ITL, ms",
-            "K/V, MiB",
-            "of it used",
-        ),
+        ("milestone", "tokens/s", "over the row above", "TTFT p50, s", "longest ITL, ms", "K/V, MiB", "of it used"),
         w3_rows,
         source=f"{HERE}:w3_rows",
         files=(WATERFALL,),
@@ -275,14 +218,14 @@ TABLES: dict[str, Table] = {
             "forwards",
         ),
         tiny_rows,
-        source="folovllm/course/measure/whole.py:whole",
+        source="folovllm/course/measure/chapter_8.py:whole",
         files=(WHOLE,),
     ),
     "one-request": Table(
         "one request, step by step",
         ("step", "status", "found", "computed", "K/V", "its blocks", "sampled", "runtime", "model"),
         request_rows,
-        source="folovllm/course/measure/whole.py:traced",
+        source="folovllm/course/measure/chapter_8.py:traced",
         files=(WHOLE,),
     ),
     "layer-shares": Table(
@@ -296,25 +239,22 @@ TABLES: dict[str, Table] = {
         "eight readers, a long prompt and five short ones on the exercise's machine: milliseconds",
         ("policy", "longest ITL", "TTFT of the long prompt", "longest TTFT of a short one"),
         latency_rows,
-        source=f"{HERE}:latency_rows",
+        source="folovllm/course/measure/chapter_8_latency.py:latency",
     ),
 }
 
 
 def _w3_gain(says: str, system: str) -> Claim:
     return Derived(
-        f"{says}, w3 on Qwen3-0.6B",
-        lambda: (w3_over_before(system) or {})["median"],
-        times,
-        f"{HERE}:w3_over_before",
+        f"{says}, w3 on Qwen3-0.6B", lambda: (w3_over_before(system) or {})["median"], times, f"{HERE}:w3_over_before"
     )
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
-    return Derived(f"the exercise's target for {says}", lambda: nanoseconds, digits(4, "ms", 1 / MS), LATENCY)
+    return Derived(f"the exercise's target for {says}", lambda: nanoseconds, digits(4, "ms", 1 / MS), STEP_COST)
 
 
-LATENCY = "folovllm/course/grading/latency.py:step_cost"
+STEP_COST = "folovllm/course/grading/latency.py:step_cost"
 
 CLAIMS: dict[str, Claim] = {
     # --- w3
@@ -352,7 +292,7 @@ CLAIMS: dict[str, Claim] = {
     "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), plain, f"{HERE}:cells"),
     "matrix-compared": Derived("answers compared with generate's", compared, plain, f"{HERE}:compared"),
     "matrix-same": Derived("answers with generate's tokens", same_answers, plain, f"{HERE}:same_answers"),
-    "matrix-crowded": Derived("settings in which somebody gave way", crowded, plain, f"{HERE}:crowded"),
+    "matrix-crowded": Derived("settings in which a request was preempted", crowded, plain, f"{HERE}:crowded"),
     # --- layers
     "w3-forward-share": Derived(
         "share of M4's time inside the model's forward, w3 on Qwen3-0.6B",
@@ -369,6 +309,6 @@ CLAIMS: dict[str, Claim] = {
         "machine",
         lambda: 4000 * COST.per_pair / COST.per_token,
         digits(2),
-        LATENCY,
+        STEP_COST,
     ),
 }

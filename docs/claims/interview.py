@@ -26,5 +26,5 @@ CLAIMS: dict[str, Claim] = {
         lambda: tokens_per_pass(ACCEPTED, DRAFTED),
         three,
         f"{HERE}:tokens_per_pass",
-    ),
+    )
 }

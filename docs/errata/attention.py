@@ -13,12 +13,7 @@ from claims.models import LLAMA_2_7B
 from errata.bundled_model import bundled_model, cache_after, some_tokens
 from errata.finding import Erratum, Evidence, claims_of
 from folovllm.baseline import generate_cached, generate_recompute
-from folovllm.course.lessons.formulas import (
-    attention_flops_per_token,
-    attention_ratio,
-    generation_flops,
-    linear_ratio,
-)
+from folovllm.course.lessons.formulas import attention_flops_per_token, attention_ratio, generation_flops, linear_ratio
 
 PROMPT_LEN, NEW_TOKENS = 16, 64
 
@@ -42,7 +37,7 @@ def prompt_without_order() -> Evidence:
 @cache
 def masks() -> dict[str, float]:
     """What chapter 1 measures, on this machine."""
-    from folovllm.course.measure.course import logit_differences  # only for those who run the experiment
+    from folovllm.course.measure.chapter_1 import logit_differences  # only for those who run the experiment
 
     with torch.inference_mode():
         return logit_differences(bundled_model())

@@ -135,11 +135,7 @@ ERRATA = (
         ("padding-mixed-cells", "padding-mixed-tokens", "padding-mixed"),
         formula=counted_nine,
     ),
-    Erratum(
-        "continuous-no-padding",
-        "Continuous batching has no padding",
-        ("w2-prefill-padding", "w2-kv-padding"),
-    ),
+    Erratum("continuous-no-padding", "Continuous batching has no padding", ("w2-prefill-padding", "w2-kv-padding")),
     Erratum(
         "loop-of-forwards",
         "Scheduling multiplies throughput, even at one forward per request",

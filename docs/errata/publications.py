@@ -39,9 +39,7 @@ ERRATA = (
     ),
     Erratum("table-of-systems", "Hugging Face wastes most, FasterTransformer less, DeepSpeed least", formula=systems),
     Erratum(
-        "factor-of-24",
-        "vLLM owes its factor of twenty-four to PagedAttention",
-        ("blog-throughput", "paper-throughput"),
+        "factor-of-24", "vLLM owes its factor of twenty-four to PagedAttention", ("blog-throughput", "paper-throughput")
     ),
     Erratum("the-name", "The technique is called PageAttention", formula=name),
 )

@@ -43,8 +43,4 @@ def draw_attention_share() -> Figure:
     )
 
 
-FIGURES = {
-    "latency-timeline": draw_latencies,
-    "roofline": draw_roofline,
-    "attention-share": draw_attention_share,
-}
+FIGURES = {"latency-timeline": draw_latencies, "roofline": draw_roofline, "attention-share": draw_attention_share}

@@ -47,8 +47,4 @@ def draw_chunk_latency() -> Figure:
     return chunks.latency_by_chunk(budgets, panels, labels={budgets[-1]: "all"})
 
 
-FIGURES = {
-    "chunked-mask": draw_chunked_mask,
-    "chunk-steps": draw_chunk_steps,
-    "chunk-latency": draw_chunk_latency,
-}
+FIGURES = {"chunked-mask": draw_chunked_mask, "chunk-steps": draw_chunk_steps, "chunk-latency": draw_chunk_latency}

@@ -28,7 +28,6 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -45,8 +44,8 @@ from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.triton_backend import INTERPRETED, TritonBackend
 from folovllm.attention.triton_configs import KernelConfig, choose_configs
-from folovllm.course.bench import machine
-from folovllm.course.bench.report import save_report, spread
+from folovllm.course.bench.report import save_report
+from folovllm.course.bench.rounds import provenance, spread
 from folovllm.course.lessons.triton_compile import compile_attention
 from folovllm.course.paths import RESULTS
 
@@ -357,10 +356,7 @@ def main() -> None:
     typed += [str(options.rounds), "--calls", str(options.calls), *["--shipped-only"] * options.shipped_only]
     report: dict[str, Any] = {
         "command": f"python -m folovllm.course.measure.sweep_kernels {shlex.join(typed)}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(DEVICE),
-        "versions": machine.versions(),
+        **provenance(DEVICE),
         "dtype": options.dtype,
         "rounds": options.rounds,
         "calls": options.calls,

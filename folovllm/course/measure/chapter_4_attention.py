@@ -1,4 +1,4 @@
-"""The measurement of attention alone: `python -m folovllm.course.measure attention` writes
+"""The second measurement of chapter 4, attention alone: `python -m folovllm.course.measure attention` writes
 `results/m3-attention-qwen3-0.6b.json`.
 
 One decode step of a layer of Qwen3-0.6B's shape: each of `requests` has one new token and `length` tokens of K/V in
@@ -11,15 +11,12 @@ summary, rounds    length -> way -> `seconds` of one layer, `over_gather` (times
   gather_grouped   the same, with the query heads of a KV head as rows of one head, so that they share a pass over it
   torch            `attention_backend="torch"`, blocks in random order
   torch_neighbours the same, blocks that lie side by side, as in an engine that has just started
-  torch_compiled   `attention_backend="torch-compiled"`, blocks in random order; null without a C++ compiler
 difference         of each way, the largest from a float64 reference, at the first length
-compiled_graphs    that torch's compiler made for all lengths together, and 1 to 16 requests
 """
 
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
@@ -29,17 +26,16 @@ from rich.console import Console
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
+from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
-from folovllm.attention.torch_compiled import TorchCompiledBackend
-from folovllm.course.measure.measuring import describe, seconds, summarize, turned
+from folovllm.course.bench.rounds import in_turn, spreads
+from folovllm.course.measure.measuring import describe, in_rounds, seconds
 
 MODEL = "qwen3-0.6b"
 NUM_REQUESTS, BLOCK_SIZE, LENGTHS = 16, 16, (512, 128, 2048)
 LAYERS = 8
-FEWER_REQUESTS = (1, 2, 5)  # for the count of graphs
 
 
 def attention(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
@@ -49,33 +45,32 @@ def attention(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str
     params = AttentionParams(config.head_dim**-0.5)
     measured: list[dict[str, Any]] = [{} for _ in range(rounds)]
     difference: dict[str, float] = {}
-    compiler = TorchCompiledBackend() if shutil.which("g++") or shutil.which("clang++") else None
-    torch._dynamo.utils.counters.clear()
     for length in LENGTHS:
         layers = [pool(length, heads, dtype, layer) for layer in range(LAYERS)]
         query = torch.randn(NUM_REQUESTS, heads[0], heads[2]).to(dtype)  # [R, Hq, D]
-        ways = ways_to_attend(query, length, params, compiler)
+        ways = ways_to_attend(query, length, params)
         if not difference:
             difference = differences(ways, query, layers[0], length, params)
         for index in range(-1, rounds):  # the first is a warm-up
-            took = {name: seconds(partial(over, ways[name], layers)) / LAYERS for name in turned(list(ways), index + 1)}
+            took = in_turn(
+                {name: partial(seconds, partial(over, way, layers)) for name, way in ways.items()}, index + 1
+            )
             if index >= 0:
-                measured[index][str(length)] = numbers({name: took[name] for name in ways}, length, heads, dtype)
-        summary = summarize([current[str(length)] for current in measured])
+                per_layer = {name: spent / LAYERS for name, spent in took.items()}
+                measured[index][str(length)] = numbers(per_layer, length, heads, dtype)
+        summary = spreads([current[str(length)] for current in measured])
         shown = {name: round(way["over_gather"]["median"], 2) for name, way in summary.items()}
         console.print(f"{NUM_REQUESTS} x {length}: of gather + SDPA {shown}", highlight=False)
-    data = {
-        **header,
-        "command": f"python -m folovllm.course.measure attention --rounds {rounds} --threads {torch.get_num_threads()}",
-        "requests": NUM_REQUESTS,
-        "block_size": BLOCK_SIZE,
-        "layers": LAYERS,
-        "heads": dict(zip(("query", "kv", "dim"), heads, strict=True)),
-        "difference": difference,
-        "compiled_graphs": None if compiler is None else graphs(compiler, heads, dtype, params),
-        "summary": summarize(measured),
-        "rounds": measured,
-    }
+    data = in_rounds(
+        header,
+        f"attention --rounds {rounds} --threads {torch.get_num_threads()}",
+        measured,
+        requests=NUM_REQUESTS,
+        block_size=BLOCK_SIZE,
+        layers=LAYERS,
+        heads=dict(zip(("query", "kv", "dim"), heads, strict=True)),
+        difference=difference,
+    )
     return [(f"m3-attention-{MODEL}", data)]
 
 
@@ -88,21 +83,16 @@ def numbers(took: dict[str, float], length: int, heads: tuple[int, int, int], dt
     }
 
 
-def ways_to_attend(
-    query: Tensor, length: int, params: AttentionParams, compiler: AttentionBackend | None
-) -> dict[str, Callable[[LayerKV], Tensor]]:
+def ways_to_attend(query: Tensor, length: int, params: AttentionParams) -> dict[str, Callable[[LayerKV], Tensor]]:
     """Each way as a function of a layer's K/V."""
     scattered, neighbours = metadata(length, scattered=True), metadata(length, scattered=False)
     backend = TorchBackend()
-    ways: dict[str, Callable[[LayerKV], Tensor]] = {
+    return {
         "gather": lambda kv: gather_and_attend(query, kv, scattered, params, grouped=False),
         "gather_grouped": lambda kv: gather_and_attend(query, kv, scattered, params, grouped=True),
         "torch": lambda kv: backend.attend(query, kv, scattered, params),
         "torch_neighbours": lambda kv: backend.attend(query, kv, neighbours, params),
     }
-    if compiler is not None:
-        ways["torch_compiled"] = lambda kv: compiler.attend(query, kv, scattered, params)
-    return ways
 
 
 def differences(
@@ -147,31 +137,20 @@ def pool(length: int, heads: tuple[int, int, int], dtype: torch.dtype, seed: int
     return LayerKV(torch.randn(shape, generator=draw).to(dtype), torch.randn(shape, generator=draw).to(dtype))
 
 
-def metadata(length: int, *, scattered: bool, num_requests: int = NUM_REQUESTS) -> AttentionMetadata:
+def metadata(length: int, *, scattered: bool) -> AttentionMetadata:
     """One decode row per request, each with `length` tokens of K/V."""
     each = length // BLOCK_SIZE
-    blocks = list(range(1, 1 + num_requests * each))
+    blocks = list(range(1, 1 + NUM_REQUESTS * each))
     if scattered:
         random.Random(0).shuffle(blocks)
-    tables = [tuple(blocks[i * each : (i + 1) * each]) for i in range(num_requests)]
+    tables = [tuple(blocks[i * each : (i + 1) * each]) for i in range(NUM_REQUESTS)]
     return AttentionMetadata(
-        torch.arange(num_requests + 1, dtype=torch.int32),
-        torch.full((num_requests,), length, dtype=torch.int32),
-        torch.zeros(num_requests, dtype=torch.long),
+        torch.arange(NUM_REQUESTS + 1, dtype=torch.int32),
+        torch.full((NUM_REQUESTS,), length, dtype=torch.int32),
+        torch.zeros(NUM_REQUESTS, dtype=torch.long),
         torch.tensor(tables, dtype=torch.int32),
         BLOCK_SIZE,
-        [1] * num_requests,
-        [length] * num_requests,
+        [1] * NUM_REQUESTS,
+        [length] * NUM_REQUESTS,
         tables,
     )
-
-
-def graphs(
-    compiler: TorchCompiledBackend, heads: tuple[int, int, int], dtype: torch.dtype, params: AttentionParams
-) -> int:
-    """How many graphs torch's compiler has made, after steps of fewer requests as well."""
-    kv = pool(LENGTHS[0], heads, dtype, 0)
-    for number in FEWER_REQUESTS:
-        query = torch.randn(number, heads[0], heads[2]).to(dtype)
-        compiler.attend(query, kv, metadata(LENGTHS[0], scattered=True, num_requests=number), params)
-    return int(torch._dynamo.utils.counters["stats"]["unique_graphs"])
