@@ -59,11 +59,6 @@ def visit_drawn(self: HTML5Translator, node: drawn_node) -> None:
     raise nodes.SkipNode
 
 
-def visit_alt(self: Any, node: drawn_node) -> None:
-    """Other formats than HTML have the caption only."""
-    raise nodes.SkipNode
-
-
 class Erratum(SphinxDirective):
     """A claim that is wrong, why it is plausible, and how it is refuted."""
 
@@ -101,8 +96,6 @@ class SelfCheck(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(drawn_node, override=True, **{writer: (visit_alt, None)})
     app.add_node(drawn_node, override=True, html=(visit_drawn, None))
     app.add_directive("drawn", Drawn)
     app.add_directive("erratum", Erratum)

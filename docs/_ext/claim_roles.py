@@ -17,6 +17,7 @@ from docutils import nodes
 from docutils.parsers.rst import directives
 from source_links import note_source, source_reference
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.writers.html5 import HTML5Translator
 
@@ -36,10 +37,6 @@ def visit_claim(self: HTML5Translator, node: claim_node) -> None:
 
 def depart_claim(self: HTML5Translator, node: claim_node) -> None:
     self.body.append("</a>")
-
-
-def visit_plain(self: Any, node: nodes.Node) -> None:
-    """Other formats than HTML show the number alone."""
 
 
 class ClaimRole(SphinxRole):
@@ -71,14 +68,9 @@ class ProvenanceRole(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         file, _, how = self.text.partition("|")
         try:
-            text = ledger.provenance(file)
+            note = provenance(self.env, file, how, nodes.inline)
         except ledger.ClaimError as error:
             return problem(self, error)
-        if how:
-            text = f"{text.rpartition(';')[0]}; {how}"
-        note = nodes.inline("", f"Measured: {text}; ", classes=["provenance"])
-        note += result_reference(self.env, file)
-        note += nodes.Text(".")
         return [note], []
 
 
@@ -99,19 +91,11 @@ class ClaimsTable(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         try:
             table = registry.get_table(self.arguments[0])
-            rows = table.rows()
-            lines = [ledger.provenance(file) for file in table.files]
+            made: list[nodes.Node] = [make_table(table.header, table.rows(), self.arguments[0])]
+            how = self.options.get("provenance")
+            made += [provenance(self.env, file, how, nodes.paragraph) for file in table.files]
         except ledger.ClaimError as error:
             raise self.error(str(error)) from None
-        made: list[nodes.Node] = [make_table(table.header, rows, self.arguments[0])]
-        how = self.options.get("provenance")
-        for file, line in zip(table.files, lines, strict=True):
-            self.env.note_dependency(str(ledger.RESULTS / f"{file}.json"))
-            shown = f"{line.rpartition(';')[0]}; {how}" if how else line
-            note = nodes.paragraph("", f"Measured: {shown}; ", classes=["provenance"])
-            note += result_reference(self.env, file)
-            note += nodes.Text(".")
-            made.append(note)
         return made
 
 
@@ -149,12 +133,21 @@ class ClaimsLedger(SphinxDirective):
         if isinstance(claim, ledger.Measured):
             self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
             line += result_reference(self.env, claim.file)
-            line += nodes.Text(", " + " / ".join(claim.path))
+            line += nodes.Text(", " + claim.where.partition("/")[2].replace("/", " / "))
         elif isinstance(claim, ledger.Derived):
             line += source_reference(self.env, claim.source)
         else:
             line += nodes.reference("", claim.source, refuri=claim.url)
         return line
+
+
+def provenance(env: BuildEnvironment, file: str, how: str | None, kind: type[nodes.TextElement]) -> nodes.TextElement:
+    """Where, with what and when a results file was measured, and a link to it."""
+    env.note_dependency(str(ledger.RESULTS / f"{file}.json"))
+    note = kind("", f"{ledger.provenance(file, how)}; ", classes=["provenance"])
+    note += result_reference(env, file)
+    note += nodes.Text(".")
+    return note
 
 
 def make_table(header: Any, rows: list[list[str]], table_id: str) -> nodes.table:
@@ -175,7 +168,7 @@ def make_row(cells: Any, right: list[bool]) -> nodes.row:
     return nodes.row("", *entries)
 
 
-def result_reference(env: Any, file: str) -> nodes.Node:
+def result_reference(env: BuildEnvironment, file: str) -> nodes.Node:
     """A link to a results file, which is shown as a page of its own."""
     return note_source(env, f"results/{file}.json", None, f"results/{file}.json")
 
@@ -188,8 +181,6 @@ def problem(role: SphinxRole, error: Exception) -> tuple[list[nodes.Node], list[
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("source_links")
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(claim_node, override=True, **{writer: (visit_plain, visit_plain)})
     app.add_node(claim_node, override=True, html=(visit_claim, depart_claim))
     app.add_role("claim", ClaimRole())
     app.add_role("measured", ClaimRole())

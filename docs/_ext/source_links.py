@@ -95,13 +95,7 @@ def merge(app: Sphinx, env: BuildEnvironment, docnames: set[str], other: BuildEn
     pages_of(env).update({name: files for name, files in pages_of(other).items() if name in docnames})
 
 
-def visit_plain(self: Any, node: nodes.Node) -> None:
-    """Other formats than HTML show the text alone."""
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(source_node, override=True, **{writer: (visit_plain, visit_plain)})
     app.add_node(source_node, override=True, html=(visit_source, depart_source))
     app.add_role("src", SourceRole())
     app.connect("html-collect-pages", collect_pages)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claims.forms import digits, fixed, giga, ms, percent, plain, share, three
-from claims.ledger import Cited, Claim, Derived, Measured, Table, result
+from claims.ledger import Cited, Claim, Derived, Measured, Table, at, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B
 from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
@@ -83,25 +83,6 @@ KINDS = {
 }
 
 
-def workload_rows() -> list[list[str]]:
-    """One row per workload, medians of the rounds."""
-    points, work = result(WORKLOADS)["summary"]["points"], result(WORKLOADS)["work"]
-    rows = []
-    for kind, name in KINDS.items():
-        point = points[kind]
-        rows.append(
-            [
-                name,
-                ms(point["seconds"]),
-                ms(point["seconds_per_token"]),
-                three(work[kind]["intensity"]),
-                giga(point["flops_per_s"]),
-                share(point["share_of_peak_flops"]),
-            ]
-        )
-    return rows
-
-
 def intensity_rows() -> list[list[str]]:
     """A 4096 x 4096 layer at growing m."""
     cells = []
@@ -112,39 +93,42 @@ def intensity_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Table] = {
-    "two-workloads": Table(
+    "two-workloads": measured_table(
         "prefill and decode on one machine",
-        ("one pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s reached", "of the best rate"),
-        workload_rows,
-        source="folovllm/course/bench/roofline.py:pass_work",
-        files=(WORKLOADS,),
+        f"{WORKLOADS}/summary/points",
+        "one pass",
+        {
+            "ms": ("seconds", ms),
+            "ms per token": ("seconds_per_token", ms),
+            "FLOP per byte": lambda kind: three(at(f"{WORKLOADS}/work/{kind}/intensity")),
+            "GFLOP/s reached": ("flops_per_s", giga),
+            "of the best rate": ("share_of_peak_flops", share),
+        },
+        KINDS,
     ),
     "intensity": Table(
         "arithmetic intensity of a linear layer",
         ("m, tokens", "MFLOP", "FLOP per byte, 16 bits", "FLOP per byte, 32 bits"),
         intensity_rows,
-        source=f"{HERE}:intensity",
     ),
 }
 
 CLAIMS: dict[str, Claim] = {
     "decode-share-of-peak": Measured(
         "decode of one text, share of the best rate of a matrix product",
-        WORKLOADS,
-        ("summary", "points", "decode-1", "share_of_peak_flops"),
+        f"{WORKLOADS}/summary/points/decode-1/share_of_peak_flops",
         share,
     ),
     "decode-share-of-bandwidth": Measured(
         "decode of one text, share of the read bandwidth",
-        WORKLOADS,
-        ("summary", "points", "decode-1", "share_of_read_bandwidth"),
+        f"{WORKLOADS}/summary/points/decode-1/share_of_read_bandwidth",
         share,
     ),
     "machine-ridge": Derived(
         "best rate of a matrix product over best read rate, medians, FLOP per byte",
         lambda: machine_ceilings()[0] / machine_ceilings()[1],
         three,
-        f"{HERE}:machine_ceilings",
+        machine_ceilings,
     ),
     "llama2-training-tokens": Cited(
         "tokens that Llama 2 was trained on, trillions",
@@ -160,28 +144,24 @@ CLAIMS: dict[str, Claim] = {
         f"{HERE}:TRAINING_OVER_INFERENCE",
     ),
     "llama2-7b-linear-params": Derived(
-        "weights in the linear layers of Llama-2-7B, billions",
-        linear_params(LLAMA_2_7B) / 1e9,
-        three,
-        f"{FORMULAS}:linear_params",
+        "weights in the linear layers of Llama-2-7B, billions", linear_params(LLAMA_2_7B) / 1e9, three, linear_params
     ),
     "llama2-7b-layer-params": Derived(
         "weights in the linear layers of one layer of Llama-2-7B, millions",
         linear_params(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e6,
         three,
-        f"{FORMULAS}:linear_params",
+        linear_params,
     ),
     "llama2-7b-layer-flops-1000": Derived(
         "FLOPs of these on 1000 tokens, billions",
         1000 * linear_flops_per_token(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e9,
         three,
-        f"{FORMULAS}:linear_flops_per_token",
+        linear_flops_per_token,
     ),
     "llama2-7b-decode-bytes": Derived(
         "bytes that a decode step of Llama-2-7B reads in 16 bits, K and V aside",
         decode_weight_bytes,
         digits(3, "GB", 1e-9),
-        f"{HERE}:decode_weight_bytes",
     ),
     "h100-bandwidth": Cited(
         "memory bandwidth of an H100 SXM",
@@ -207,54 +187,51 @@ CLAIMS: dict[str, Claim] = {
         "least time of a decode step of Llama-2-7B on an H100 SXM: its bytes over the bandwidth",
         decode_weight_bytes() / H100_BYTES_PER_S,
         digits(2, "ms", 1e3),
-        f"{HERE}:decode_weight_bytes",
+        decode_weight_bytes,
     ),
     "decode-attention-intensity-mha": Derived(
         "FLOP per byte of decode attention in 16 bits, each query head with K and V of its own",
         decode_attention_intensity(1, BYTES_16_BIT),
         digits(2),
-        f"{HERE}:decode_attention_intensity",
+        decode_attention_intensity,
     ),
     "decode-attention-intensity-group-4": Derived(
         "FLOP per byte of decode attention in 16 bits, four query heads per KV head",
         decode_attention_intensity(4, BYTES_16_BIT),
         digits(2),
-        f"{HERE}:decode_attention_intensity",
+        decode_attention_intensity,
     ),
     "attention-share-1000-causal": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs skipped",
         attention_share(1000, causal=True),
         percent(1),
-        f"{HERE}:attention_share",
+        attention_share,
     ),
     "attention-share-1000-full": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs computed",
         attention_share(1000, causal=False),
         percent(1),
-        f"{HERE}:attention_share",
+        attention_share,
     ),
     "attention-crossing-full": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs computed",
         attention_crossing(causal=False),
         fixed(0),
-        f"{HERE}:attention_crossing",
+        attention_crossing,
     ),
     "attention-crossing-causal": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs skipped",
         attention_crossing(causal=True),
         fixed(0),
-        f"{HERE}:attention_crossing",
+        attention_crossing,
     ),
-    "budget-scheduled": Derived(
-        "tokens of 10 decodes and prompts of 100, 200 and 500", scheduled_tokens, plain, f"{HERE}:scheduled_tokens"
-    ),
+    "budget-scheduled": Derived("tokens of 10 decodes and prompts of 100, 200 and 500", scheduled_tokens),
     "budget-filled": Derived(
-        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, share, f"{HERE}:scheduled_tokens"
+        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, share, scheduled_tokens
     ),
     "budget-c-claimed": Derived(
         "tokens of request C that the example schedules in order to fill the budget",
         BUDGET - DECODES - PROMPTS[0] - PROMPTS[1],
-        plain,
-        f"{HERE}:scheduled_tokens",
+        by=scheduled_tokens,
     ),
 }

@@ -5,7 +5,7 @@ from __future__ import annotations
 from transformers import PretrainedConfig
 
 from claims.forms import Form, binary, digits, fixed, ms, plain, power, three, with_range
-from claims.ledger import Claim, Derived, Measured, Table, result
+from claims.ledger import Claim, Derived, Measured, Table, measured_table, result
 from claims.models import (
     BYTES_16_BIT,
     DEEPSEEK_V2,
@@ -45,16 +45,6 @@ def flop_ratio(file: str, n: int) -> float:
     config, prompt_len = bundled(MODEL_OF[file]), result(file)["prompt_len"]
     without, cached = (generation_flops(config, prompt_len, n, cached=c) for c in (False, True))
     return without.total / cached.total
-
-
-def timing_rows(file: str) -> list[list[str]]:
-    """One row per number of new tokens: milliseconds per token of both loops, both ratios."""
-    rows = []
-    for n in result(file)["new_tokens"]:
-        row = result(file)["summary"][str(n)]
-        seconds = [ms(row[f"{loop}_seconds_per_token"]) for loop in ("recompute", "cached")]
-        rows.append([plain(n), *seconds, with_range(digits(2))(row["time_ratio"]), three(flop_ratio(file, n))])
-    return rows
 
 
 def ratio_rows() -> list[list[str]]:
@@ -101,33 +91,33 @@ def difference_rows() -> list[list[str]]:
     ]
 
 
-TIMING = ("new tokens", "ms per token without", "ms per token with", "ratio of times", "ratio of FLOPs")
-
 TABLES: dict[str, Table] = {
-    "m0-timing-qwen3": Table(
+    "m0-timing-qwen3": measured_table(
         "M0 with and without a cache, shape of Qwen3-0.6B",
-        TIMING,
-        lambda: timing_rows(QWEN),
-        source=f"{FORMULAS}:generation_flops",
-        files=(QWEN,),
+        f"{QWEN}/summary",
+        "new tokens",
+        {
+            "ms per token without": ("recompute_seconds_per_token", ms),
+            "ms per token with": ("cached_seconds_per_token", ms),
+            "ratio of times": ("time_ratio", with_range(digits(2))),
+            "ratio of FLOPs": lambda n: three(flop_ratio(QWEN, int(n))),
+        },
+        {str(n): plain(n) for n in result(QWEN)["new_tokens"]},
     ),
     "recompute-ratios": Table(
         "work without a cache over work with one, from a prompt of one token",
         ("n, tokens generated", "linear layers, (n + 1) / 2", "attention, (2n + 1) / 3"),
         ratio_rows,
-        source=f"{FORMULAS}:linear_ratio",
     ),
     "kv-sizes": Table(
         "bytes of K and V per token, 16 bits",
         ("model", "kind", "layers", "query heads", "KV heads", "head size", "bytes per token"),
         size_rows,
-        source=f"{KV_SIZES}:kv_bytes_per_token",
     ),
     "logit-differences": Table(
         "logits against one plain forward",
         ("compared with one forward over T tokens", "largest difference of a logit"),
         difference_rows,
-        source="folovllm/course/measure/chapter_1.py:logit_differences",
         files=(TINY,),
     ),
 }
@@ -138,7 +128,7 @@ def _flop_ratio(file: str, n: int) -> Claim:
         f"FLOPs without a cache over FLOPs with one, {MODEL_OF[file]}, {n} tokens",
         lambda: flop_ratio(file, n),
         three,
-        f"{FORMULAS}:generation_flops",
+        generation_flops,
     )
 
 
@@ -150,20 +140,19 @@ def _ratio(kind: str, n: int) -> Claim:
 
 def _kv(model: str, config: PretrainedConfig, form: Form) -> Claim:
     number = kv_bytes_per_token(config, BYTES_16_BIT)
-    return Derived(f"bytes of K and V per token, {model}, 16 bits", number, form, f"{KV_SIZES}:kv_bytes_per_token")
+    return Derived(f"bytes of K and V per token, {model}, 16 bits", number, form, kv_bytes_per_token)
 
 
 def _per_layer(says: str, config: PretrainedConfig) -> Claim:
     number = kv_values_per_layer(config)
-    return Derived(f"numbers that a layer caches per token, {says}", number, plain, f"{KV_SIZES}:kv_values_per_layer")
+    return Derived(f"numbers that a layer caches per token, {says}", number, by=kv_values_per_layer)
 
 
 CLAIMS: dict[str, Claim] = {
     "m0-flop-ratio-tiny": _flop_ratio(TINY, 256),
     "m0-time-ratio-qwen3": Measured(
         "time without a cache over time with one, qwen3-0.6b, 64 tokens",
-        QWEN,
-        ("summary", "64", "time_ratio"),
+        f"{QWEN}/summary/64/time_ratio",
         with_range(digits(2)),
     ),
     "m0-flop-ratio-qwen3": _flop_ratio(QWEN, 64),
@@ -177,16 +166,13 @@ CLAIMS: dict[str, Claim] = {
     "kv-values-mqa": _per_layer("one KV head of 128", DEEPSEEK_V2_AS_MQA),
     "kv-values-mha": _per_layer("128 KV heads of 128", DEEPSEEK_V2_AS_MHA),
     "kv-1000-llama2-7b": Derived(
-        "K and V of 1000 tokens, Llama-2-7B, 16 bits",
-        kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT),
-        binary,
-        f"{KV_SIZES}:kv_bytes",
+        "K and V of 1000 tokens, Llama-2-7B, 16 bits", kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT), binary, kv_bytes
     ),
     "kv-10x500-llama2-7b": Derived(
         "K and V of 10 texts of 500 tokens, Llama-2-7B, 16 bits",
         kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
         binary,
-        f"{KV_SIZES}:kv_bytes",
+        kv_bytes,
     ),
     "logits-of-a-prompt": Derived(
         "logits of a prompt of 1000 tokens, Qwen3-0.6B, float32",
@@ -197,20 +183,17 @@ CLAIMS: dict[str, Claim] = {
     "m0-kv-bytes-tiny-derived": Derived(
         "K and V of 16 + 256 - 1 tokens, folo-tiny, float32",
         kv_bytes(bundled("folo-tiny"), 16 + 256 - 1, 4),
-        plain,
-        f"{KV_SIZES}:kv_bytes",
+        by=kv_bytes,
     ),
-    "causal-cells-4": Derived("cells of a causal mask of 4 tokens that are True", 4 * 5 // 2, plain, f"{HERE}:CLAIMS"),
+    "causal-cells-4": Derived("cells of a causal mask of 4 tokens that are True", 4 * 5 // 2, by=f"{HERE}:CLAIMS"),
     "upper-triangle-logit-difference": Measured(
         "largest difference of a logit under an upper-triangular mask, folo-tiny",
-        TINY,
-        ("logit_differences", "upper_triangular"),
+        f"{TINY}/logit_differences/upper_triangular",
         digits(2),
     ),
     "logit-standard-deviation": Measured(
         "standard deviation of all logits of that text, folo-tiny",
-        TINY,
-        ("logit_differences", "logits_standard_deviation"),
+        f"{TINY}/logit_differences/logits_standard_deviation",
         digits(2),
     ),
 }

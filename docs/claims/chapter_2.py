@@ -7,7 +7,7 @@ from functools import cache
 from transformers import PreTrainedTokenizerBase
 
 from claims.forms import digits, ms, percent, plain, times_range
-from claims.ledger import Claim, Derived, Table, result
+from claims.ledger import Claim, Derived, Table, at, result
 from folovllm.models.loader import load_tokenizer, resolve_model
 
 HERE = "docs/claims/chapter_2.py"
@@ -54,21 +54,20 @@ def request_rows() -> list[list[str]]:
     return rows
 
 
+OVERHEAD = {
+    "loop, ms per token": ("loop_seconds_per_token", ms),
+    "engine, ms per token": ("engine_seconds_per_token", ms),
+    "engine over loop": ("engine_over_loop", times_range),
+    "of a decode step, not forward": ("decode_share_outside_forward", percent(1)),
+}
+
+
 def overhead_rows() -> list[list[str]]:
     """The engine beside the bare loop on both models."""
-    rows = []
-    for file in (TINY, QWEN):
-        summary = result(file)["summary"]
-        rows.append(
-            [
-                result(file)["model"],
-                ms(summary["loop_seconds_per_token"]),
-                ms(summary["engine_seconds_per_token"]),
-                times_range(summary["engine_over_loop"]),
-                percent(1)(summary["decode_share_outside_forward"]),
-            ]
-        )
-    return rows
+    return [
+        [at(f"{file}/model"), *(form(at(f"{file}/summary/{key}")) for key, form in OVERHEAD.values())]
+        for file in (TINY, QWEN)
+    ]
 
 
 TABLES: dict[str, Table] = {
@@ -76,35 +75,25 @@ TABLES: dict[str, Table] = {
         "three requests that arrive together at M1",
         ("request", "prompt tokens", "output tokens", "finish", "queue ms", "TTFT ms", "TPOT ms", "end to end ms"),
         request_rows,
-        source="folovllm/outputs.py:RequestMetrics",
         files=(TINY,),
     ),
-    "m1-overhead": Table(
-        "M1 beside the bare loop",
-        ("model", "loop, ms per token", "engine, ms per token", "engine over loop", "of a decode step, not forward"),
-        overhead_rows,
-        source="folovllm/course/measure/chapter_2.py:engine_of",
-        files=(TINY, QWEN),
-    ),
+    "m1-overhead": Table("M1 beside the bare loop", ("model", *OVERHEAD), overhead_rows, files=(TINY, QWEN)),
 }
 
 CLAIMS: dict[str, Claim] = {
     "stream-tokens": Derived(
         f"tokens of {STREAMED!r} in the bundled model's vocabulary",
         lambda: len(tokenizer().encode(STREAMED)),
-        plain,
-        f"{HERE}:STREAMED",
+        by=f"{HERE}:STREAMED",
     ),
     "stream-replacement-characters": Derived(
         "replacement characters when each of them is decoded alone",
         lambda: decoded_one_by_one(STREAMED).count("\ufffd"),
-        plain,
-        f"{HERE}:decoded_one_by_one",
+        by=decoded_one_by_one,
     ),
     "stop-string-tokens": Derived(
         f"tokens of {STOP!r} in the bundled model's vocabulary",
         lambda: len(tokenizer().encode(STOP)),
-        plain,
-        f"{HERE}:STOP",
+        by=f"{HERE}:STOP",
     ),
 }

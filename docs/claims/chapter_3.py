@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 from collections import deque
 from collections.abc import Sequence
-from typing import Any
+from statistics import fmean
 
-from claims.forms import Form, digits, ms, percent, plain, share, three, times, times_range, with_range
-from claims.ledger import Claim, Derived, Measured, Table, result
+from claims.forms import NOT_TOLD, Form, digits, ms, percent, plain, share, three, times, times_range, with_range
+from claims.ledger import Claim, Derived, Measured, Table, at, measured_table, result
 
 TINY, QWEN = "m2-batching-folo-tiny", "m2-batching-qwen3-0.6b"
 W2 = "m2-w2-qwen3-0.6b"  # by `folovllm bench`, with m1 as the base
@@ -81,8 +81,6 @@ def reserved_and_used() -> tuple[int, int]:
 
 # --- w2 on Qwen3-0.6B -------------------------------------------------------------------------------------
 
-NOT_TOLD = "–"  # noqa: RUF001  an en dash, as in print
-
 
 def forwards(system: str) -> int | None:
     """Forward passes that a system makes for w2, the same in every round; None where it cannot be known."""
@@ -105,30 +103,6 @@ def padded_kv_share() -> float:
     return float(stats["padding_kv_tokens"] / (stats["padding_kv_tokens"] + held))
 
 
-def attribution_rows() -> list[list[str]]:
-    """Every system of the measurement, in the order of the file; medians of the rounds."""
-    rows = []
-    for system, numbers in result(W2)["summary"]["w2"].items():
-        passes = forwards(system)
-        rows.append(
-            [
-                system,
-                NOT_TOLD if passes is None else plain(passes),
-                shown(numbers["output_tokens_per_s"], three),
-                shown(numbers["ratio_to_base"], times),
-                shown(numbers["ttft_p50_s"], three),
-                shown(numbers["itl_p50_s"], ms),
-                "/".join(map(str, numbers["same_tokens_as_base"] or [NOT_TOLD])),
-            ]
-        )
-    return rows
-
-
-def shown(spread: Any, form: Form) -> str:
-    """The median of a spread, or a dash where the system does not tell."""
-    return NOT_TOLD if spread is None else form(spread)
-
-
 # --- 16 requests on folo-tiny -----------------------------------------------------------------------------
 
 ARMS = {
@@ -142,23 +116,11 @@ ARMS = {
 }
 
 
-def arm_rows() -> list[list[str]]:
-    """The arms with 4 and with 16 seats, beside M1."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(TINY)["summary"]["arms"][arm]
-        rows.append(
-            [
-                name,
-                plain(numbers["forwards"]),
-                times(numbers["ratio_to_m1"]),
-                ms(numbers["mean_ttft_s"]),
-                ms(numbers["mean_e2e_s"]),
-                share(numbers["padding_share"]),
-                share(numbers["kv_padding_share"]),
-            ]
-        )
-    return rows
+def urgent_wait(policy: str) -> str:
+    """The mean wait of the requests with priority 0, in steps."""
+    policies = at(f"{TINY}/policies")
+    waits = zip(policies[policy]["waited_steps"], policies["priorities"], strict=True)
+    return three(fmean(steps for steps, priority in waits if priority == 0))
 
 
 def steps_in_all(policy: str) -> int:
@@ -166,130 +128,99 @@ def steps_in_all(policy: str) -> int:
     return len(result(TINY)["policies"][policy]["waiting_running"])
 
 
-def policy_rows() -> list[list[str]]:
-    """Waits under each policy; the wait of urgent requests is that of those with priority 0."""
-    data = result(TINY)
-    urgent = [i for i, priority in enumerate(data["policies"]["priorities"]) if priority == 0]
-    rows = []
-    for policy, numbers in data["summary"]["policies"].items():
-        steps = data["policies"][policy]["waited_steps"]
-        rows.append(
-            [
-                policy,
-                three(numbers["mean_wait_steps"]),
-                plain(numbers["longest_wait_steps"]),
-                three(sum(steps[i] for i in urgent) / len(urgent)),
-                plain(steps_in_all(policy)),
-            ]
-        )
-    return rows
-
-
-# --- forwards of Qwen3-0.6B -------------------------------------------------------------------------------
-
-
-def decode_rows() -> list[list[str]]:
-    """A decode step of B texts: in one pass, and in B passes."""
-    rows = []
-    for count, numbers in result(QWEN)["summary"]["decode_step"].items():
-        rows.append(
-            [
-                count,
-                ms(numbers["padded_seconds"]),
-                ms(numbers["loop_seconds"]),
-                with_range(digits(2))(numbers["loop_over_padded"]),
-                three(numbers["padded_tokens_per_s"]),
-            ]
-        )
-    return rows
-
-
 TABLES: dict[str, Table] = {
     "batching-steps": Table(
         f"steps with {SEATS} seats",
         ("outputs", "one at a time", "static", "seats in use", "continuous", "static over continuous"),
         step_rows,
-        source=f"{HERE}:continuous_steps",
     ),
-    "m2-decode-step": Table(
+    "m2-decode-step": measured_table(
         "a decode step of several texts, in one pass and in one pass each",
-        ("texts", "one pass, ms", "a pass each, ms", "a pass each over one pass", "tokens/s in one pass"),
-        decode_rows,
-        source="folovllm/course/measure/chapter_3.py:forwards_of",
-        files=(QWEN,),
+        f"{QWEN}/summary/decode_step",
+        "texts",
+        {
+            "one pass, ms": ("padded_seconds", ms),
+            "a pass each, ms": ("loop_seconds", ms),
+            "a pass each over one pass": ("loop_over_padded", with_range(digits(2))),
+            "tokens/s in one pass": ("padded_tokens_per_s", three),
+        },
     ),
-    "m2-attribution": Table(
+    "m2-attribution": measured_table(
         "w2 on every system: 16 requests that arrive together",
-        ("system", "passes", "tokens/s", "over m1", "TTFT, s", "ITL, ms", "m1's tokens"),
-        attribution_rows,
-        source=f"{HERE}:forwards",
-        files=(W2,),
+        f"{W2}/summary/w2",
+        "system",
+        {
+            "passes": lambda system: NOT_TOLD if (passes := forwards(system)) is None else plain(passes),
+            "tokens/s": ("output_tokens_per_s", three),
+            "over m1": ("ratio_to_base", times),
+            "TTFT, s": ("ttft_p50_s", three),
+            "ITL, ms": ("itl_p50_s", ms),
+            "m1's tokens": ("same_tokens_as_base", "{0[0]}/{0[1]}".format),
+        },
     ),
-    "m2-arms": Table(
+    "m2-arms": measured_table(
         "16 requests on the bundled model, with few seats and with enough",
-        ("arm, seats", "passes", "over M1", "first, ms", "last, ms", "rows", "K/V"),
-        arm_rows,
-        source="folovllm/course/measure/chapter_3.py:serving_of",
-        files=(TINY,),
+        f"{TINY}/summary/arms",
+        "arm, seats",
+        {
+            "passes": ("forwards", plain),
+            "over M1": ("ratio_to_m1", times),
+            "first, ms": ("mean_ttft_s", ms),
+            "last, ms": ("mean_e2e_s", ms),
+            "rows": ("padding_share", share),
+            "K/V": ("kv_padding_share", share),
+        },
+        ARMS,
     ),
-    "m2-policies": Table(
+    "m2-policies": measured_table(
         "waits for a seat in steps, 16 requests that arrive together, 4 seats",
-        ("policy", "mean wait", "longest wait", "mean wait of the urgent", "steps until all are done"),
-        policy_rows,
-        source="folovllm/course/measure/chapter_3.py:waits_under",
-        files=(TINY,),
+        f"{TINY}/summary/policies",
+        "policy",
+        {
+            "mean wait": ("mean_wait_steps", three),
+            "longest wait": ("longest_wait_steps", plain),
+            "mean wait of the urgent": urgent_wait,
+            "steps until all are done": lambda policy: plain(steps_in_all(policy)),
+        },
     ),
 }
 
 
 def _w2(says: str, system: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, {system}, w2 on Qwen3-0.6B", W2, ("summary", "w2", system, number), form)
+    return Measured(f"{says}, {system}, w2 on Qwen3-0.6B", f"{W2}/summary/w2/{system}/{number}", form)
 
 
 CLAIMS: dict[str, Claim] = {
     # --- padding
-    "padding-unequal-cells": Derived(
-        f"cells of a batch of prompts of {UNEQUAL} tokens", cells(UNEQUAL), plain, f"{HERE}:cells"
-    ),
-    "padding-unequal-tokens": Derived("tokens in it", sum(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
-    "padding-unequal": Derived(
-        "share of it that is padding", padding_share(UNEQUAL), percent(1), f"{HERE}:padding_share"
-    ),
+    "padding-unequal-cells": Derived(f"cells of a batch of prompts of {UNEQUAL} tokens", cells(UNEQUAL), by=cells),
+    "padding-unequal-tokens": Derived("tokens in it", sum(UNEQUAL), by=f"{HERE}:UNEQUAL"),
+    "padding-unequal": Derived("share of it that is padding", padding_share(UNEQUAL), percent(1), padding_share),
     "padding-nearly-equal": Derived(
         f"share of a batch of prompts of {NEARLY_EQUAL} tokens that is padding",
         padding_share(NEARLY_EQUAL),
         percent(1),
-        f"{HERE}:padding_share",
+        padding_share,
     ),
     "padding-mixed-cells": Derived(
-        "cells of a batch of a prompt of 100 tokens and 7 decodes",
-        cells(ONE_PROMPT_SEVEN_DECODES),
-        plain,
-        f"{HERE}:cells",
+        "cells of a batch of a prompt of 100 tokens and 7 decodes", cells(ONE_PROMPT_SEVEN_DECODES), by=cells
     ),
     "padding-mixed-tokens": Derived(
-        "tokens in it", sum(ONE_PROMPT_SEVEN_DECODES), plain, f"{HERE}:ONE_PROMPT_SEVEN_DECODES"
+        "tokens in it", sum(ONE_PROMPT_SEVEN_DECODES), by=f"{HERE}:ONE_PROMPT_SEVEN_DECODES"
     ),
     "padding-mixed": Derived(
-        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), percent(1), f"{HERE}:padding_share"
+        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), percent(1), padding_share
     ),
     "padding-exercise-cells": Derived(
-        f"padding cells of a batch of prompts of {EXERCISE} tokens",
-        cells(EXERCISE) - sum(EXERCISE),
-        plain,
-        f"{HERE}:cells",
+        f"padding cells of a batch of prompts of {EXERCISE} tokens", cells(EXERCISE) - sum(EXERCISE), by=cells
     ),
     "padding-exercise-used": Derived(
-        "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), f"{HERE}:padding_share"
+        "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), padding_share
     ),
     "w2-prefill-padding": Derived(
-        "padding in one prefill of all prompts of w2", lambda: padding_share(w2_prompts()), share, f"{HERE}:w2_prompts"
+        "padding in one prefill of all prompts of w2", lambda: padding_share(w2_prompts()), share, w2_prompts
     ),
     "w2-kv-padding": Derived(
-        "padding among the K/V columns that m2:padded reads on w2, over all its passes",
-        padded_kv_share,
-        share,
-        f"{HERE}:padded_kv_share",
+        "padding among the K/V columns that m2:padded reads on w2, over all its passes", padded_kv_share, share
     ),
     # --- the problem, and what w2 shows
     "m2-loop-over-m1": _w2("output tokens per second over M1's", "m2:loop", "ratio_to_base", times_range),
@@ -299,9 +230,7 @@ CLAIMS: dict[str, Claim] = {
     "m2-padded-roofline": _w2("least time on the roofline over time", "m2:padded", "roofline_share", percent(1)),
 }
 CLAIMS |= {
-    f"{name}-passes": Derived(
-        f"forward passes of {system} for w2", lambda system=system: forwards(system), plain, f"{HERE}:forwards"
-    )
+    f"{name}-passes": Derived(f"forward passes of {system} for w2", lambda system=system: forwards(system), by=forwards)
     for name, system in {"m1-w2": "m1", "m2-loop": "m2:loop", "m2-padded": "m2:padded"}.items()
 }
 CLAIMS |= {
@@ -309,34 +238,30 @@ CLAIMS |= {
     "reservation": Derived(
         f"tokens set aside for a prompt of {PROMPT} with max_model_len={MAX_MODEL_LEN}",
         lambda: reserved_and_used()[0],
-        plain,
-        f"{HERE}:reserved_and_used",
+        by=reserved_and_used,
     ),
     "reservation-admitted": Derived(
         f"such requests that a cache of {CAPACITY} tokens admits",
         lambda: CAPACITY // reserved_and_used()[0],
-        plain,
-        f"{HERE}:CAPACITY",
+        by=f"{HERE}:CAPACITY",
     ),
     "reservation-used": Derived(
         f"of what is set aside, what holds K/V after an answer of {ANSWER} tokens",
         lambda: reserved_and_used()[1] / reserved_and_used()[0],
         percent(1),
-        f"{HERE}:reserved_and_used",
+        reserved_and_used,
     ),
     "reservation-by-use": Derived(
         "requests of that size whose tokens the cache can hold",
         lambda: CAPACITY // reserved_and_used()[1],
-        plain,
-        f"{HERE}:CAPACITY",
+        by=f"{HERE}:CAPACITY",
     ),
     # --- policies
     **{
         f"m2-{policy}-steps": Derived(
             f"steps until all 16 requests are done with {SEATS} seats, {policy}",
             lambda policy=policy: steps_in_all(policy),
-            plain,
-            f"{HERE}:steps_in_all",
+            by=steps_in_all,
         )
         for policy in ("fcfs", "sjf")
     },

@@ -7,7 +7,7 @@ from typing import Any
 
 from claims import chapter_3
 from claims.forms import binary, digits, fixed, mib, ms, percent, plain, share, three, times, times_range
-from claims.ledger import Cited, Claim, Derived, Table, result
+from claims.ledger import Cited, Claim, Derived, Table, at, grouped_table, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
 from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.allocators import Buddy
@@ -93,15 +93,6 @@ def simulated() -> dict[str, Any]:
     return found
 
 
-def fragmentation_rows() -> list[list[str]]:
-    """What the slots were under each policy, and what that did to the requests."""
-    rows = []
-    for policy, run in simulated()["policies"].items():
-        shares = [percent(1)(run["shares"][name]) for name in ("used", "reserved", "internal", "external")]
-        rows.append([policy, *shares, fixed(1)(run["mean_running"]), plain(run["steps"]), plain(run["preemptions"])])
-    return rows
-
-
 def empty_share(block_size: int) -> float:
     """Of the slots that requests hold in blocks of this size, those that are empty."""
     return float(next(run["empty_share"] for run in simulated()["block_sizes"] if run["block_size"] == block_size))
@@ -139,23 +130,9 @@ def sharing_rows() -> list[list[str]]:
 ARMS = {"roomy": "enough blocks", "recompute": "too few, recompute", "swap": "too few, swap"}
 
 
-def preemption_rows() -> list[list[str]]:
-    """w2 with enough blocks and with too few, in both modes."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(BLOCKS)["summary"][arm]
-        moved = numbers["swapped_out_blocks"]["median"] + numbers["swapped_in_blocks"]["median"]
-        rows.append(
-            [
-                name,
-                plain(numbers["preemptions"]),
-                plain(numbers["steps"]),
-                plain(numbers["prompt_tokens_computed"]),
-                plain(moved),
-                times_range(numbers["over_roomy"]),
-            ]
-        )
-    return rows
+def blocks_moved(arm: str) -> str:
+    """Blocks that were swapped out or in."""
+    return plain(sum(at(f"{BLOCKS}/summary/{arm}/swapped_{way}_blocks/median") for way in ("out", "in")))
 
 
 def swap_bytes() -> int:
@@ -165,6 +142,7 @@ def swap_bytes() -> int:
 
 # --- time ------------------------------------------------------------------------------------------------
 
+SYSTEMS = {name: name for name in ("m3", "hf:static", "hf:continuous")}
 PEER = "hf:static"  # of one request, a plain `generate`
 
 
@@ -177,50 +155,12 @@ def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, f
     return spread(ratios)
 
 
-def time_rows() -> list[list[str]]:
-    """Every system on w1 and on w2; medians of the rounds."""
-    rows = []
-    for workload in ("w1", "w2"):
-        for system, numbers in result(W2)["summary"][workload].items():
-            if system == "m4":
-                continue  # its numbers are in chapter 7
-            rows.append(
-                [
-                    workload,
-                    system,
-                    three(numbers["output_tokens_per_s"]),
-                    times(over(W2, workload, system)),
-                    three(numbers["ttft_p50_s"]),
-                    ms(numbers["itl_p50_s"]),
-                    chapter_3.shown(numbers["kv_reserved_bytes"], mib),
-                ]
-            )
-    return rows
-
-
 ATTENTION_WAYS = {
     "gather": "gather, then `scaled_dot_product_attention`",
     "gather_grouped": "the same, query heads of a KV head together",
     "torch": "`torch`",
     "torch_neighbours": "`torch`, blocks side by side",
 }
-
-
-def attention_rows() -> list[list[str]]:
-    """Each way to attend over blocks, for contexts of each length; medians of the rounds."""
-    rows = []
-    for length, ways in sorted(result(ATTENTION)["summary"].items(), key=lambda item: int(item[0])):
-        for way, numbers in ways.items():
-            rows.append(
-                [
-                    length,
-                    ATTENTION_WAYS[way],
-                    ms(numbers["seconds"]),
-                    times_range(numbers["over_gather"]),
-                    digits(2, "", 1e-9)(numbers["kv_bytes_per_s"]),
-                ]
-            )
-    return rows
 
 
 def attention_over_grouped() -> dict[str, float]:
@@ -234,52 +174,72 @@ TABLES: dict[str, Table] = {
         "a request's empty slots, in blocks of 16 and in a region of 4,096",
         ("tokens", "blocks", "empty slots in them", "share of the blocks", "share of a region of 4,096"),
         waste_rows,
-        source=f"{FRAGMENTATION}:paged_waste",
     ),
-    "fragmentation": Table(
+    "fragmentation": measured_table(
         "what slots are under four policies, over the steps in which a request waits",
-        ("policy", "used", "reserved", "internal", "external", "at once", "steps", "preempted"),
-        fragmentation_rows,
-        source=f"{FRAGMENTATION}:replay",
-        files=(BLOCKS,),
+        f"{BLOCKS}/simulator/policies",
+        "policy",
+        {
+            **{name: (f"shares/{name}", percent(1)) for name in ("used", "reserved", "internal", "external")},
+            "at once": ("mean_running", fixed(1)),
+            "steps": ("steps", plain),
+            "preempted": ("preemptions", plain),
+        },
     ),
     "m3-sharing": Table(
         "blocks that sharing saves, at most in any step",
         ("block size", "samples or beams", "samples save", "beams save"),
         sharing_rows,
-        source="folovllm/course/measure/chapter_4.py:sharing",
         files=(BLOCKS,),
     ),
-    "m3-preemption": Table(
+    "m3-preemption": measured_table(
         "w2 with enough blocks and with a quarter of them",
-        ("blocks", "preempted", "steps", "prompt tokens computed", "blocks moved", "time over enough"),
-        preemption_rows,
-        source="folovllm/course/measure/chapter_4.py:preemption_rounds",
-        files=(BLOCKS,),
+        f"{BLOCKS}/summary",
+        "blocks",
+        {
+            "preempted": ("preemptions", plain),
+            "steps": ("steps", plain),
+            "prompt tokens computed": ("prompt_tokens_computed", plain),
+            "blocks moved": blocks_moved,
+            "time over enough": ("over_roomy", times_range),
+        },
+        ARMS,
     ),
-    "m3-time": Table(
+    "m3-time": grouped_table(
+        "workload",
+        {workload: f"{W2}/summary/{workload}" for workload in ("w1", "w2")},
+        "system",
+        lambda workload: {
+            "tokens/s": ("output_tokens_per_s", three),
+            f"over {PEER}": lambda system: times(over(W2, workload, system)),
+            "TTFT, s": ("ttft_p50_s", three),
+            "ITL, ms": ("itl_p50_s", ms),
+            "K/V held, MiB": ("kv_reserved_bytes", mib),
+        },
         "one request (w1) and sixteen (w2) on M3 and on Hugging Face's ways",
-        ("workload", "system", "tokens/s", f"over {PEER}", "TTFT, s", "ITL, ms", "K/V held, MiB"),
-        time_rows,
-        source=f"{HERE}:over",
-        files=(W2,),
+        SYSTEMS,
     ),
-    "m3-attention": Table(
+    "m3-attention": grouped_table(
+        "tokens each",
+        {length: f"{ATTENTION}/summary/{length}" for length in ("128", "512", "2048")},
+        "way",
+        lambda _: {
+            "ms": ("seconds", ms),
+            "over gather": ("over_gather", times_range),
+            "GB of K/V per second": ("kv_bytes_per_s", digits(2, "", 1e-9)),
+        },
         "a layer of Qwen3-0.6B attends for sixteen decodes at once",
-        ("tokens each", "way", "ms", "over gather", "GB of K/V per second"),
-        attention_rows,
-        source=f"{HERE}:attention_rows",
-        files=(ATTENTION,),
+        ATTENTION_WAYS,
     ),
 }
 
 
 def _card(says: str, number: int) -> Claim:
-    return Derived(f"{says}: Llama-2-13B in 16 bits with 12 GiB for K/V", number, plain, f"{FRAGMENTATION}:capacity_of")
+    return Derived(f"{says}: Llama-2-13B in 16 bits with 12 GiB for K/V", number, by=capacity_of)
 
 
 def _buddy(says: str, number: int) -> Claim:
-    return Derived(f"{says}, in the example", number, digits(3, "MB"), f"{HERE}:buddy_example")
+    return Derived(f"{says}, in the example", number, digits(3, "MB"), buddy_example)
 
 
 def _over(says: str, file: str, workload: str, system: str, peer: str = PEER) -> Claim:
@@ -287,29 +247,26 @@ def _over(says: str, file: str, workload: str, system: str, peer: str = PEER) ->
         f"output tokens per second of {says} over {peer}'s in the same round, {workload} on Qwen3-0.6B",
         lambda: over(file, workload, system, peer),
         times_range,
-        f"{HERE}:over",
+        over,
     )
 
 
 CLAIMS: dict[str, Claim] = {
     # --- the problem, and what becomes of it
     "w2-longest": Derived(
-        "tokens with K/V if all sixteen requests of w2 were at their longest at once",
-        longest_together,
-        plain,
-        f"{HERE}:longest_together",
+        "tokens with K/V if all sixteen requests of w2 were at their longest at once", longest_together
     ),
     "m2-used-of-held": Derived(
         "of the slots that M2 sets aside for w2, those with K/V, over all steps",
         lambda: used_of_held("m2"),
         share,
-        f"{HERE}:used_of_held",
+        used_of_held,
     ),
     "m3-used-of-held": Derived(
         "of the slots in blocks that requests hold in M3 on w2, those with K/V, over all steps",
         lambda: used_of_held("m3"),
         share,
-        f"{HERE}:used_of_held",
+        used_of_held,
     ),
     # --- the paper
     **{
@@ -340,31 +297,24 @@ CLAIMS: dict[str, Claim] = {
         "of the slots that requests hold in blocks of 16, those that are empty",
         lambda: empty_share(16),
         percent(1),
-        f"{HERE}:empty_share",
+        empty_share,
     ),
     "empty-share-256": Derived(
         "of the slots that requests hold in blocks of 256, those that are empty",
         lambda: empty_share(256),
         share,
-        f"{HERE}:empty_share",
+        empty_share,
     ),
     # --- one request
-    "blocks-100": Derived("blocks of 16 for 100 tokens", num_blocks(100, 16), plain, f"{FRAGMENTATION}:num_blocks"),
-    "slots-100": Derived("slots in them", slots(100), plain, f"{HERE}:slots"),
-    "empty-100": Derived("empty slots in them", slots(100) - 100, plain, f"{HERE}:slots"),
-    "paged-waste-100": Derived(
-        "share of them that is empty", paged_waste(100, 16), percent(1), f"{FRAGMENTATION}:paged_waste"
-    ),
+    "blocks-100": Derived("blocks of 16 for 100 tokens", num_blocks(100, 16), by=num_blocks),
+    "slots-100": Derived("slots in them", slots(100), by=slots),
+    "empty-100": Derived("empty slots in them", slots(100) - 100, by=slots),
+    "paged-waste-100": Derived("share of them that is empty", paged_waste(100, 16), percent(1), paged_waste),
     "region-waste-2048": Derived(
-        "empty share of a region of 2,048 with 100 tokens",
-        region_waste(100, 2048),
-        percent(1),
-        f"{FRAGMENTATION}:region_waste",
+        "empty share of a region of 2,048 with 100 tokens", region_waste(100, 2048), percent(1), region_waste
     ),
-    "blocks-1000": Derived("blocks of 16 for 1,000 tokens", num_blocks(1000, 16), plain, f"{FRAGMENTATION}:num_blocks"),
-    "paged-waste-1000": Derived(
-        "share of them that is empty", paged_waste(1000, 16), percent(2), f"{FRAGMENTATION}:paged_waste"
-    ),
+    "blocks-1000": Derived("blocks of 16 for 1,000 tokens", num_blocks(1000, 16), by=num_blocks),
+    "paged-waste-1000": Derived("share of them that is empty", paged_waste(1000, 16), percent(2), paged_waste),
     "layer-region": Derived(
         "K/V of 4,096 tokens in one float32 layer with 32 heads of 128",
         REGION * LAYER_TOKEN_BYTES,
@@ -411,19 +361,15 @@ CLAIMS: dict[str, Claim] = {
     "buddy-left": _buddy("free memory after 64 MB more are taken", buddy_example()[1].num_free),
     "buddy-left-largest": _buddy("the largest free part after that", buddy_example()[1].largest_free),
     # --- addresses
-    "page-number": Derived("page of address 10,000", ADDRESS // PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
-    "page-offset": Derived("offset of address 10,000 in it", ADDRESS % PAGE_SIZE, plain, f"{FRAGMENTATION}:translate"),
+    "page-number": Derived("page of address 10,000", ADDRESS // PAGE_SIZE, by=translate),
+    "page-offset": Derived("offset of address 10,000 in it", ADDRESS % PAGE_SIZE, by=translate),
     "page-physical": Derived(
-        "physical address, if the page lies in frame 3",
-        translate(ADDRESS, PAGE_SIZE, FRAMES),
-        plain,
-        f"{FRAGMENTATION}:translate",
+        "physical address, if the page lies in frame 3", translate(ADDRESS, PAGE_SIZE, FRAMES), by=translate
     ),
     "slot-of-37": Derived(
         "slot of token 37 with the block table 7, 2, 9 and blocks of 16",
         translate(POSITION, BLOCK_SIZE, TABLE),
-        plain,
-        f"{FRAGMENTATION}:translate",
+        by=translate,
     ),
     # --- preemption
     "watermark": Derived(
@@ -436,19 +382,16 @@ CLAIMS: dict[str, Claim] = {
         "FLOPs in the linear layers to compute a token of Llama-2-7B again",
         linear_flops_per_token(LLAMA_2_7B),
         digits(3, "GFLOPs", 1e-9),
-        "folovllm/course/lessons/formulas.py:linear_flops_per_token",
+        linear_flops_per_token,
     ),
     "swap-bytes": Derived(
-        "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back",
-        swap_bytes(),
-        binary,
-        f"{HERE}:swap_bytes",
+        "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back", swap_bytes(), binary, swap_bytes
     ),
     "recompute-over-swap": Derived(
         "FLOPs per byte at which both take as long",
         linear_flops_per_token(LLAMA_2_7B) / swap_bytes(),
         three,
-        f"{HERE}:swap_bytes",
+        swap_bytes,
     ),
     # --- time
     "m3-over-static-w1": _over("M3", W2, "w1", "m3"),
@@ -459,6 +402,6 @@ CLAIMS: dict[str, Claim] = {
         "time of the torch backend over gather and SDPA with grouped heads, 16 requests of 512 tokens",
         lambda: attention_over_grouped()["median"],
         times,
-        f"{HERE}:attention_over_grouped",
+        attention_over_grouped,
     ),
 }

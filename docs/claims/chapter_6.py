@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claims.forms import binary, digits, ms, plain, power, three, times
-from claims.ledger import Claim, Derived, Table, result
+from claims.ledger import Claim, Derived, Table, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
 from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.formulas import linear_params
@@ -104,49 +104,10 @@ STREAMS = 8
 ARMS = {"m3": "M3, in one piece"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
 
 
-def arm_rows() -> list[list[str]]:
-    """Latencies of every arm, the prompt in ever smaller pieces; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(CHUNKS)["summary"]["arms"][arm]
-        milliseconds = ("itl_p50_s", "itl_p95_s", "itl_max_s", "run_itl_p95_s", "ttft_p50_s", "ttft_p95_s")
-        rows.append([name, plain(numbers["chunks"]), *(ms(numbers[key]) for key in milliseconds)])
-    return rows
-
-
-def longest_itl_ratio() -> dict[str, float]:
-    """The longest ITL with the large budget over that with the small one, taken inside of each round."""
-    ratios = []
-    for current in result(MIXED)["rounds"]:
-        runs = current["runs"]["mixed"]
-        ratios.append(runs[LARGE]["itl_s"]["max"] / runs[SMALL]["itl_s"]["max"])
-    return spread(ratios)
-
-
-def late_ttft_ratio() -> dict[str, float]:
-    """The time to first token of the long prompt, the longest of all, with the small budget over the large one."""
-    ratios = []
-    for current in result(MIXED)["rounds"]:
-        runs = current["runs"]["mixed"]
-        ratios.append(runs[SMALL]["ttft_s"]["max"] / runs[LARGE]["ttft_s"]["max"])
-    return spread(ratios)
-
-
-def mixed_rows() -> list[list[str]]:
-    """Both budgets on `mixed`; medians of the rounds."""
-    rows = []
-    for system in (LARGE, SMALL):
-        numbers = result(MIXED)["summary"]["mixed"][system]
-        rows.append(
-            [
-                system.removeprefix("m4:budget="),
-                ms(numbers["itl_p50_s"]),
-                ms(numbers["itl_max_s"]),
-                three(numbers["ttft_max_s"]),
-                three(numbers["output_tokens_per_s"]),
-            ]
-        )
-    return rows
+def mixed_ratio(over: str, under: str, number: str) -> dict[str, float]:
+    """The largest of a latency with one budget over that with the other, taken inside of each round."""
+    rounds = [current["runs"]["mixed"] for current in result(MIXED)["rounds"]]
+    return spread([runs[over][number]["max"] / runs[under][number]["max"] for runs in rounds])
 
 
 # --- chunks and logits ------------------------------------------------------------------------------------
@@ -173,72 +134,74 @@ TABLES: dict[str, Table] = {
         f"what a prompt of {PROMPT:,} tokens reads on Qwen3-0.6B in 16 bits",
         ("tokens per pass", "passes", "K/V read, tokens", "K/V read, GiB", "weights read, GiB"),
         piece_rows,
-        source=f"{HERE}:kv_tokens_read",
     ),
     "budget-split": Table(
         "ten decodes and prompts of 100, 200 and 500 tokens",
         ("budget", "step", "decodes", "of A", "of B", "of C", "tokens"),
         example_rows,
-        source=f"{HERE}:steps_of_example",
     ),
-    "m4-chunks": Table(
+    "m4-chunks": measured_table(
         "8 streams and a prompt of 2,048 tokens that comes in among them, milliseconds",
-        (*("budget", "passes", "ITL p50", "ITL p95", "ITL max"), *("ITL p95, whole run", "TTFT p50", "TTFT p95")),
-        arm_rows,
-        source="folovllm/course/measure/chapter_6.py:chunks",
-        files=(CHUNKS,),
+        f"{CHUNKS}/summary/arms",
+        "budget",
+        {
+            "passes": ("chunks", plain),
+            "ITL p50": ("itl_p50_s", ms),
+            "ITL p95": ("itl_p95_s", ms),
+            "ITL max": ("itl_max_s", ms),
+            "ITL p95, whole run": ("run_itl_p95_s", ms),
+            "TTFT p50": ("ttft_p50_s", ms),
+            "TTFT p95": ("ttft_p95_s", ms),
+        },
+        ARMS,
     ),
     "chunk-logits": Table(
         "the logits of a prompt's last chunk, against one pass over all of it",
         ("way", "largest difference"),
         logit_rows,
-        source="folovllm/course/measure/chapter_6.py:logit_differences",
         files=(CHUNKS,),
     ),
-    "m4-mixed": Table(
+    "m4-mixed": measured_table(
         "eight streams and a prompt of 2,048 tokens, with two token budgets",
-        ("budget", "ITL p50, ms", "longest ITL, ms", "TTFT of the long prompt, s", "tokens/s"),
-        mixed_rows,
-        source=f"{HERE}:mixed_rows",
-        files=(MIXED,),
+        f"{MIXED}/summary/mixed",
+        "budget",
+        {
+            "ITL p50, ms": ("itl_p50_s", ms),
+            "longest ITL, ms": ("itl_max_s", ms),
+            "TTFT of the long prompt, s": ("ttft_max_s", three),
+            "tokens/s": ("output_tokens_per_s", three),
+        },
+        {system: system.removeprefix("m4:budget=") for system in (LARGE, SMALL)},
     ),
 }
 
 
 CLAIMS: dict[str, Claim] = {
     # --- eight streams and a long prompt
-    "chunk-64-room": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, plain, f"{HERE}:STREAMS"),
+    "chunk-64-room": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, by=f"{HERE}:STREAMS"),
     # --- a prompt of 100,000 tokens
     "kv-100k": Derived(
-        "K/V of 100,000 tokens, Llama-2-7B in 16 bits",
-        kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT),
-        binary,
-        "folovllm/kv_cache/formulas.py:kv_bytes",
+        "K/V of 100,000 tokens, Llama-2-7B in 16 bits", kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT), binary, kv_bytes
     ),
     "kv-of-a-piece": Derived(
-        "K/V that a piece of 4,096 tokens adds",
-        kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT),
-        binary,
-        "folovllm/kv_cache/formulas.py:kv_bytes",
+        "K/V that a piece of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT), binary, kv_bytes
     ),
-    "pieces-100k": Derived(
-        "passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), plain, f"{HERE}:num_chunks"
-    ),
+    "pieces-100k": Derived("passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), by=num_chunks),
     "mlp-100k": Derived(
-        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, f"{HERE}:mlp_bytes"
+        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, mlp_bytes
     ),
-    "mlp-of-a-piece": Derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, f"{HERE}:mlp_bytes"),
+    "mlp-of-a-piece": Derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, mlp_bytes),
     # --- two budgets on Qwen3-0.6B
     "m4-longest-itl": Derived(
         "longest ITL with a budget of 4096 over that with 256, mixed",
-        lambda: longest_itl_ratio()["median"],
+        lambda: mixed_ratio(LARGE, SMALL, "itl_s"),
         digits(2),
-        f"{HERE}:longest_itl_ratio",
+        mixed_ratio,
     ),
-    "m4-late-ttft": Derived(
+    "m4-late-ttft": Derived(  # the long prompt's is the longest of all
         "TTFT of the long prompt with a budget of 256 over that with 4096, mixed",
-        lambda: late_ttft_ratio()["median"],
+        lambda: mixed_ratio(SMALL, LARGE, "ttft_s"),
         times,
-        f"{HERE}:late_ttft_ratio",
+        mixed_ratio,
     ),
 }

@@ -5,10 +5,9 @@ from __future__ import annotations
 import math
 
 from claims.chapter_2 import tokenizer
-from claims.chapter_3 import NOT_TOLD
 from claims.chapter_4 import over
-from claims.forms import ms, percent, plain, three, times, times_range
-from claims.ledger import Claim, Derived, Measured, Table, result
+from claims.forms import NOT_TOLD, ms, percent, plain, three, times, times_range
+from claims.ledger import Claim, Derived, Table, grouped_table, measured_table, result
 from folovllm.course.bench.workloads import get_workload
 from folovllm.course.viz.prefix import hit_tokens
 
@@ -82,24 +81,6 @@ def best_hit_rate() -> float:
     return float((of["number"] - 1) * hit_tokens(of["prefix_len"], length, BLOCK) / (of["number"] * length))
 
 
-def arm_rows() -> list[list[str]]:
-    """Tokens and times of every arm; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(PREFIXES)["summary"]["arms"][arm]
-        rows.append(
-            [
-                name,
-                plain(numbers["prompt_tokens_computed"]),
-                plain(numbers["cached_tokens"]),
-                plain(numbers["steps"]),
-                ms(numbers["mean_ttft_s"]),
-                times(numbers["over_no_cache"]),
-            ]
-        )
-    return rows
-
-
 def rule_rows() -> list[list[str]]:
     """Prompt tokens computed under each rule, by budget and longest piece."""
     rows = []
@@ -121,121 +102,87 @@ def prompt_tokens(workload: str, system: str) -> int:
     return int(counts.pop())
 
 
-def bench_rows() -> list[list[str]]:
-    """Every system on the workloads without and with a common prefix; medians of the rounds."""
-    rows = []
-    for workload in ("w2", "w3"):
-        for system, numbers in result(BENCH)["summary"][workload].items():
-            engine = system in ("m3", "m4")
-            rows.append(
-                [
-                    workload,
-                    system,
-                    three(numbers["output_tokens_per_s"]),
-                    times_range(over(BENCH, workload, system)),
-                    three(numbers["ttft_p50_s"]),
-                    ms(numbers["itl_p50_s"]),
-                    plain(prompt_tokens(workload, system)) if engine else NOT_TOLD,
-                ]
-            )
-    return rows
-
-
 TABLES: dict[str, Table] = {
     "full-hits": Table(
         "a prompt that was computed before, in blocks of 16",
         ("tokens", "full blocks", "blocks found", "tokens to compute"),
         full_hit_rows,
-        source=HITS,
     ),
-    "m4-prefix-arms": Table(
+    "m4-prefix-arms": measured_table(
         "20 requests with a system prompt of 400 tokens and 24 of their own",
-        ("arm", "prompt tokens computed", "found", "steps", "mean TTFT, ms", "time over no cache"),
-        arm_rows,
-        source="folovllm/course/measure/chapter_7.py:prefixes",
-        files=(PREFIXES,),
+        f"{PREFIXES}/summary/arms",
+        "arm",
+        {
+            "prompt tokens computed": ("prompt_tokens_computed", plain),
+            "found": ("cached_tokens", plain),
+            "steps": ("steps", plain),
+            "mean TTFT, ms": ("mean_ttft_s", ms),
+            "time over no cache": ("over_no_cache", times),
+        },
+        ARMS,
     ),
     "m4-sharing-rules": Table(
         "prompt tokens computed for the same requests, all of which arrive together",
         ("budget", "of one request", "no cache", "what is written", "and this forward's"),
         rule_rows,
-        source="folovllm/course/measure/chapter_7.py:by_rule",
         files=(PREFIXES,),
     ),
-    "m4-bench": Table(
+    "m4-bench": grouped_table(
+        "workload",
+        {workload: f"{BENCH}/summary/{workload}" for workload in ("w2", "w3")},
+        "system",
+        lambda workload: {
+            "tokens/s": ("output_tokens_per_s", three),
+            "over hf:static": lambda system: times_range(over(BENCH, workload, system)),
+            "TTFT, s": ("ttft_p50_s", three),
+            "ITL, ms": ("itl_p50_s", ms),
+            "prompt tokens computed": lambda system: (
+                plain(prompt_tokens(workload, system)) if system in ("m3", "m4") else NOT_TOLD
+            ),
+        },
         "without (w2) and with (w3) a common prefix: M3, M4 and Hugging Face's ways",
-        ("workload", "system", "tokens/s", "over hf:static", "TTFT, s", "ITL, ms", "prompt tokens computed"),
-        bench_rows,
-        source=f"{HERE}:bench_rows",
-        files=(BENCH,),
     ),
 }
 
 
-def _rule(says: str, limits: str, rule: str) -> Claim:  # a key with a slash: no path of a page leads there
-    return Measured(f"prompt tokens computed, {says}", PREFIXES, ("rules", limits, rule), plain)
-
-
 CLAIMS: dict[str, Claim] = {
     # --- twenty requests with one system prompt
-    "rule-written-large": _rule("a budget of 16,384, only what is written is found", "16384/0", "written"),
-    "rule-written-pieces": _rule(
-        "a budget of 512 in chunks of 128, only what is written is found", "512/128", "written"
-    ),
-    "rule-forward-pieces": _rule("the same, and what this forward writes", "512/128", "forward"),
     "sharers-hit-rate": Derived(
-        "the largest share of these prompt tokens that can be found", best_hit_rate, percent(1), f"{HERE}:best_hit_rate"
+        "the largest share of these prompt tokens that can be found", best_hit_rate, percent(1)
     ),
     # --- one prompt
     "alike-tokens": Derived(
         f"tokens that {ALIKE[0]!r} and {ALIKE[1]!r} begin with, folo-tiny",
         lambda: tokens_in_common(*ALIKE),
-        plain,
-        f"{HERE}:tokens_in_common",
+        by=tokens_in_common,
     ),
-    "hit-of-64": Derived(
-        "tokens found of a prompt of 64 that was computed before", hit_tokens(64, 64, BLOCK), plain, HITS
-    ),
-    "left-of-64": Derived("tokens of it that are computed", 64 - hit_tokens(64, 64, BLOCK), plain, HITS),
+    "hit-of-64": Derived("tokens found of a prompt of 64 that was computed before", hit_tokens(64, 64, BLOCK), by=HITS),
+    "left-of-64": Derived("tokens of it that are computed", 64 - hit_tokens(64, 64, BLOCK), by=HITS),
     "left-of-65": Derived(
-        "tokens that are computed of a prompt of 65 that was computed before",
-        65 - hit_tokens(65, 65, BLOCK),
-        plain,
-        HITS,
+        "tokens that are computed of a prompt of 65 that was computed before", 65 - hit_tokens(65, 65, BLOCK), by=HITS
     ),
     "collision-chance": Derived(
         "the chance of equal keys among a million blocks, 128 bits",
         chance_of_a_collision(10**6, 128),
         tiny,
-        f"{HERE}:chance_of_a_collision",
+        chance_of_a_collision,
     ),
     # --- w3
     "w3-alone": Derived(
-        "prompt tokens of w3, if every request computes all of its own", w3_tokens(False), plain, f"{HERE}:w3_tokens"
+        "prompt tokens of w3, if every request computes all of its own", w3_tokens(False), by=w3_tokens
     ),
-    "w3-shared": Derived(
-        "prompt tokens of w3, if the prefix is computed once", w3_tokens(True), plain, f"{HERE}:w3_tokens"
-    ),
+    "w3-shared": Derived("prompt tokens of w3, if the prefix is computed once", w3_tokens(True), by=w3_tokens),
     # --- w2 and w3 on Qwen3-0.6B
     "m4-over-static-w3": Derived(
-        "M4's tokens per second over a static batch's on w3",
-        lambda: over(BENCH, "w3", "m4")["median"],
-        three,
-        "docs/claims/chapter_4.py:over",
+        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4")["median"], three, over
     ),
     "m4-over-m3-w3": Derived(
-        "M4's tokens per second over M3's on w3",
-        lambda: over(BENCH, "w3", "m4", "m3")["median"],
-        three,
-        "docs/claims/chapter_4.py:over",
+        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3")["median"], three, over
     ),
     "m4-over-m3-w2": Derived(
-        "M4's tokens per second over M3's on w2",
-        lambda: over(BENCH, "w2", "m4", "m3")["median"],
-        times,
-        "docs/claims/chapter_4.py:over",
+        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3")["median"], times, over
     ),
     "m4-prompt-tokens-w3": Derived(
-        "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), plain, f"{HERE}:prompt_tokens"
+        "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), by=prompt_tokens
     ),
 }

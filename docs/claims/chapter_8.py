@@ -7,13 +7,14 @@ from typing import Any
 
 from claims.chapter_4 import over
 from claims.forms import digits, fixed, mib, ms, percent, plain, share, three, times, with_range
-from claims.ledger import Claim, Derived, Table, result
+from claims.ledger import Claim, Derived, Table, at, measured_table, result
 from folovllm.course.bench.rounds import spread
 from folovllm.course.grading.latency import COST, ITL_TARGET, LONG_TTFT_TARGET, MS, SHORT_TTFT_TARGET
 
 WATERFALL = "m4-waterfall-qwen3-0.6b"  # w3 on every milestone, hf:sequential (M0's way) and hf:static
 WHOLE = "m4-whole-folo-tiny"  # by `python -m folovllm.course.measure whole`
 LATENCY = "m4-latency-target"  # by `python -m folovllm.course.measure latency`
+TINY_ARMS = f"{WHOLE}/summary/arms"
 HERE = "docs/claims/chapter_8.py"
 W3 = {"hf:sequential": "M0", "m1": "M1", "m2:loop": "M2, loop", "m2:padded": "M2, padded", "m3": "M3", "m4": "M4"}
 ARMS = {
@@ -40,8 +41,13 @@ def before(arm: str, names: Mapping[str, str]) -> str | None:
 
 def w3_over_before(system: str) -> Spread | None:
     """A system's tokens per second over those of the rung before it, on w3."""
-    below = before(system, W3)
+    below = before(system, W3) if system in W3 else None
     return None if below is None else over(WATERFALL, "w3", system, below)
+
+
+def gain_or_dash(gain: Spread | None) -> str:
+    """The median of a gain; a dash for the first rung."""
+    return "-" if gain is None else times(gain)
 
 
 def used_share(numbers: Mapping[str, Spread]) -> float:
@@ -49,57 +55,11 @@ def used_share(numbers: Mapping[str, Spread]) -> float:
     return numbers["kv_used_bytes"]["median"] / numbers["kv_reserved_bytes"]["median"]
 
 
-def w3_rows() -> list[list[str]]:
-    """w3 on every milestone, and in a static batch; medians of the rounds."""
-    rows = []
-    for system, name in {**W3, STATIC: STATIC}.items():
-        numbers = result(WATERFALL)["summary"]["w3"][system]
-        gain = w3_over_before(system) if system in W3 else None
-        rows.append(
-            [
-                name,
-                three(numbers["output_tokens_per_s"]),
-                "-" if gain is None else times(gain),
-                three(numbers["ttft_p50_s"]),
-                ms(numbers["itl_max_s"]),
-                mib(numbers["kv_reserved_bytes"]),
-                share(used_share(numbers)),
-            ]
-        )
-    return rows
-
-
 def tiny_over(arm: str, other: str) -> Spread:
     """An arm's tokens per second over another's on the chapter's own workload, taken inside of each round."""
     rounds = [current["arms"] for current in result(WHOLE)["rounds"]]
     ratios = [arms[arm]["output_tokens_per_s"] / arms[other]["output_tokens_per_s"] for arms in rounds]
     return spread(ratios)
-
-
-def tiny_rows() -> list[list[str]]:
-    """The chapter's own workload on every milestone; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(WHOLE)["summary"]["arms"][arm]
-        rows.append(
-            [
-                name,
-                three(numbers["output_tokens_per_s"]),
-                times(numbers["over_before"]) if before(arm, ARMS) else "-",
-                ms(numbers["mean_ttft_s"]),
-                ms(numbers["max_itl_s"]),
-                mib(numbers["kv_reserved_bytes"]),
-                share(used_share(numbers)) if numbers["kv_reserved_bytes"]["max"] else "-",
-                plain(whole_number(numbers["prompt_tokens_computed"])),
-                plain(whole_number(numbers["forwards"])),
-            ]
-        )
-    return rows
-
-
-def whole_number(counts: Spread) -> Spread:
-    """A count, whose median is a whole number in every file here."""
-    return {key: round(value) for key, value in counts.items()}
 
 
 # --- the same tokens ----------------------------------------------------------------------------------------
@@ -162,11 +122,11 @@ def request_rows() -> list[list[str]]:
 
 def layer_rows() -> list[list[str]]:
     """Of M4's time, the shares of the interface, the runtime and the model's forward, by workload."""
-    rows = []
     shares = result(WHOLE)["summary"]["layers"]
-    rows.append(["folo-tiny, this chapter's", *(percent(1)(shares[x]) for x in LAYERS)])
-    rows.append(["Qwen3-0.6B, w3", *(percent(2)(w3_layer(x)) for x in LAYERS)])
-    return rows
+    return [
+        ["folo-tiny, this chapter's", *(percent(1)(shares[layer]) for layer in LAYERS)],
+        ["Qwen3-0.6B, w3", *(percent(2)(w3_layer(layer)) for layer in LAYERS)],
+    ]
 
 
 LAYERS = ("interface", "runtime", "forward")
@@ -187,67 +147,65 @@ def w3_layer(layer: str) -> float:
 # --- a latency target ---------------------------------------------------------------------------------------
 
 
-def latency_rows() -> list[list[str]]:
-    """Waits under fixed budgets and under the solution's policy, on the made-up machine."""
-    rows = []
-    for policy, numbers in result(LATENCY)["policies"].items():
-        name = "by cost, shortest first" if policy == "solution" else f"budget {int(policy):,}"
-        rows.append([name, *(fixed(0)(numbers[key]) for key in ("longest_itl_ms", "long_ttft_ms", "short_ttft_ms"))])
-    return rows
-
-
 TABLES: dict[str, Table] = {
-    "whole-w3": Table(
+    "whole-w3": measured_table(
         "w3 on every milestone, on the shape of Qwen3-0.6B",
-        ("milestone", "tokens/s", "over the row above", "TTFT p50, s", "longest ITL, ms", "K/V, MiB", "of it used"),
-        w3_rows,
-        source=f"{HERE}:w3_rows",
-        files=(WATERFALL,),
+        f"{WATERFALL}/summary/w3",
+        "milestone",
+        {
+            "tokens/s": ("output_tokens_per_s", three),
+            "over the row above": lambda system: gain_or_dash(w3_over_before(system)),
+            "TTFT p50, s": ("ttft_p50_s", three),
+            "longest ITL, ms": ("itl_max_s", ms),
+            "K/V, MiB": ("kv_reserved_bytes", mib),
+            "of it used": lambda system: share(used_share(at(f"{WATERFALL}/summary/w3/{system}"))),
+        },
+        {**W3, STATIC: STATIC},
     ),
-    "whole-tiny": Table(
+    "whole-tiny": measured_table(
         "questions, a document and a shared system prompt on every milestone, on folo-tiny",
-        (
-            "milestone",
-            "tokens/s",
-            "over the row above",
-            "mean TTFT, ms",
-            "longest ITL, ms",
-            "K/V, MiB",
-            "of it used",
-            "prompt tokens computed",
-            "forwards",
-        ),
-        tiny_rows,
-        source="folovllm/course/measure/chapter_8.py:whole",
-        files=(WHOLE,),
+        TINY_ARMS,
+        "milestone",
+        {
+            "tokens/s": ("output_tokens_per_s", three),
+            "over the row above": lambda arm: times(at(f"{TINY_ARMS}/{arm}/over_before")) if before(arm, ARMS) else "-",
+            "mean TTFT, ms": ("mean_ttft_s", ms),
+            "longest ITL, ms": ("max_itl_s", ms),
+            "K/V, MiB": ("kv_reserved_bytes", mib),
+            "of it used": lambda arm: "-" if arm == "m0-recompute" else share(used_share(at(f"{TINY_ARMS}/{arm}"))),
+            "prompt tokens computed": ("prompt_tokens_computed", fixed(0)),
+            "forwards": ("forwards", fixed(0)),
+        },
+        ARMS,
     ),
     "one-request": Table(
         "one request, step by step",
         ("step", "status", "found", "computed", "K/V", "its blocks", "sampled", "runtime", "model"),
         request_rows,
-        source="folovllm/course/measure/chapter_8.py:traced",
         files=(WHOLE,),
     ),
     "layer-shares": Table(
         "where M4's time goes",
         ("workload", "interface", "runtime", "forward of the model"),
         layer_rows,
-        source=f"{HERE}:layer_rows",
         files=(WHOLE, WATERFALL),
     ),
-    "latency-policies": Table(
+    "latency-policies": measured_table(
         "eight readers, a long prompt and five short ones on the exercise's machine: milliseconds",
-        ("policy", "longest ITL", "TTFT of the long prompt", "longest TTFT of a short one"),
-        latency_rows,
-        source="folovllm/course/measure/chapter_8_latency.py:latency",
+        f"{LATENCY}/policies",
+        "policy",
+        {
+            "longest ITL": ("longest_itl_ms", fixed(0)),
+            "TTFT of the long prompt": ("long_ttft_ms", fixed(0)),
+            "longest TTFT of a short one": ("short_ttft_ms", fixed(0)),
+        },
+        {str(b): f"budget {b:,}" for b in (64, 108, 160, 256, 4096)} | {"solution": "by cost, shortest first"},
     ),
 }
 
 
 def _w3_gain(says: str, system: str) -> Claim:
-    return Derived(
-        f"{says}, w3 on Qwen3-0.6B", lambda: (w3_over_before(system) or {})["median"], times, f"{HERE}:w3_over_before"
-    )
+    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: (w3_over_before(system) or {})["median"], times, w3_over_before)
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
@@ -267,38 +225,35 @@ CLAIMS: dict[str, Claim] = {
         "M4's tokens per second over a static batch's, w3 on Qwen3-0.6B",
         lambda: over(WATERFALL, "w3", "m4", STATIC)["median"],
         three,
-        "docs/claims/chapter_4.py:over",
+        over,
     ),
     "w3-m2-used": Derived(
         "of what M2 set aside, the share that was used, w3",
         lambda: used_share(result(WATERFALL)["summary"]["w3"]["m2:padded"]),
         share,
-        f"{HERE}:used_share",
+        used_share,
     ),
     # --- this chapter's workload
     "tiny-m4-over-m0": Derived(
-        "M4's tokens per second over M0's, folo-tiny",
-        lambda: tiny_over("m4", "m0"),
-        with_range(digits(2)),
-        f"{HERE}:tiny_over",
+        "M4's tokens per second over M0's, folo-tiny", lambda: tiny_over("m4", "m0"), with_range(digits(2)), tiny_over
     ),
     "tiny-m2-used": Derived(
         "of what M2 set aside, the share that was used, folo-tiny",
         lambda: used_share(result(WHOLE)["summary"]["arms"]["m2-padded"]),
         share,
-        f"{HERE}:used_share",
+        used_share,
     ),
     # --- the matrix
-    "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), plain, f"{HERE}:cells"),
-    "matrix-compared": Derived("answers compared with generate's", compared, plain, f"{HERE}:compared"),
-    "matrix-same": Derived("answers with generate's tokens", same_answers, plain, f"{HERE}:same_answers"),
-    "matrix-crowded": Derived("settings in which a request was preempted", crowded, plain, f"{HERE}:crowded"),
+    "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), by=cells),
+    "matrix-compared": Derived("answers compared with generate's", compared),
+    "matrix-same": Derived("answers with generate's tokens", same_answers),
+    "matrix-crowded": Derived("settings in which a request was preempted", crowded),
     # --- layers
     "w3-forward-share": Derived(
         "share of M4's time inside the model's forward, w3 on Qwen3-0.6B",
         lambda: w3_layer("forward"),
         percent(1),
-        f"{HERE}:w3_layer",
+        w3_layer,
     ),
     # --- the latency target
     "target-itl": _target("the longest time between two tokens", ITL_TARGET),

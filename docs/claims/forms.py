@@ -17,6 +17,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+NOT_TOLD = "–"  # noqa: RUF001  an en dash, as in print
 Form = Callable[[Any], str]
 
 UNITS = {  # as it is shown: what a number is multiplied with

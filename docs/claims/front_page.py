@@ -52,6 +52,5 @@ TABLES = {
         "the engine's files in the order in which to read them, with their lines",
         ["file", "what it does", "lines"],
         rows,
-        "docs/claims/front_page.py:lines_of",
     )
 }

@@ -25,6 +25,6 @@ CLAIMS: dict[str, Claim] = {
         f"tokens per pass with {DRAFTED} guesses, each right with probability {ACCEPTED}",
         lambda: tokens_per_pass(ACCEPTED, DRAFTED),
         three,
-        f"{HERE}:tokens_per_pass",
+        tokens_per_pass,
     )
 }

@@ -7,14 +7,15 @@ its source does not.
 
 from __future__ import annotations
 
+import inspect
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-from claims.forms import Form, named, plain
+from claims.forms import NOT_TOLD, Form, named, plain
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "results"
@@ -31,7 +32,16 @@ class Derived:
     says: str  # what it is
     of: Any  # the number, or a function that computes it
     form: Form = plain
-    source: str = ""  # "path:name" of the code that has the formula
+    by: str | Callable[..., Any] = ""  # what has the formula, as "path:name" or itself; else the function that is `of`
+
+    @property
+    def source(self) -> str:
+        """The "path:name" of the code that has the formula."""
+        by = self.by or self.of
+        if isinstance(by, str):
+            return by
+        by = inspect.unwrap(by)
+        return f"{Path(inspect.getfile(by)).resolve().relative_to(ROOT).as_posix()}:{by.__qualname__}"
 
     def value(self) -> Any:
         """The number."""
@@ -40,21 +50,20 @@ class Derived:
 
 @dataclass(frozen=True)
 class Measured:
-    """A number in `results/<file>.json`, or its spread over the rounds."""
+    """A number in a results file, or its spread over the rounds."""
 
     says: str
-    file: str
-    path: tuple[str, ...]  # a key per level
+    where: str  # "file/path/in/it"
     form: Form
+
+    @property
+    def file(self) -> str:
+        """The file in `results/`, without its suffix."""
+        return self.where.partition("/")[0]
 
     def value(self) -> Any:
         """The number. Raises ClaimError if the file or the key does not exist."""
-        found: Any = result(self.file)
-        for key in self.path:
-            if not isinstance(found, dict) or key not in found:
-                raise ClaimError(f"results/{self.file}.json has no {'/'.join(self.path)}")
-            found = found[key]
-        return found
+        return at(self.where)
 
 
 @dataclass(frozen=True)
@@ -82,26 +91,85 @@ class Table:
     says: str
     header: Sequence[str]
     rows: Callable[[], list[list[str]]]
-    source: str | None = None  # the code that computes what is not in a file
     files: tuple[str, ...] = ()  # the results that it shows
 
 
 def measured(name: str) -> Measured:
     """The number that a page names: "m1-engine-folo-tiny/summary/engine_over_loop|range .2f".
 
-    Raises ClaimError if the name has no path or no form that exists.
+    Raises ClaimError if the form does not exist.
     """
     where, _, form = name.partition("|")
-    file, *path = where.split("/")
     try:
-        return Measured(f"{file}, {' / '.join(path)}", file, tuple(path), named(form))
+        return Measured(where, where, named(form))
     except LookupError as error:
         raise ClaimError(f"{name}: {error}") from None
+
+
+Column = tuple[str, Form] | Callable[[str], str]
+
+
+def measured_table(
+    says: str, where: str, first: str, columns: Mapping[str, Column], names: Mapping[str, str] | None = None
+) -> Table:
+    """A table of a results file: a row per entry at `where`, "file/path/in/it".
+
+    first: the header of the rows' names. names: the entries to show, and how they are called; None: all, as they are.
+    columns: header -> a path in the entry and a form, or what writes the cell of the entry with this key.
+    """
+    file = where.partition("/")[0]
+
+    def cell(key: str, column: Column) -> str:
+        if not isinstance(column, tuple):
+            return column(key)
+        number = at(f"{where}/{key}/{column[0]}")
+        return NOT_TOLD if number is None else column[1](number)
+
+    def rows() -> list[list[str]]:
+        shown = {key: key for key in at(where)} if names is None else names
+        return [[name, *(cell(key, column) for column in columns.values())] for key, name in shown.items()]
+
+    return Table(says, (first, *columns), rows, files=(file,))
+
+
+def grouped_table(
+    header: str,
+    groups: Mapping[str, str],
+    first: str,
+    columns: Callable[[str], Mapping[str, Column]],
+    says: str,
+    names: Mapping[str, str] | None = None,
+) -> Table:
+    """Measured tables of one shape, one below the other, each with its group's name in the first column.
+
+    groups: the name and the place in the file of each. columns: of a group.
+    """
+    tables = {group: measured_table(says, where, first, columns(group), names) for group, where in groups.items()}
+    one = next(iter(tables.values()))
+
+    def rows() -> list[list[str]]:
+        return [[group, *row] for group, table in tables.items() for row in table.rows()]
+
+    return Table(says, (header, *one.header), rows, one.files)
 
 
 def text(claim: Claim) -> str:
     """The claim as a page shows it."""
     return claim.form(claim.value())
+
+
+def at(where: str) -> Any:
+    """What a results file has at "file/path/in/it". A key may have a slash itself. Raises ClaimError without it."""
+    file, _, path = where.partition("/")
+    found: Any = result(file)
+    keys = path.split("/")
+    while keys:
+        ends = range(1, len(keys) + 1) if isinstance(found, dict) else ()
+        end = next((end for end in ends if "/".join(keys[:end]) in found), None)
+        if end is None:
+            raise ClaimError(f"results/{file}.json has no {path}")
+        found, keys = found["/".join(keys[:end])], keys[end:]
+    return found
 
 
 @cache
@@ -114,15 +182,16 @@ def result(file: str) -> dict[str, Any]:
     return data
 
 
-def provenance(file: str) -> str:
-    """What a results file was measured on, in a line."""
+def provenance(file: str, how: str | None = None) -> str:
+    """What a results file was measured on, in a line. how: what to say in place of the number of rounds."""
     data = result(file)
+    if "rounds" not in data:
+        return "Computed, the same on every machine"
     hardware, versions = data["hardware"], data["versions"]
     threads = hardware["threads"]
     where = hardware["gpu"] or f"{hardware['cpu']}, {threads} thread{'s' * (threads != 1)}"
-    rounds = len(data["rounds"])
     return (
-        f"{data['model']}, {data['dtype']}{', random weights' * (data['load_format'] == 'dummy')}; {where}; "
+        f"Measured: {data['model']}, {data['dtype']}{', random weights' * (data['load_format'] == 'dummy')}; {where}; "
         f"torch {versions['torch']}, transformers {versions['transformers']}; {data['date'][:10]}; "
-        f"median of {rounds} rounds"
+        f"{how or 'median of ' + str(len(data['rounds'])) + ' rounds'}"
     )

@@ -143,8 +143,7 @@ ERRATA = (
 CLAIMS: dict[str, Claim] = {
     "decode-row-logit-difference": Measured(
         "largest difference of a logit when a decode step sees itself only, folo-tiny",
-        TINY,
-        ("logit_differences", "decode_sees_itself_only"),
+        f"{TINY}/logit_differences/decode_sees_itself_only",
         digits(2),
     ),
     **claims_of(ERRATA),

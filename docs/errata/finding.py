@@ -27,8 +27,7 @@ class Erratum:
         """What the formula gives, by the ids of the ledger."""
         if self.formula is None:
             return {}
-        source = f"docs/{self.formula.__module__.replace('.', '/')}.py:{self.formula.__name__}"
-        return {f"erratum-{self.name}-{key}": replace(n, source=source) for key, n in self.formula().items()}
+        return {f"erratum-{self.name}-{key}": replace(n, by=self.formula) for key, n in self.formula().items()}
 
 
 def claims_of(errata: Sequence[Erratum]) -> dict[str, Claim]:

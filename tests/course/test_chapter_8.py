@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from folovllm.course.measure.chapter_8_latency import latency
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
@@ -117,6 +121,12 @@ def test_the_interface_and_the_runtime_are_a_small_part_with_a_real_model() -> N
     assert shares[2] > 0.9
     tiny = ledger.result(chapter_8.WHOLE)["summary"]["layers"]
     assert tiny["runtime"]["median"] > shares[1]
+
+
+def test_the_results_of_the_latency_exercise_are_those_of_its_solution() -> None:
+    ((name, data),) = latency(Console(), 1, [])
+    assert name == chapter_8.LATENCY
+    assert json.loads(json.dumps(data["policies"])) == ledger.result(name)["policies"]
 
 
 # --- the layers ---------------------------------------------------------------------------------------------------
