@@ -151,7 +151,7 @@ def provenance(env: BuildEnvironment, file: str, how: str | None, kind: type[nod
 
 
 def make_table(header: Any, rows: list[list[str]], table_id: str) -> nodes.table:
-    """A table node; columns of numbers stand at the right."""
+    """A table node; columns of numbers are aligned at the right."""
     right = [sum(row[i][:1].isdigit() for row in rows) > len(rows) / 2 for i in range(len(header))]
     group = nodes.tgroup(cols=len(header))
     group += [nodes.colspec(colwidth=1) for _ in header]

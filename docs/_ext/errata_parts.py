@@ -62,7 +62,7 @@ class ShowEvidence(SphinxDirective):
         return nodes.table("", group, classes=["evidence"])
 
     def command(self, erratum: Erratum) -> nodes.paragraph:
-        """How a reader runs it, and where its code stands."""
+        """How a reader runs it, and where its code is."""
         line = nodes.paragraph("", "", nodes.literal(text=f"{COMMAND} {erratum.name}"), classes=["evidence-command"])
         for find, how in ((erratum.formula, " computes: "), (erratum.experiment, " runs: ")):
             if find is not None:

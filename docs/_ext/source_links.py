@@ -46,8 +46,9 @@ def note_source(env: BuildEnvironment, path: str, line: int | None, text: str) -
 def pages_of(env: BuildEnvironment) -> dict[str, set[str]]:
     """Document -> files that it links to."""
     if not hasattr(env, "course_sources"):
-        env.course_sources = {}  # type: ignore[attr-defined]
-    return env.course_sources  # type: ignore[attr-defined,no-any-return]
+        env.course_sources = {}
+    found: dict[str, set[str]] = env.course_sources
+    return found
 
 
 def visit_source(self: HTML5Translator, node: source_node) -> None:

@@ -1,4 +1,4 @@
-"""Claims of chapter 3: what batches waste, what sharing a pass gains, and who waits."""
+"""Claims of chapter 3: what batches waste, what sharing a pass gains, and what requests wait."""
 
 from __future__ import annotations
 

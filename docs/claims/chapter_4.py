@@ -7,9 +7,8 @@ from typing import Any
 
 from claims import chapter_3
 from claims.forms import binary, digits, fixed, mib, ms, percent, plain, share, three, times, times_range
-from claims.ledger import Cited, Claim, Derived, Table, at, grouped_table, measured_table, result
+from claims.ledger import Cited, Claim, Derived, Table, at, grouped_table, measured_table, ratio, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
-from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.allocators import Buddy
 from folovllm.course.lessons.formulas import linear_flops_per_token
 from folovllm.course.lessons.fragmentation import capacity_of, num_blocks, paged_waste, region_waste, translate
@@ -148,11 +147,8 @@ PEER = "hf:static"  # of one request, a plain `generate`
 
 def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, float]:
     """A system's output tokens per second over another's, taken inside of each round: median and ends."""
-    ratios = []
-    for current in result(file)["rounds"]:
-        runs = current["runs"][workload]
-        ratios.append(runs[system]["output_tokens_per_s"] / runs[peer]["output_tokens_per_s"])
-    return spread(ratios)
+    own, others = (f"runs/{workload}/{name}/output_tokens_per_s" for name in (system, peer))
+    return ratio(file, own, others)
 
 
 ATTENTION_WAYS = {
@@ -165,8 +161,7 @@ ATTENTION_WAYS = {
 
 def attention_over_grouped() -> dict[str, float]:
     """The torch backend's time over that of the second way, taken inside of each round."""
-    rounds = [current["512"] for current in result(ATTENTION)["rounds"]]
-    return spread([ways["torch"]["seconds"] / ways["gather_grouped"]["seconds"] for ways in rounds])
+    return ratio(ATTENTION, "512/torch/seconds", "512/gather_grouped/seconds")
 
 
 TABLES: dict[str, Table] = {
@@ -400,8 +395,7 @@ CLAIMS: dict[str, Claim] = {
     "m2-over-static-w2": _over("M2 padded", chapter_3.W2, "w2", "m2:padded"),
     "m3-attention-over-grouped": Derived(
         "time of the torch backend over gather and SDPA with grouped heads, 16 requests of 512 tokens",
-        lambda: attention_over_grouped()["median"],
-        times,
         attention_over_grouped,
+        times,
     ),
 }

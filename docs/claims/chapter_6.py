@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from claims.forms import binary, digits, ms, plain, power, three, times
-from claims.ledger import Claim, Derived, Table, measured_table, result
+from claims.ledger import Claim, Derived, Table, measured_table, ratio, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
-from folovllm.course.bench.rounds import spread
 from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
@@ -21,12 +20,12 @@ HERE = "docs/claims/chapter_6.py"
 
 # --- a prompt of 100,000 tokens -----------------------------------------------------------------------------
 
-LONG, PIECE = 100_000, 4096  # tokens
+LONG, CHUNK = 100_000, 4096  # tokens
 
 
-def num_chunks(num_tokens: int, piece: int) -> int:
-    """Passes that compute a prompt in pieces of at most so many tokens."""
-    return -(-num_tokens // piece)
+def num_chunks(num_tokens: int, size: int) -> int:
+    """Passes that compute a prompt in chunks of at most so many tokens."""
+    return -(-num_tokens // size)
 
 
 def mlp_bytes(num_tokens: int) -> int:
@@ -34,25 +33,25 @@ def mlp_bytes(num_tokens: int) -> int:
     return 2 * num_tokens * int(LLAMA_2_7B.intermediate_size) * BYTES_16_BIT
 
 
-# --- what a piece reads -------------------------------------------------------------------------------------
+# --- what a chunk reads -------------------------------------------------------------------------------------
 
-PROMPT, PIECES = 2048, (2048, 1024, 512, 256, 128, 64)
-
-
-def kv_tokens_read(num_tokens: int, piece: int) -> int:
-    """Tokens whose K/V a prefill in pieces reads: each pass reads all up to its own end."""
-    return sum(min(end, num_tokens) for end in range(piece, num_tokens + piece, piece))
+PROMPT, CHUNK_SIZES = 2048, (2048, 1024, 512, 256, 128, 64)
 
 
-def piece_rows() -> list[list[str]]:
-    """What a prompt reads from memory on Qwen3-0.6B, computed in pieces of several sizes."""
+def kv_tokens_read(num_tokens: int, size: int) -> int:
+    """Tokens whose K/V a prefill in chunks reads: each pass reads all up to its own end."""
+    return sum(min(end, num_tokens) for end in range(size, num_tokens + size, size))
+
+
+def chunk_rows() -> list[list[str]]:
+    """What a prompt reads from memory on Qwen3-0.6B, computed in chunks of several sizes."""
     config = bundled("qwen3-0.6b")
     rows = []
-    for piece in PIECES:
-        passes, read = num_chunks(PROMPT, piece), kv_tokens_read(PROMPT, piece)
+    for size in CHUNK_SIZES:
+        passes, read = num_chunks(PROMPT, size), kv_tokens_read(PROMPT, size)
         weights = passes * linear_params(config) * BYTES_16_BIT
         kv = read * kv_bytes_per_token(config, BYTES_16_BIT)
-        rows.append([plain(piece), plain(passes), plain(read), *(digits(3, "", 2**-30)(b) for b in (kv, weights))])
+        rows.append([plain(size), plain(passes), plain(read), *(digits(3, "", 2**-30)(b) for b in (kv, weights))])
     return rows
 
 
@@ -101,13 +100,12 @@ def example_rows() -> list[list[str]]:
 # --- eight streams and a long prompt ------------------------------------------------------------------------
 
 STREAMS = 8
-ARMS = {"m3": "M3, in one piece"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
+ARMS = {"m3": "M3, in one chunk"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
 
 
 def mixed_ratio(over: str, under: str, number: str) -> dict[str, float]:
     """The largest of a latency with one budget over that with the other, taken inside of each round."""
-    rounds = [current["runs"]["mixed"] for current in result(MIXED)["rounds"]]
-    return spread([runs[over][number]["max"] / runs[under][number]["max"] for runs in rounds])
+    return ratio(MIXED, f"runs/mixed/{over}/{number}/max", f"runs/mixed/{under}/{number}/max")
 
 
 # --- chunks and logits ------------------------------------------------------------------------------------
@@ -130,10 +128,10 @@ def logit_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Table] = {
-    "piece-reads": Table(
+    "chunk-reads": Table(
         f"what a prompt of {PROMPT:,} tokens reads on Qwen3-0.6B in 16 bits",
         ("tokens per pass", "passes", "K/V read, tokens", "K/V read, GiB", "weights read, GiB"),
-        piece_rows,
+        chunk_rows,
     ),
     "budget-split": Table(
         "ten decodes and prompts of 100, 200 and 500 tokens",
@@ -178,19 +176,19 @@ TABLES: dict[str, Table] = {
 
 CLAIMS: dict[str, Claim] = {
     # --- eight streams and a long prompt
-    "chunk-64-room": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, by=f"{HERE}:STREAMS"),
+    "chunk-64-left": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, by=f"{HERE}:STREAMS"),
     # --- a prompt of 100,000 tokens
     "kv-100k": Derived(
         "K/V of 100,000 tokens, Llama-2-7B in 16 bits", kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT), binary, kv_bytes
     ),
-    "kv-of-a-piece": Derived(
-        "K/V that a piece of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT), binary, kv_bytes
+    "kv-of-a-chunk": Derived(
+        "K/V that a chunk of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, CHUNK, BYTES_16_BIT), binary, kv_bytes
     ),
-    "pieces-100k": Derived("passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), by=num_chunks),
+    "chunks-100k": Derived("passes for 100,000 tokens in chunks of 4,096", num_chunks(LONG, CHUNK), by=num_chunks),
     "mlp-100k": Derived(
         "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, mlp_bytes
     ),
-    "mlp-of-a-piece": Derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, mlp_bytes),
+    "mlp-of-a-chunk": Derived("the same for 4,096 tokens", mlp_bytes(CHUNK), binary, mlp_bytes),
     # --- two budgets on Qwen3-0.6B
     "m4-longest-itl": Derived(
         "longest ITL with a budget of 4096 over that with 256, mixed",

@@ -82,11 +82,11 @@ def best_hit_rate() -> float:
 
 
 def rule_rows() -> list[list[str]]:
-    """Prompt tokens computed under each rule, by budget and longest piece."""
+    """Prompt tokens computed under each rule, by budget and longest chunk."""
     rows = []
     for limits, computed in result(PREFIXES)["rules"].items():
-        budget, piece = map(int, limits.split("/"))
-        rows.append([plain(budget), plain(piece) if piece else "no limit", *map(plain, computed.values())])
+        budget, longest = map(int, limits.split("/"))
+        rows.append([plain(budget), plain(longest) if longest else "no limit", *map(plain, computed.values())])
     return rows
 
 
@@ -174,13 +174,13 @@ CLAIMS: dict[str, Claim] = {
     "w3-shared": Derived("prompt tokens of w3, if the prefix is computed once", w3_tokens(True), by=w3_tokens),
     # --- w2 and w3 on Qwen3-0.6B
     "m4-over-static-w3": Derived(
-        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4")["median"], three, over
+        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4"), three, over
     ),
     "m4-over-m3-w3": Derived(
-        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3")["median"], three, over
+        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3"), three, over
     ),
     "m4-over-m3-w2": Derived(
-        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3")["median"], times, over
+        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3"), times, over
     ),
     "m4-prompt-tokens-w3": Derived(
         "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), by=prompt_tokens

@@ -7,8 +7,7 @@ from typing import Any
 
 from claims.chapter_4 import over
 from claims.forms import digits, fixed, mib, ms, percent, plain, share, three, times, with_range
-from claims.ledger import Claim, Derived, Table, at, measured_table, result
-from folovllm.course.bench.rounds import spread
+from claims.ledger import Claim, Derived, Table, at, measured_table, over_rounds, ratio, result
 from folovllm.course.grading.latency import COST, ITL_TARGET, LONG_TTFT_TARGET, MS, SHORT_TTFT_TARGET
 
 WATERFALL = "m4-waterfall-qwen3-0.6b"  # w3 on every milestone, hf:sequential (M0's way) and hf:static
@@ -57,9 +56,7 @@ def used_share(numbers: Mapping[str, Spread]) -> float:
 
 def tiny_over(arm: str, other: str) -> Spread:
     """An arm's tokens per second over another's on the chapter's own workload, taken inside of each round."""
-    rounds = [current["arms"] for current in result(WHOLE)["rounds"]]
-    ratios = [arms[arm]["output_tokens_per_s"] / arms[other]["output_tokens_per_s"] for arms in rounds]
-    return spread(ratios)
+    return ratio(WHOLE, f"arms/{arm}/output_tokens_per_s", f"arms/{other}/output_tokens_per_s")
 
 
 # --- the same tokens ----------------------------------------------------------------------------------------
@@ -134,14 +131,15 @@ LAYERS = ("interface", "runtime", "forward")
 
 def w3_layer(layer: str) -> float:
     """A layer's share of M4's time on w3, the median of the rounds."""
-    shares = []
-    for current in result(WATERFALL)["rounds"]:
+
+    def part(current: dict[str, Any]) -> float:
         run = current["runs"]["w3"]["m4"]
         spent, wall = run["engine"]["phase_s"], run["wall_s"]
-        parts = {"forward": spent["forward"], "runtime": sum(spent.values()) - spent["forward"]}
-        parts["interface"] = wall - sum(spent.values())
-        shares.append(parts[layer] / wall)
-    return spread(shares)["median"]
+        runtime = sum(spent.values()) - spent["forward"]
+        parts = {"forward": spent["forward"], "runtime": runtime, "interface": wall - sum(spent.values())}
+        return float(parts[layer] / wall)
+
+    return over_rounds(WATERFALL, part)["median"]
 
 
 # --- a latency target ---------------------------------------------------------------------------------------
@@ -205,7 +203,7 @@ TABLES: dict[str, Table] = {
 
 
 def _w3_gain(says: str, system: str) -> Claim:
-    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: (w3_over_before(system) or {})["median"], times, w3_over_before)
+    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: w3_over_before(system), times, w3_over_before)
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
@@ -223,7 +221,7 @@ CLAIMS: dict[str, Claim] = {
     "w3-m4-gain": _w3_gain("M4 over M3", "m4"),
     "w3-m4-over-static": Derived(
         "M4's tokens per second over a static batch's, w3 on Qwen3-0.6B",
-        lambda: over(WATERFALL, "w3", "m4", STATIC)["median"],
+        lambda: over(WATERFALL, "w3", "m4", STATIC),
         three,
         over,
     ),

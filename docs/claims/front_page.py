@@ -11,7 +11,7 @@ SPINE = (  # file below folovllm/, and what it does
     ("request.py", "one sequence and how far it has come"),
     ("engine/core.py", "one step: schedule, execute, update, record"),
     ("messages.py", "what the parts say to each other in a step"),
-    ("scheduler/scheduler.py", "who runs in the next step, and how many tokens of it"),
+    ("scheduler/scheduler.py", "which requests run in the next step, and how many tokens of each"),
     ("scheduler/request_queue.py", "the waiting requests, in the policy's order"),
     ("scheduler/parallel_sampling.py", "samples and beams that share a prompt"),
     ("scheduler/stop.py", "when a sequence is complete"),

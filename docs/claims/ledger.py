@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from claims.forms import NOT_TOLD, Form, named, plain
+from folovllm.course.bench.rounds import spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RESULTS = ROOT / "results"
@@ -101,7 +102,7 @@ def measured(name: str) -> Measured:
     """
     where, _, form = name.partition("|")
     try:
-        return Measured(where, where, named(form))
+        return Measured(f"results/{where.replace('/', '.json, ', 1)}", where, named(form))
     except LookupError as error:
         raise ClaimError(f"{name}: {error}") from None
 
@@ -159,17 +160,37 @@ def text(claim: Claim) -> str:
 
 
 def at(where: str) -> Any:
-    """What a results file has at "file/path/in/it". A key may have a slash itself. Raises ClaimError without it."""
+    """What a results file has at "file/path/in/it". Raises ClaimError if the file or the path does not exist."""
     file, _, path = where.partition("/")
-    found: Any = result(file)
+    try:
+        return within(result(file), path)
+    except KeyError:
+        raise ClaimError(f"results/{file}.json has no {path}") from None
+
+
+def within(data: Any, path: str) -> Any:
+    """The value at a path, a key per level; a key may have a slash itself. Raises KeyError where there is none."""
     keys = path.split("/")
     while keys:
-        ends = range(1, len(keys) + 1) if isinstance(found, dict) else ()
-        end = next((end for end in ends if "/".join(keys[:end]) in found), None)
+        ends = range(1, len(keys) + 1) if isinstance(data, dict) else ()
+        end = next((end for end in ends if "/".join(keys[:end]) in data), None)
         if end is None:
-            raise ClaimError(f"results/{file}.json has no {path}")
-        found, keys = found["/".join(keys[:end])], keys[end:]
+            raise KeyError(path)
+        data, keys = data["/".join(keys[:end])], keys[end:]
+    return data
+
+
+def over_rounds(file: str, number: Callable[[Any], float]) -> dict[str, float]:
+    """The spread of a number that each round of a results file gives."""
+    found = spread([number(current) for current in result(file)["rounds"]])
+    if found is None:
+        raise ClaimError(f"results/{file}.json has no rounds")
     return found
+
+
+def ratio(file: str, upper: str, lower: str) -> dict[str, float]:
+    """The spread of a ratio of two numbers, each at a path in a round, taken inside of each round."""
+    return over_rounds(file, lambda current: within(current, upper) / within(current, lower))
 
 
 @cache

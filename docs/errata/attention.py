@@ -10,7 +10,7 @@ from claims.forms import digits, fixed, power
 from claims.ledger import Claim, Derived, Measured
 from claims.models import LLAMA_2_7B
 
-from errata.bundled_model import bundled_model, cache_after, some_tokens
+from errata.bundled_model import bundled_model, cache_after, layer_of, some_tokens
 from errata.finding import Erratum, Evidence, claims_of
 from folovllm.baseline import generate_cached, generate_recompute
 from folovllm.course.lessons.formulas import attention_flops_per_token, attention_ratio, generation_flops, linear_ratio
@@ -26,7 +26,7 @@ def prompt_without_order() -> Evidence:
         causal = bundled_model()(input_ids=ids, use_cache=False).logits  # [1, T, V]
         unordered = bundled_model()(input_ids=ids, attention_mask=everything, use_cache=False).logits
     right, wrong = cache_after(tokens), cache_after(tokens, attention_mask=everything)
-    first, second = (float((right.layers[i].keys - wrong.layers[i].keys).abs().max()) for i in (0, 1))
+    first, second = (float((layer_of(right, i)[0] - layer_of(wrong, i)[0]).abs().max()) for i in (0, 1))
     return {
         "logits": Derived("largest difference of a logit", float((causal - unordered).abs().max()), digits(2)),
         "layer-0": Derived("largest difference of a cached key, first layer", first, power),
@@ -37,7 +37,7 @@ def prompt_without_order() -> Evidence:
 @cache
 def masks() -> dict[str, float]:
     """What chapter 1 measures, on this machine."""
-    from folovllm.course.measure.chapter_1 import logit_differences  # only for those who run the experiment
+    from folovllm.course.measure.chapter_1 import logit_differences  # only where the experiment runs
 
     with torch.inference_mode():
         return logit_differences(bundled_model())

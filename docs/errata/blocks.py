@@ -102,13 +102,13 @@ class TablesWithoutCounts:
 
 
 def a_beam_ends() -> Evidence:
-    """A request forks, its first beam ends, and somebody else takes blocks; with and without counts."""
-    books = TablesWithoutCounts(8)
-    books.take("a", 4)
-    books.fork("a", "a's beam")
-    books.end("a")
-    books.take("b", 4)
-    lost = set(books.tables["b"]) & set(books.tables["a's beam"])
+    """A request forks, its first beam ends, and another request takes blocks; with and without counts."""
+    tables_only = TablesWithoutCounts(8)
+    tables_only.take("a", 4)
+    tables_only.fork("a", "a's beam")
+    tables_only.end("a")
+    tables_only.take("b", 4)
+    lost = set(tables_only.tables["b"]) & set(tables_only.tables["a's beam"])
 
     manager, a, beam, b = BlockManager(8, 4), *(request(name, [7] * 16) for name in ("a", "a's beam", "b"))
     computed(manager, a)
@@ -155,17 +155,17 @@ def same_key() -> Evidence:
 
 
 def who_looks_up() -> Evidence:
-    """Who in the package imports the prefix cache: rooms with tensors, and rooms with books."""
-    with_tensors = [file for room in ("runner", "attention", "models") for file in importers(room)]
+    """Which folders of the package import the prefix cache: those with tensors, and the accounting."""
+    with_tensors = [file for folder in ("runner", "attention", "models") for file in importers(folder)]
     return {
         "tensors": Derived("files of runner/, attention/ and models/ that import the prefix cache", len(with_tensors)),
         "books": Derived("files of kv_cache/ that do", ", ".join(importers("kv_cache"))),
     }
 
 
-def importers(room: str) -> list[str]:
+def importers(folder: str) -> list[str]:
     """Files of a folder of the package that import the prefix cache."""
-    files = sorted((ROOT / "folovllm" / room).rglob("*.py"))
+    files = sorted((ROOT / "folovllm" / folder).rglob("*.py"))
     return [file.name for file in files if "folovllm.kv_cache.prefix_cache" in imported(file)]
 
 
@@ -206,7 +206,7 @@ ERRATA = (
     Erratum(
         "chunks-fit",
         "Chunks make a prompt fit that is too long for the card",
-        ("pieces-100k", "kv-of-a-piece", "kv-100k", "mlp-100k", "mlp-of-a-piece"),
+        ("chunks-100k", "kv-of-a-chunk", "kv-100k", "mlp-100k", "mlp-of-a-chunk"),
     ),
 )
 

@@ -8,7 +8,7 @@ from claims.ledger import Derived
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, bundled
 from transformers import PretrainedConfig
 
-from errata.bundled_model import bundled_model, cache_after, some_tokens
+from errata.bundled_model import bundled_model, cache_after, layer_of, some_tokens
 from errata.finding import Erratum, Evidence, claims_of
 from folovllm.baseline import cache_bytes
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes, kv_bytes_per_token
@@ -19,7 +19,7 @@ LENGTHS = (1, 10, 100)  # tokens
 def tuples_raise() -> Evidence:
     """What a forward gets and gives as `past_key_values`."""
     kept = cache_after(some_tokens(5))
-    pairs = tuple((layer.keys, layer.values) for layer in kept.layers)
+    pairs = tuple(layer_of(kept, index) for index in range(len(kept.layers)))
     try:
         with torch.inference_mode():
             bundled_model()(input_ids=torch.tensor([[3]]), past_key_values=pairs, use_cache=True)
@@ -31,7 +31,7 @@ def tuples_raise() -> Evidence:
         "type": Derived("past_key_values is a", type(kept).__name__),
         "tuples": Derived("with tuples, a call raises", answer),
         "shape": Derived(
-            "shape of layers[0].keys after 5 tokens, [B, Hkv, T, D]", str(list(kept.layers[0].keys.shape))
+            "shape of layers[0].keys after 5 tokens, [B, Hkv, T, D]", str(list(layer_of(kept, 0)[0].shape))
         ),
         "heads": Derived("query heads and KV heads", f"{config.num_attention_heads} and {config.num_key_value_heads}"),
     }
@@ -75,7 +75,7 @@ def heads_of_what() -> Evidence:
 
 def kinds_of_llama_2() -> Evidence:
     """Which Llama 2 shares K and V, by its configuration."""
-    group = LLAMA_2_70B.num_attention_heads // LLAMA_2_70B.num_key_value_heads
+    group = LLAMA_2_70B.num_attention_heads // (LLAMA_2_70B.num_key_value_heads or 1)
     return {
         "7b": Derived("Llama-2-7B", attention_kind(LLAMA_2_7B)),
         "13b": Derived("Llama-2-13B", attention_kind(LLAMA_2_13B)),

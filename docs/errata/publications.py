@@ -1,4 +1,4 @@
-"""Claims about who said what."""
+"""Claims about publications."""
 
 from __future__ import annotations
 

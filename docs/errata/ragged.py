@@ -21,7 +21,7 @@ from folovllm.course.lessons.online_softmax import online_softmax
 @cache
 def packed() -> dict[str, list[float]]:
     """What chapter 5 measures: the largest difference of a logit from the text alone, per way and text."""
-    from folovllm.course.measure.chapter_5 import packing  # only for those who run the experiment
+    from folovllm.course.measure.chapter_5 import packing  # only where the experiment runs
 
     with torch.inference_mode():
         found: dict[str, list[float]] = packing(bundled_model(), UNEQUAL)["differences"]

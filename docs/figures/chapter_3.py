@@ -80,7 +80,7 @@ def draw_waits() -> Figure:
 
 
 def draw_queue_depth() -> Figure:
-    """Who waits and who runs in each step, under each policy."""
+    """Requests that wait and that run in each step, under each policy."""
     policies = result(chapter_3.TINY)["policies"]
     return batching.queue_depth({name: policies[name]["waiting_running"] for name in policies if name != "priorities"})
 

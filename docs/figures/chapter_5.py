@@ -34,9 +34,9 @@ def draw_online_softmax() -> Figure:
     """One row of scores in tiles of four, with the rescale and without."""
     scores = torch.tensor(chapter_5.SCORES, dtype=torch.float64)
     values = torch.tensor(chapter_5.VALUES, dtype=torch.float64)[:, None]  # [S, 1]
-    arms = [online_softmax(scores, values, chapter_5.TILE, rescale=rescale) for rescale in (True, False)]
+    right, wrong = (online_softmax(scores, values, chapter_5.TILE, rescale=rescale) for rescale in (True, False))
     exact = float((scores.softmax(0) @ values)[0])
-    return ragged.online_softmax_steps(chapter_5.SCORES, chapter_5.TILE, *arms, exact)
+    return ragged.online_softmax_steps(chapter_5.SCORES, chapter_5.TILE, right, wrong, exact)
 
 
 def draw_kernel_tiles() -> Figure:

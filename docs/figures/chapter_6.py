@@ -23,8 +23,8 @@ def compositions(fills: Mapping[str, Any], names: Mapping[str, str]) -> dict[str
 
 
 def draw_chunk_steps() -> Figure:
-    """What fills the steps of eight streams and a long prompt, in one piece and in chunks."""
-    names = {"m3": "M3, in one piece", "256": "M4, a budget of 256", "64": "M4, a budget of 64"}
+    """What fills the steps of eight streams and a long prompt, in one chunk and in chunks."""
+    names = {"m3": "M3, in one chunk", "256": "M4, a budget of 256", "64": "M4, a budget of 64"}
     return chunks.step_composition(compositions(result(chapter_6.CHUNKS)["fills"], names))
 
 

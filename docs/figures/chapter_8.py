@@ -98,7 +98,7 @@ def row_name(cell: dict[str, Any]) -> str:
 
 
 def draw_layers() -> Figure:
-    """The three layers, the rooms in each, and the eight stops of a request."""
+    """The three layers, the modules in each, and the eight stops of a request."""
     interface = Layer(
         "Interface",
         "text in, text out",

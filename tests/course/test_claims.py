@@ -127,12 +127,12 @@ EXPECTED = {
     "prefill-blocks": "63",  # 4000 / 64 = 62.5
     "prefill-programs": "504",
     "recompute-over-swap": "12,400",  # 12,952,010,752 / 1,048,576 = 12,352
-    "chunk-64-room": "56",
+    "chunk-64-left": "56",
     "kv-100k": "48.8 GiB",  # 100,000 x 512 KiB
-    "kv-of-a-piece": "2 GiB",
-    "pieces-100k": "25",  # 24.4
+    "kv-of-a-chunk": "2 GiB",
+    "chunks-100k": "25",  # 24.4
     "mlp-100k": "4.1 GiB",  # 100,000 x 2 x 11,008 x 2 = 4,403,200,000
-    "mlp-of-a-piece": "172 MiB",  # 4096 x 44,032
+    "mlp-of-a-chunk": "172 MiB",  # 4096 x 44,032
     "alike-tokens": "6",
     "hit-of-64": "48",  # three blocks: the fourth ends with the last token
     "left-of-64": "16",
@@ -184,7 +184,7 @@ EXPECTED_TABLES = {
         ["512", "17,179", "410", "205"],
         ["4,096", "137,438", "1,370", "683"],
     ],
-    "piece-reads": [  # 112 KiB of K/V per token; 440,401,920 weights in linear layers
+    "chunk-reads": [  # 112 KiB of K/V per token; 440,401,920 weights in linear layers
         ["2,048", "1", "2,048", "0.219", "0.820"],
         ["1,024", "2", "3,072", "0.328", "1.64"],  # 1024 + 2048
         ["512", "4", "5,120", "0.547", "3.28"],

@@ -36,7 +36,7 @@ from folovllm.course.bench.rounds import turned
 from folovllm.course.bench.workloads import BenchRequest, draw, get_workload
 from folovllm.course.glossary import default_prompts
 from folovllm.course.lessons.fragmentation import POLICIES, Replay, draw_requests, mean_empty_slots, replay
-from folovllm.course.measure.measuring import exactly, in_rounds, load, plain
+from folovllm.course.measure.measuring import counts, exactly, in_rounds, load, plain
 from folovllm.engine.input_processor import Prompt
 from folovllm.engine.trace import Trace
 from folovllm.outputs import RequestOutput
@@ -127,12 +127,9 @@ def capacity() -> dict[str, Any]:
         tokens.append(serve(llm, requests)[0])
         stats, usage = llm.engine.stats, [step.kv for step in llm.engine.trace]
         found[milestone] = {
-            "max_running": stats.max_running,
-            "steps": stats.steps,
-            "forwards": stats.forwards,
+            **counts(stats, "max_running", "steps", "forwards", "preemptions"),
             "most_reserved": max(kv.reserved for kv in usage),
             "most_used": max(kv.used for kv in usage),
-            "preemptions": stats.preemptions,
             "running": [len(step.requests) for step in llm.engine.trace],
             "reserved": [kv.reserved for kv in usage],
             "used": [kv.used for kv in usage],
@@ -162,7 +159,7 @@ def preemption_rounds(console: Console, rounds: int) -> tuple[dict[str, Any], li
             stats = arms[arm].engine.stats
             stats.reset()
             took = serve(arms[arm], requests)[1]
-            numbers[arm] = {"seconds": took, **{name: getattr(stats, name) for name in COUNTS}}
+            numbers[arm] = {"seconds": took, **counts(stats, *COUNTS)}
         for arm in arms:
             numbers[arm]["over_roomy"] = numbers[arm]["seconds"] / numbers["roomy"]["seconds"]
         measured.append({arm: numbers[arm] for arm in arms})

@@ -30,7 +30,7 @@ from folovllm import LLM
 from folovllm.course.bench.rounds import turned
 from folovllm.course.bench.workloads import draw, get_workload
 from folovllm.course.measure.chapter_6 import MODEL, VOCAB, engine
-from folovllm.course.measure.measuring import as_text, exactly, in_rounds, load, plain
+from folovllm.course.measure.measuring import as_text, counts, exactly, in_rounds, load, plain
 from folovllm.course.viz.chunks import composition
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import CachedBlock, PrefixCache
@@ -99,9 +99,7 @@ def serve(llm: LLM, prompts: Sequence[Sequence[int]]) -> dict[str, Any]:
     return {
         "seconds": took,
         "mean_ttft_s": fmean(output.metrics.ttft or 0.0 for output in outputs),
-        "prompt_tokens_computed": stats.prompt_tokens_computed,
-        "cached_tokens": stats.cached_tokens,
-        "steps": stats.steps,
+        **counts(stats, "prompt_tokens_computed", "cached_tokens", "steps"),
         "tokens": [output.outputs[0].token_ids for output in outputs],
     }
 
@@ -149,9 +147,8 @@ def preemption() -> dict[str, Any]:
         outputs = llm.generate([request.prompt_token_ids for request in requests], params, use_tqdm=False)
         tokens.append([output.outputs[0].token_ids for output in outputs])
         found[arm] = {
-            "preemptions": llm.engine.stats.preemptions,
+            **counts(llm.engine.stats, "preemptions", "steps"),
             "tokens_scheduled": sum(step.num_scheduled_tokens for step in llm.engine.trace),
-            "steps": llm.engine.stats.steps,
         }
     return {"num_kv_blocks": TIGHT_BLOCKS, "same_tokens": tokens[0] == tokens[1], **found}
 

@@ -39,7 +39,7 @@ from folovllm.course.bench.engines import from_trace
 from folovllm.course.bench.peers import generate
 from folovllm.course.bench.rounds import turned
 from folovllm.course.glossary import default_prompts, load_prose
-from folovllm.course.measure.measuring import as_text, exactly, in_rounds, load, plain
+from folovllm.course.measure.measuring import as_text, counts, exactly, in_rounds, load, plain
 from folovllm.course.viz.chunks import composition
 from folovllm.engine.input_processor import read_prompt
 from folovllm.engine.trace import PHASES
@@ -189,9 +189,7 @@ def serve(llm: LLM, asks: Sequence[Ask]) -> Run:
         [output.metrics.token_times for output in outputs],
         seconds,
         {
-            "forwards": stats.forwards,
-            "prompt_tokens_computed": stats.prompt_tokens_computed,
-            "cached_tokens": stats.cached_tokens,
+            **counts(stats, "forwards", "prompt_tokens_computed", "cached_tokens"),
             "kv_reserved_bytes": kept["kv_reserved_tokens"] * bytes_per_token(),
             "kv_used_bytes": kept["kv_used_tokens"] * bytes_per_token(),
             "padding_share": kept["padding_share"],
@@ -288,17 +286,13 @@ def matrix(
     for setting in settings_of_matrix():
         arm = setting["milestone"] + ("-" + setting["batching"] if setting["batching"] else "")
         if arm in LOOPS:
-            run, counts = serve_m0(model, arm, asks), {"preemptions": 0, "chunks": len(asks), "cached_tokens": 0}
+            run, also = serve_m0(model, arm, asks), {"preemptions": 0, "chunks": len(asks), "cached_tokens": 0}
         else:
             llm = engine(arm, **engine_settings(setting))
             run, stats = serve(llm, asks), llm.engine.stats
-            counts = {
-                "preemptions": stats.preemptions,
-                "chunks": stats.prefill_chunks,
-                "cached_tokens": stats.cached_tokens,
-            }
+            also = {**counts(stats, "preemptions", "cached_tokens"), "chunks": stats.prefill_chunks}
         same = sum(got == want for got, want in zip(run.tokens, reference, strict=True))
-        cells.append({**setting, "same": same, **counts})
+        cells.append({**setting, "same": same, **also})
         console.print(as_text(cells[-1]), highlight=False)
     return {"total": len(asks), "pool_tokens": SMALL_POOL, "cells": cells}
 

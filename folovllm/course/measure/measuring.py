@@ -66,6 +66,11 @@ def in_rounds(header: dict[str, Any], part: str, rounds: Sequence[Any], **facts:
     return {**header, **command, **facts, "summary": spreads(rounds), "rounds": rounds}
 
 
+def counts(stats: Any, *names: str) -> dict[str, Any]:
+    """Some of an engine's counters."""
+    return {name: getattr(stats, name) for name in names}
+
+
 def exactly(max_tokens: int) -> SamplingParams:
     """Greedy, and so many tokens."""
     return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)

@@ -45,7 +45,7 @@ from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.triton_backend import INTERPRETED, TritonBackend
 from folovllm.attention.triton_configs import KernelConfig, choose_configs
 from folovllm.course.bench.report import save_report
-from folovllm.course.bench.rounds import provenance, spread
+from folovllm.course.bench.rounds import provenance, spread, turned
 from folovllm.course.lessons.triton_compile import compile_attention
 from folovllm.course.paths import RESULTS
 
@@ -265,8 +265,7 @@ def sweep(
             left_out[label(config)] = reason
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
-        names = list(arms)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in turned(list(arms), turn):
             seconds[name].append(timer(arms[name]))
     return Found(seconds, configs, left_out, label(shipped))
 
@@ -331,7 +330,7 @@ def graph_timer(calls: int) -> Timer:
 
 
 def main() -> None:
-    """Sweep, print what stands out, and save after every entry."""
+    """Sweep, print the best of each entry, and save after every entry."""
     parser = argparse.ArgumentParser(description="Time the Triton kernels on this GPU.")
     parser.add_argument("--parts", default="prefill,decode", help="prefill, decode, or both with a comma")
     parser.add_argument("--shapes", default=",".join(s.name for s in SHAPES), help="whose attention, comma-separated")
