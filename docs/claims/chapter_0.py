@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims.forms import digits, fixed, giga, ms, percent, plain, share, three
+from claims.forms import giga, ms, plain, three
 from claims.ledger import Cited, Claim, Derived, Measured, Table, at, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B
 from folovllm.course.lessons.formulas import (
@@ -102,7 +102,7 @@ TABLES: dict[str, Table] = {
             "ms per token": ("seconds_per_token", ms),
             "FLOP per byte": lambda kind: three(at(f"{WORKLOADS}/work/{kind}/intensity")),
             "GFLOP/s reached": ("flops_per_s", giga),
-            "of the best rate": ("share_of_peak_flops", share),
+            "of the best rate": ("share_of_peak_flops", ".0%"),
         },
         KINDS,
     ),
@@ -117,117 +117,115 @@ CLAIMS: dict[str, Claim] = {
     "decode-share-of-peak": Measured(
         "decode of one text, share of the best rate of a matrix product",
         f"{WORKLOADS}/summary/points/decode-1/share_of_peak_flops",
-        share,
+        ".0%",
     ),
     "decode-share-of-bandwidth": Measured(
         "decode of one text, share of the read bandwidth",
         f"{WORKLOADS}/summary/points/decode-1/share_of_read_bandwidth",
-        share,
+        ".0%",
     ),
     "machine-ridge": Derived(
         "best rate of a matrix product over best read rate, medians, FLOP per byte",
         lambda: machine_ceilings()[0] / machine_ceilings()[1],
-        three,
+        ".3g",
         machine_ceilings,
     ),
     "llama2-training-tokens": Cited(
         "tokens that Llama 2 was trained on, trillions",
         LLAMA_2_TRAINING_TOKENS / 1e12,
-        digits(2),
+        ".2g",
         "Touvron et al. 2023, table 1",
         "https://arxiv.org/abs/2307.09288",
     ),
     "llama2-serving-break-even": Derived(
         "tokens to serve until inference has cost the FLOPs of training, trillions",
         TRAINING_OVER_INFERENCE * LLAMA_2_TRAINING_TOKENS / 1e12,
-        digits(2),
+        ".2g",
         f"{HERE}:TRAINING_OVER_INFERENCE",
     ),
     "llama2-7b-linear-params": Derived(
-        "weights in the linear layers of Llama-2-7B, billions", linear_params(LLAMA_2_7B) / 1e9, three, linear_params
+        "weights in the linear layers of Llama-2-7B, billions", linear_params(LLAMA_2_7B) / 1e9, ".3g", linear_params
     ),
     "llama2-7b-layer-params": Derived(
         "weights in the linear layers of one layer of Llama-2-7B, millions",
         linear_params(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e6,
-        three,
+        ".3g",
         linear_params,
     ),
     "llama2-7b-layer-flops-1000": Derived(
         "FLOPs of these on 1000 tokens, billions",
         1000 * linear_flops_per_token(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e9,
-        three,
+        ".3g",
         linear_flops_per_token,
     ),
     "llama2-7b-decode-bytes": Derived(
-        "bytes that a decode step of Llama-2-7B reads in 16 bits, K and V aside",
-        decode_weight_bytes,
-        digits(3, "GB", 1e-9),
+        "bytes that a decode step of Llama-2-7B reads in 16 bits, K and V aside", decode_weight_bytes, ".3g GB"
     ),
     "h100-bandwidth": Cited(
         "memory bandwidth of an H100 SXM",
         H100_BYTES_PER_S,
-        digits(3, "TB/s", 1e-12),
+        ".3g TB/s",
         "NVIDIA H100 data sheet",
         "https://www.nvidia.com/en-us/data-center/h100/",
     ),
     "h100-flops": Cited(
         "dense bf16 rate of an H100 SXM",
         H100_FLOPS,
-        digits(3, "TFLOP/s", 1e-12),
+        ".3g TFLOP/s",
         "NVIDIA H100 data sheet",
         "https://www.nvidia.com/en-us/data-center/h100/",
     ),
     "h100-ridge": Derived(
         "ridge of an H100 SXM by its data sheet, FLOP per byte",
         H100_FLOPS / H100_BYTES_PER_S,
-        three,
+        ".3g",
         f"{HERE}:H100_BYTES_PER_S",
     ),
     "llama2-7b-decode-floor-h100": Derived(
         "least time of a decode step of Llama-2-7B on an H100 SXM: its bytes over the bandwidth",
         decode_weight_bytes() / H100_BYTES_PER_S,
-        digits(2, "ms", 1e3),
+        ".2g ms",
         decode_weight_bytes,
     ),
     "decode-attention-intensity-mha": Derived(
         "FLOP per byte of decode attention in 16 bits, each query head with K and V of its own",
         decode_attention_intensity(1, BYTES_16_BIT),
-        digits(2),
+        ".2g",
         decode_attention_intensity,
     ),
     "decode-attention-intensity-group-4": Derived(
         "FLOP per byte of decode attention in 16 bits, four query heads per KV head",
         decode_attention_intensity(4, BYTES_16_BIT),
-        digits(2),
+        ".2g",
         decode_attention_intensity,
     ),
     "attention-share-1000-causal": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs skipped",
         attention_share(1000, causal=True),
-        percent(1),
+        ".1%",
         attention_share,
     ),
     "attention-share-1000-full": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs computed",
         attention_share(1000, causal=False),
-        percent(1),
+        ".1%",
         attention_share,
     ),
     "attention-crossing-full": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs computed",
         attention_crossing(causal=False),
-        fixed(0),
+        ".0f",
         attention_crossing,
     ),
     "attention-crossing-causal": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs skipped",
         attention_crossing(causal=True),
-        fixed(0),
+        ".0f",
         attention_crossing,
     ),
     "budget-scheduled": Derived("tokens of 10 decodes and prompts of 100, 200 and 500", scheduled_tokens),
     "budget-filled": Derived(
-        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, share, scheduled_tokens
+        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, ".0%", scheduled_tokens
     ),
     "budget-c-claimed": Derived(
         "tokens of request C that the example schedules in order to fill the budget",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from claims.forms import Form, binary, digits, fixed, ms, plain, power, three, with_range
+from claims.forms import Form, binary, digits, fixed, ms, plain, power, three
 from claims.ledger import Claim, Derived, Measured, Table, measured_table, result
 from claims.models import (
     BYTES_16_BIT,
@@ -99,7 +99,7 @@ TABLES: dict[str, Table] = {
         {
             "ms per token without": ("recompute_seconds_per_token", ms),
             "ms per token with": ("cached_seconds_per_token", ms),
-            "ratio of times": ("time_ratio", with_range(digits(2))),
+            "ratio of times": ("time_ratio", "range .2g"),
             "ratio of FLOPs": lambda n: three(flop_ratio(QWEN, int(n))),
         },
         {str(n): plain(n) for n in result(QWEN)["new_tokens"]},
@@ -127,7 +127,7 @@ def _flop_ratio(file: str, n: int) -> Claim:
     return Derived(
         f"FLOPs without a cache over FLOPs with one, {MODEL_OF[file]}, {n} tokens",
         lambda: flop_ratio(file, n),
-        three,
+        ".3g",
         generation_flops,
     )
 
@@ -151,9 +151,7 @@ def _per_layer(says: str, config: PretrainedConfig) -> Claim:
 CLAIMS: dict[str, Claim] = {
     "m0-flop-ratio-tiny": _flop_ratio(TINY, 256),
     "m0-time-ratio-qwen3": Measured(
-        "time without a cache over time with one, qwen3-0.6b, 64 tokens",
-        f"{QWEN}/summary/64/time_ratio",
-        with_range(digits(2)),
+        "time without a cache over time with one, qwen3-0.6b, 64 tokens", f"{QWEN}/summary/64/time_ratio", "range .2g"
     ),
     "m0-flop-ratio-qwen3": _flop_ratio(QWEN, 64),
     **{f"{kind}-ratio-{n}": _ratio(kind, n) for n in (100, 10) for kind in ("linear", "attention")},
@@ -166,18 +164,18 @@ CLAIMS: dict[str, Claim] = {
     "kv-values-mqa": _per_layer("one KV head of 128", DEEPSEEK_V2_AS_MQA),
     "kv-values-mha": _per_layer("128 KV heads of 128", DEEPSEEK_V2_AS_MHA),
     "kv-1000-llama2-7b": Derived(
-        "K and V of 1000 tokens, Llama-2-7B, 16 bits", kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT), binary, kv_bytes
+        "K and V of 1000 tokens, Llama-2-7B, 16 bits", kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT), "binary", kv_bytes
     ),
     "kv-10x500-llama2-7b": Derived(
         "K and V of 10 texts of 500 tokens, Llama-2-7B, 16 bits",
         kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
-        binary,
+        "binary",
         kv_bytes,
     ),
     "logits-of-a-prompt": Derived(
         "logits of a prompt of 1000 tokens, Qwen3-0.6B, float32",
         4 * 1000 * bundled("qwen3-0.6b").vocab_size,
-        binary,
+        "binary",
         f"{HERE}:CLAIMS",
     ),
     "m0-kv-bytes-tiny-derived": Derived(
@@ -189,11 +187,11 @@ CLAIMS: dict[str, Claim] = {
     "upper-triangle-logit-difference": Measured(
         "largest difference of a logit under an upper-triangular mask, folo-tiny",
         f"{TINY}/logit_differences/upper_triangular",
-        digits(2),
+        ".2g",
     ),
     "logit-standard-deviation": Measured(
         "standard deviation of all logits of that text, folo-tiny",
         f"{TINY}/logit_differences/logits_standard_deviation",
-        digits(2),
+        ".2g",
     ),
 }

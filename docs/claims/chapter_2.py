@@ -6,7 +6,7 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from claims.forms import digits, ms, percent, plain, times_range
+from claims.forms import Form, digits, ms, named, plain
 from claims.ledger import Claim, Derived, Table, at, result
 from folovllm.models.loader import load_tokenizer, resolve_model
 
@@ -54,18 +54,18 @@ def request_rows() -> list[list[str]]:
     return rows
 
 
-OVERHEAD = {
+OVERHEAD: dict[str, tuple[str, Form]] = {
     "loop, ms per token": ("loop_seconds_per_token", ms),
     "engine, ms per token": ("engine_seconds_per_token", ms),
-    "engine over loop": ("engine_over_loop", times_range),
-    "of a decode step, not forward": ("decode_share_outside_forward", percent(1)),
+    "engine over loop": ("engine_over_loop", "range .2f"),
+    "of a decode step, not forward": ("decode_share_outside_forward", ".1%"),
 }
 
 
 def overhead_rows() -> list[list[str]]:
     """The engine beside the bare loop on both models."""
     return [
-        [at(f"{file}/model"), *(form(at(f"{file}/summary/{key}")) for key, form in OVERHEAD.values())]
+        [at(f"{file}/model"), *(named(form)(at(f"{file}/summary/{key}")) for key, form in OVERHEAD.values())]
         for file in (TINY, QWEN)
     ]
 

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from statistics import fmean
 
-from claims.forms import NOT_TOLD, Form, digits, ms, percent, plain, share, three, times, times_range, with_range
+from claims.forms import NOT_TOLD, Form, ms, percent, plain, share, three, times, times_range
 from claims.ledger import Claim, Derived, Measured, Table, at, measured_table, result
 
 TINY, QWEN = "m2-batching-folo-tiny", "m2-batching-qwen3-0.6b"
@@ -141,8 +141,8 @@ TABLES: dict[str, Table] = {
         {
             "one pass, ms": ("padded_seconds", ms),
             "a pass each, ms": ("loop_seconds", ms),
-            "a pass each over one pass": ("loop_over_padded", with_range(digits(2))),
-            "tokens/s in one pass": ("padded_tokens_per_s", three),
+            "a pass each over one pass": ("loop_over_padded", "range .2g"),
+            "tokens/s in one pass": ("padded_tokens_per_s", ".3g"),
         },
     ),
     "m2-attribution": measured_table(
@@ -151,9 +151,9 @@ TABLES: dict[str, Table] = {
         "system",
         {
             "passes": lambda system: NOT_TOLD if (passes := forwards(system)) is None else plain(passes),
-            "tokens/s": ("output_tokens_per_s", three),
-            "over m1": ("ratio_to_base", times),
-            "TTFT, s": ("ttft_p50_s", three),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
+            "over m1": ("ratio_to_base", ".2f"),
+            "TTFT, s": ("ttft_p50_s", ".3g"),
             "ITL, ms": ("itl_p50_s", ms),
             "m1's tokens": ("same_tokens_as_base", "{0[0]}/{0[1]}".format),
         },
@@ -164,11 +164,11 @@ TABLES: dict[str, Table] = {
         "arm, seats",
         {
             "passes": ("forwards", plain),
-            "over M1": ("ratio_to_m1", times),
+            "over M1": ("ratio_to_m1", ".2f"),
             "first, ms": ("mean_ttft_s", ms),
             "last, ms": ("mean_e2e_s", ms),
-            "rows": ("padding_share", share),
-            "K/V": ("kv_padding_share", share),
+            "rows": ("padding_share", ".0%"),
+            "K/V": ("kv_padding_share", ".0%"),
         },
         ARMS,
     ),
@@ -177,7 +177,7 @@ TABLES: dict[str, Table] = {
         f"{TINY}/summary/policies",
         "policy",
         {
-            "mean wait": ("mean_wait_steps", three),
+            "mean wait": ("mean_wait_steps", ".3g"),
             "longest wait": ("longest_wait_steps", plain),
             "mean wait of the urgent": urgent_wait,
             "steps until all are done": lambda policy: plain(steps_in_all(policy)),
@@ -194,11 +194,11 @@ CLAIMS: dict[str, Claim] = {
     # --- padding
     "padding-unequal-cells": Derived(f"cells of a batch of prompts of {UNEQUAL} tokens", cells(UNEQUAL), by=cells),
     "padding-unequal-tokens": Derived("tokens in it", sum(UNEQUAL), by=f"{HERE}:UNEQUAL"),
-    "padding-unequal": Derived("share of it that is padding", padding_share(UNEQUAL), percent(1), padding_share),
+    "padding-unequal": Derived("share of it that is padding", padding_share(UNEQUAL), ".1%", padding_share),
     "padding-nearly-equal": Derived(
         f"share of a batch of prompts of {NEARLY_EQUAL} tokens that is padding",
         padding_share(NEARLY_EQUAL),
-        percent(1),
+        ".1%",
         padding_share,
     ),
     "padding-mixed-cells": Derived(
@@ -208,19 +208,19 @@ CLAIMS: dict[str, Claim] = {
         "tokens in it", sum(ONE_PROMPT_SEVEN_DECODES), by=f"{HERE}:ONE_PROMPT_SEVEN_DECODES"
     ),
     "padding-mixed": Derived(
-        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), percent(1), padding_share
+        "share of it that is padding", padding_share(ONE_PROMPT_SEVEN_DECODES), ".1%", padding_share
     ),
     "padding-exercise-cells": Derived(
         f"padding cells of a batch of prompts of {EXERCISE} tokens", cells(EXERCISE) - sum(EXERCISE), by=cells
     ),
     "padding-exercise-used": Derived(
-        "share of it that holds tokens", 1 - padding_share(EXERCISE), percent(1), padding_share
+        "share of it that holds tokens", 1 - padding_share(EXERCISE), ".1%", padding_share
     ),
     "w2-prefill-padding": Derived(
-        "padding in one prefill of all prompts of w2", lambda: padding_share(w2_prompts()), share, w2_prompts
+        "padding in one prefill of all prompts of w2", lambda: padding_share(w2_prompts()), ".0%", w2_prompts
     ),
     "w2-kv-padding": Derived(
-        "padding among the K/V columns that m2:padded reads on w2, over all its passes", padded_kv_share, share
+        "padding among the K/V columns that m2:padded reads on w2, over all its passes", padded_kv_share, ".0%"
     ),
     # --- the problem, and what w2 shows
     "m2-loop-over-m1": _w2("output tokens per second over M1's", "m2:loop", "ratio_to_base", times_range),
@@ -248,7 +248,7 @@ CLAIMS |= {
     "reservation-used": Derived(
         f"of what is set aside, what holds K/V after an answer of {ANSWER} tokens",
         lambda: reserved_and_used()[1] / reserved_and_used()[0],
-        percent(1),
+        ".1%",
         reserved_and_used,
     ),
     "reservation-by-use": Derived(

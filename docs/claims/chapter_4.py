@@ -6,7 +6,7 @@ from statistics import fmean
 from typing import Any
 
 from claims import chapter_3
-from claims.forms import binary, digits, fixed, mib, ms, percent, plain, share, three, times, times_range
+from claims.forms import digits, mib, ms, percent, plain, share, times
 from claims.ledger import Cited, Claim, Derived, Table, at, grouped_table, measured_table, ratio, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B
 from folovllm.course.lessons.allocators import Buddy
@@ -176,7 +176,7 @@ TABLES: dict[str, Table] = {
         "policy",
         {
             **{name: (f"shares/{name}", percent(1)) for name in ("used", "reserved", "internal", "external")},
-            "at once": ("mean_running", fixed(1)),
+            "at once": ("mean_running", ".1f"),
             "steps": ("steps", plain),
             "preempted": ("preemptions", plain),
         },
@@ -196,7 +196,7 @@ TABLES: dict[str, Table] = {
             "steps": ("steps", plain),
             "prompt tokens computed": ("prompt_tokens_computed", plain),
             "blocks moved": blocks_moved,
-            "time over enough": ("over_roomy", times_range),
+            "time over enough": ("over_roomy", "range .2f"),
         },
         ARMS,
     ),
@@ -205,9 +205,9 @@ TABLES: dict[str, Table] = {
         {workload: f"{W2}/summary/{workload}" for workload in ("w1", "w2")},
         "system",
         lambda workload: {
-            "tokens/s": ("output_tokens_per_s", three),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
             f"over {PEER}": lambda system: times(over(W2, workload, system)),
-            "TTFT, s": ("ttft_p50_s", three),
+            "TTFT, s": ("ttft_p50_s", ".3g"),
             "ITL, ms": ("itl_p50_s", ms),
             "K/V held, MiB": ("kv_reserved_bytes", mib),
         },
@@ -220,7 +220,7 @@ TABLES: dict[str, Table] = {
         "way",
         lambda _: {
             "ms": ("seconds", ms),
-            "over gather": ("over_gather", times_range),
+            "over gather": ("over_gather", "range .2f"),
             "GB of K/V per second": ("kv_bytes_per_s", digits(2, "", 1e-9)),
         },
         "a layer of Qwen3-0.6B attends for sixteen decodes at once",
@@ -241,7 +241,7 @@ def _over(says: str, file: str, workload: str, system: str, peer: str = PEER) ->
     return Derived(
         f"output tokens per second of {says} over {peer}'s in the same round, {workload} on Qwen3-0.6B",
         lambda: over(file, workload, system, peer),
-        times_range,
+        "range .2f",
         over,
     )
 
@@ -254,19 +254,19 @@ CLAIMS: dict[str, Claim] = {
     "m2-used-of-held": Derived(
         "of the slots that M2 sets aside for w2, those with K/V, over all steps",
         lambda: used_of_held("m2"),
-        share,
+        ".0%",
         used_of_held,
     ),
     "m3-used-of-held": Derived(
         "of the slots in blocks that requests hold in M3 on w2, those with K/V, over all steps",
         lambda: used_of_held("m3"),
-        share,
+        ".0%",
         used_of_held,
     ),
     # --- the paper
     **{
         f"paper-{name}-used": Cited(
-            f"share of K/V memory that holds tokens, {system}", used, percent(1), f"{PAPER[0]}, Fig. 2", PAPER[1]
+            f"share of K/V memory that holds tokens, {system}", used, ".1%", f"{PAPER[0]}, Fig. 2", PAPER[1]
         )
         for name, (system, used) in PAPER_FIG_2.items()
     },
@@ -291,60 +291,60 @@ CLAIMS: dict[str, Claim] = {
     "empty-share-16": Derived(
         "of the slots that requests hold in blocks of 16, those that are empty",
         lambda: empty_share(16),
-        percent(1),
+        ".1%",
         empty_share,
     ),
     "empty-share-256": Derived(
         "of the slots that requests hold in blocks of 256, those that are empty",
         lambda: empty_share(256),
-        share,
+        ".0%",
         empty_share,
     ),
     # --- one request
     "blocks-100": Derived("blocks of 16 for 100 tokens", num_blocks(100, 16), by=num_blocks),
     "slots-100": Derived("slots in them", slots(100), by=slots),
     "empty-100": Derived("empty slots in them", slots(100) - 100, by=slots),
-    "paged-waste-100": Derived("share of them that is empty", paged_waste(100, 16), percent(1), paged_waste),
+    "paged-waste-100": Derived("share of them that is empty", paged_waste(100, 16), ".1%", paged_waste),
     "region-waste-2048": Derived(
-        "empty share of a region of 2,048 with 100 tokens", region_waste(100, 2048), percent(1), region_waste
+        "empty share of a region of 2,048 with 100 tokens", region_waste(100, 2048), ".1%", region_waste
     ),
     "blocks-1000": Derived("blocks of 16 for 1,000 tokens", num_blocks(1000, 16), by=num_blocks),
-    "paged-waste-1000": Derived("share of them that is empty", paged_waste(1000, 16), percent(2), paged_waste),
+    "paged-waste-1000": Derived("share of them that is empty", paged_waste(1000, 16), ".2%", paged_waste),
     "layer-region": Derived(
         "K/V of 4,096 tokens in one float32 layer with 32 heads of 128",
         REGION * LAYER_TOKEN_BYTES,
-        binary,
+        "binary",
         f"{HERE}:LAYER_TOKEN_BYTES",
     ),
-    "layer-used": Derived("of 1,000 tokens", 1000 * LAYER_TOKEN_BYTES, binary, f"{HERE}:LAYER_TOKEN_BYTES"),
+    "layer-used": Derived("of 1,000 tokens", 1000 * LAYER_TOKEN_BYTES, "binary", f"{HERE}:LAYER_TOKEN_BYTES"),
     "layer-blocks": Derived(
-        "of 1,000 tokens in blocks of 16", slots(1000) * LAYER_TOKEN_BYTES, binary, f"{HERE}:LAYER_TOKEN_BYTES"
+        "of 1,000 tokens in blocks of 16", slots(1000) * LAYER_TOKEN_BYTES, "binary", f"{HERE}:LAYER_TOKEN_BYTES"
     ),
     "batch-layer-region": Derived(
         "the layer's K/V for 32 requests with a region of 4,096 each",
         BATCH * REGION * LAYER_TOKEN_BYTES,
-        binary,
+        "binary",
         f"{HERE}:BATCH",
     ),
     "batch-layer-blocks": Derived(
         "the same for 500 tokens each in blocks of 16",
         BATCH * slots(BATCH_LEN) * LAYER_TOKEN_BYTES,
-        binary,
+        "binary",
         f"{HERE}:BATCH",
     ),
     "batch-region": Derived(
         "K/V of Llama-2-7B in 16 bits, 32 requests with a region of 4,096 each",
         BATCH * REGION * LLAMA_2_7B_TOKEN,
-        binary,
+        "binary",
         f"{HERE}:BATCH",
     ),
     "batch-blocks": Derived(
         "the same for 500 tokens each in blocks of 16",
         BATCH * slots(BATCH_LEN) * LLAMA_2_7B_TOKEN,
-        binary,
+        "binary",
         f"{HERE}:BATCH",
     ),
-    "batch-saved": Derived("what that saves", 1 - slots(BATCH_LEN) / REGION, percent(1), f"{HERE}:BATCH"),
+    "batch-saved": Derived("what that saves", 1 - slots(BATCH_LEN) / REGION, ".1%", f"{HERE}:BATCH"),
     # --- a card of 40 GB
     "card-tokens": _card("tokens that fit", CARD.tokens),
     "card-regions": _card("regions of 2,048 that fit", CARD.regions),
@@ -370,22 +370,22 @@ CLAIMS: dict[str, Claim] = {
     "watermark": Derived(
         "share of the pool that an admission leaves free",
         WATERMARK,
-        share,
+        ".0%",
         "folovllm/kv_cache/block_manager.py:WATERMARK",
     ),
     "recompute-flops": Derived(
         "FLOPs in the linear layers to compute a token of Llama-2-7B again",
         linear_flops_per_token(LLAMA_2_7B),
-        digits(3, "GFLOPs", 1e-9),
+        ".3g GFLOPs",
         linear_flops_per_token,
     ),
     "swap-bytes": Derived(
-        "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back", swap_bytes(), binary, swap_bytes
+        "bytes to move a token's K/V of Llama-2-7B in 16 bits to the host and back", swap_bytes(), "binary", swap_bytes
     ),
     "recompute-over-swap": Derived(
         "FLOPs per byte at which both take as long",
         linear_flops_per_token(LLAMA_2_7B) / swap_bytes(),
-        three,
+        ".3g",
         swap_bytes,
     ),
     # --- time
@@ -396,6 +396,6 @@ CLAIMS: dict[str, Claim] = {
     "m3-attention-over-grouped": Derived(
         "time of the torch backend over gather and SDPA with grouped heads, 16 requests of 512 tokens",
         attention_over_grouped,
-        times,
+        ".2f",
     ),
 }

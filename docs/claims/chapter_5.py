@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from claims.forms import fixed, ms, percent, plain, power
+from claims.forms import fixed, ms, plain, power
 from claims.ledger import Claim, Derived, Measured, Table, result
 from claims.models import bundled
 from folovllm.attention.reference import visible_tokens
@@ -221,15 +221,15 @@ CLAIMS: dict[str, Claim] = {
     "score-cells-packed": Derived("pairs in a mask over the whole row", score_cells(UNEQUAL)["packed"], by=score_cells),
     "score-cells-needed": Derived("pairs that see each other", score_cells(UNEQUAL)["needed"], by=score_cells),
     # --- the trap
-    "packed-right": Derived("largest difference of a logit with a 4-D mask", lambda: packing("mask"), power, packing),
+    "packed-right": Derived("largest difference of a logit with a 4-D mask", lambda: packing("mask"), "power", packing),
     "packed-wrong": Derived(
         "largest difference of a logit with positions that begin again and a cache",
         lambda: packing("positions_with_cache"),
-        fixed(1),
+        ".1f",
         packing,
     ),
     "packed-spread": Measured(
-        "standard deviation of these logits", f"{RAGGED}/packing/logits_standard_deviation", fixed(1)
+        "standard deviation of these logits", f"{RAGGED}/packing/logits_standard_deviation", ".1f"
     ),
     # --- a step
     "mixed-slot": Derived(
@@ -243,7 +243,7 @@ CLAIMS: dict[str, Claim] = {
     "long-step-visible": Derived(
         "share of them that is True",
         visible_pairs(*LONG_STEP) / (sum(LONG_STEP[0]) * sum(LONG_STEP[1])),
-        percent(1),
+        ".1%",
         visible_pairs,
     ),
     "long-step-integers": Derived(

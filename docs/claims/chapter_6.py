@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims.forms import binary, digits, ms, plain, power, three, times
+from claims.forms import digits, ms, plain, power
 from claims.ledger import Claim, Derived, Table, measured_table, ratio, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
 from folovllm.course.lessons.formulas import linear_params
@@ -166,8 +166,8 @@ TABLES: dict[str, Table] = {
         {
             "ITL p50, ms": ("itl_p50_s", ms),
             "longest ITL, ms": ("itl_max_s", ms),
-            "TTFT of the long prompt, s": ("ttft_max_s", three),
-            "tokens/s": ("output_tokens_per_s", three),
+            "TTFT of the long prompt, s": ("ttft_max_s", ".3g"),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
         },
         {system: system.removeprefix("m4:budget=") for system in (LARGE, SMALL)},
     ),
@@ -179,27 +179,27 @@ CLAIMS: dict[str, Claim] = {
     "chunk-64-left": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, by=f"{HERE}:STREAMS"),
     # --- a prompt of 100,000 tokens
     "kv-100k": Derived(
-        "K/V of 100,000 tokens, Llama-2-7B in 16 bits", kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT), binary, kv_bytes
+        "K/V of 100,000 tokens, Llama-2-7B in 16 bits", kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT), "binary", kv_bytes
     ),
     "kv-of-a-chunk": Derived(
-        "K/V that a chunk of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, CHUNK, BYTES_16_BIT), binary, kv_bytes
+        "K/V that a chunk of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, CHUNK, BYTES_16_BIT), "binary", kv_bytes
     ),
     "chunks-100k": Derived("passes for 100,000 tokens in chunks of 4,096", num_chunks(LONG, CHUNK), by=num_chunks),
     "mlp-100k": Derived(
-        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, mlp_bytes
+        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), "binary", mlp_bytes
     ),
-    "mlp-of-a-chunk": Derived("the same for 4,096 tokens", mlp_bytes(CHUNK), binary, mlp_bytes),
+    "mlp-of-a-chunk": Derived("the same for 4,096 tokens", mlp_bytes(CHUNK), "binary", mlp_bytes),
     # --- two budgets on Qwen3-0.6B
     "m4-longest-itl": Derived(
         "longest ITL with a budget of 4096 over that with 256, mixed",
         lambda: mixed_ratio(LARGE, SMALL, "itl_s"),
-        digits(2),
+        ".2g",
         mixed_ratio,
     ),
     "m4-late-ttft": Derived(  # the long prompt's is the longest of all
         "TTFT of the long prompt with a budget of 256 over that with 4096, mixed",
         lambda: mixed_ratio(SMALL, LARGE, "ttft_s"),
-        times,
+        ".2f",
         mixed_ratio,
     ),
 }

@@ -6,7 +6,7 @@ import math
 
 from claims.chapter_2 import tokenizer
 from claims.chapter_4 import over
-from claims.forms import NOT_TOLD, ms, percent, plain, three, times, times_range
+from claims.forms import NOT_TOLD, ms, plain, times_range
 from claims.ledger import Claim, Derived, Table, grouped_table, measured_table, result
 from folovllm.course.bench.workloads import get_workload
 from folovllm.course.viz.prefix import hit_tokens
@@ -117,7 +117,7 @@ TABLES: dict[str, Table] = {
             "found": ("cached_tokens", plain),
             "steps": ("steps", plain),
             "mean TTFT, ms": ("mean_ttft_s", ms),
-            "time over no cache": ("over_no_cache", times),
+            "time over no cache": ("over_no_cache", ".2f"),
         },
         ARMS,
     ),
@@ -132,9 +132,9 @@ TABLES: dict[str, Table] = {
         {workload: f"{BENCH}/summary/{workload}" for workload in ("w2", "w3")},
         "system",
         lambda workload: {
-            "tokens/s": ("output_tokens_per_s", three),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
             "over hf:static": lambda system: times_range(over(BENCH, workload, system)),
-            "TTFT, s": ("ttft_p50_s", three),
+            "TTFT, s": ("ttft_p50_s", ".3g"),
             "ITL, ms": ("itl_p50_s", ms),
             "prompt tokens computed": lambda system: (
                 plain(prompt_tokens(workload, system)) if system in ("m3", "m4") else NOT_TOLD
@@ -147,9 +147,7 @@ TABLES: dict[str, Table] = {
 
 CLAIMS: dict[str, Claim] = {
     # --- twenty requests with one system prompt
-    "sharers-hit-rate": Derived(
-        "the largest share of these prompt tokens that can be found", best_hit_rate, percent(1)
-    ),
+    "sharers-hit-rate": Derived("the largest share of these prompt tokens that can be found", best_hit_rate, ".1%"),
     # --- one prompt
     "alike-tokens": Derived(
         f"tokens that {ALIKE[0]!r} and {ALIKE[1]!r} begin with, folo-tiny",
@@ -174,13 +172,13 @@ CLAIMS: dict[str, Claim] = {
     "w3-shared": Derived("prompt tokens of w3, if the prefix is computed once", w3_tokens(True), by=w3_tokens),
     # --- w2 and w3 on Qwen3-0.6B
     "m4-over-static-w3": Derived(
-        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4"), three, over
+        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4"), ".3g", over
     ),
     "m4-over-m3-w3": Derived(
-        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3"), three, over
+        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3"), ".3g", over
     ),
     "m4-over-m3-w2": Derived(
-        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3"), times, over
+        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3"), ".2f", over
     ),
     "m4-prompt-tokens-w3": Derived(
         "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), by=prompt_tokens

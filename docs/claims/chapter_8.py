@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from claims.chapter_4 import over
-from claims.forms import digits, fixed, mib, ms, percent, plain, share, three, times, with_range
+from claims.forms import digits, mib, ms, percent, plain, share, times
 from claims.ledger import Claim, Derived, Table, at, measured_table, over_rounds, ratio, result
 from folovllm.course.grading.latency import COST, ITL_TARGET, LONG_TTFT_TARGET, MS, SHORT_TTFT_TARGET
 
@@ -151,9 +151,9 @@ TABLES: dict[str, Table] = {
         f"{WATERFALL}/summary/w3",
         "milestone",
         {
-            "tokens/s": ("output_tokens_per_s", three),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
             "over the row above": lambda system: gain_or_dash(w3_over_before(system)),
-            "TTFT p50, s": ("ttft_p50_s", three),
+            "TTFT p50, s": ("ttft_p50_s", ".3g"),
             "longest ITL, ms": ("itl_max_s", ms),
             "K/V, MiB": ("kv_reserved_bytes", mib),
             "of it used": lambda system: share(used_share(at(f"{WATERFALL}/summary/w3/{system}"))),
@@ -165,14 +165,14 @@ TABLES: dict[str, Table] = {
         TINY_ARMS,
         "milestone",
         {
-            "tokens/s": ("output_tokens_per_s", three),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
             "over the row above": lambda arm: times(at(f"{TINY_ARMS}/{arm}/over_before")) if before(arm, ARMS) else "-",
             "mean TTFT, ms": ("mean_ttft_s", ms),
             "longest ITL, ms": ("max_itl_s", ms),
             "K/V, MiB": ("kv_reserved_bytes", mib),
             "of it used": lambda arm: "-" if arm == "m0-recompute" else share(used_share(at(f"{TINY_ARMS}/{arm}"))),
-            "prompt tokens computed": ("prompt_tokens_computed", fixed(0)),
-            "forwards": ("forwards", fixed(0)),
+            "prompt tokens computed": ("prompt_tokens_computed", ".0f"),
+            "forwards": ("forwards", ".0f"),
         },
         ARMS,
     ),
@@ -193,9 +193,9 @@ TABLES: dict[str, Table] = {
         f"{LATENCY}/policies",
         "policy",
         {
-            "longest ITL": ("longest_itl_ms", fixed(0)),
-            "TTFT of the long prompt": ("long_ttft_ms", fixed(0)),
-            "longest TTFT of a short one": ("short_ttft_ms", fixed(0)),
+            "longest ITL": ("longest_itl_ms", ".0f"),
+            "TTFT of the long prompt": ("long_ttft_ms", ".0f"),
+            "longest TTFT of a short one": ("short_ttft_ms", ".0f"),
         },
         {str(b): f"budget {b:,}" for b in (64, 108, 160, 256, 4096)} | {"solution": "by cost, shortest first"},
     ),
@@ -203,7 +203,7 @@ TABLES: dict[str, Table] = {
 
 
 def _w3_gain(says: str, system: str) -> Claim:
-    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: w3_over_before(system), times, w3_over_before)
+    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: w3_over_before(system), ".2f", w3_over_before)
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
@@ -222,23 +222,23 @@ CLAIMS: dict[str, Claim] = {
     "w3-m4-over-static": Derived(
         "M4's tokens per second over a static batch's, w3 on Qwen3-0.6B",
         lambda: over(WATERFALL, "w3", "m4", STATIC),
-        three,
+        ".3g",
         over,
     ),
     "w3-m2-used": Derived(
         "of what M2 set aside, the share that was used, w3",
         lambda: used_share(result(WATERFALL)["summary"]["w3"]["m2:padded"]),
-        share,
+        ".0%",
         used_share,
     ),
     # --- this chapter's workload
     "tiny-m4-over-m0": Derived(
-        "M4's tokens per second over M0's, folo-tiny", lambda: tiny_over("m4", "m0"), with_range(digits(2)), tiny_over
+        "M4's tokens per second over M0's, folo-tiny", lambda: tiny_over("m4", "m0"), "range .2g", tiny_over
     ),
     "tiny-m2-used": Derived(
         "of what M2 set aside, the share that was used, folo-tiny",
         lambda: used_share(result(WHOLE)["summary"]["arms"]["m2-padded"]),
-        share,
+        ".0%",
         used_share,
     ),
     # --- the matrix
@@ -248,10 +248,7 @@ CLAIMS: dict[str, Claim] = {
     "matrix-crowded": Derived("settings in which a request was preempted", crowded),
     # --- layers
     "w3-forward-share": Derived(
-        "share of M4's time inside the model's forward, w3 on Qwen3-0.6B",
-        lambda: w3_layer("forward"),
-        percent(1),
-        w3_layer,
+        "share of M4's time inside the model's forward, w3 on Qwen3-0.6B", lambda: w3_layer("forward"), ".1%", w3_layer
     ),
     # --- the latency target
     "target-itl": _target("the longest time between two tokens", ITL_TARGET),
@@ -261,7 +258,7 @@ CLAIMS: dict[str, Claim] = {
         "nanoseconds for the pairs of a token behind 4,000 others over those for everything else of it, the exercise's "
         "machine",
         lambda: 4000 * COST.per_pair / COST.per_token,
-        digits(2),
+        ".2g",
         STEP_COST,
     ),
 }

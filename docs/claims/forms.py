@@ -1,6 +1,6 @@
 """How numbers are written. A form takes a number, or the spread of a number over rounds, whose median it shows.
 
-Pages name a form in short, after the path of a measured number:
+A form has a name, as pages have it after the path of a measured number:
 
     ,           as it is, thousands apart     binary      bytes in KiB, MiB, GiB
     .2f         two decimals                  power       a tiny number, by the power of ten that bounds it
@@ -18,7 +18,8 @@ from collections.abc import Callable
 from typing import Any
 
 NOT_TOLD = "–"  # noqa: RUF001  an en dash, as in print
-Form = Callable[[Any], str]
+Write = Callable[[Any], str]
+Form = str | Write  # the name of a form, or what writes a number
 
 UNITS = {  # as it is shown: what a number is multiplied with
     "ms": 1e3,
@@ -45,10 +46,10 @@ def plain(number: Any) -> str:
     return number if isinstance(number, str) else f"{number:,}"
 
 
-def digits(count: int, unit: str = "", factor: float = 1.0) -> Form:
+def digits(count: int, unit: str = "", factor: float = 1.0) -> Write:
     """With `count` significant digits, after multiplication with `factor`; a whole number has no decimals."""
 
-    def form(number: Any) -> str:
+    def write(number: Any) -> str:
         scaled = middle(number) * factor
         rounded = float(f"{scaled:.{count - 1}e}")
         exponent = math.floor(math.log10(abs(rounded))) if rounded else 0  # of its first digit
@@ -56,25 +57,25 @@ def digits(count: int, unit: str = "", factor: float = 1.0) -> Form:
         shown = f"{rounded:,.{decimals}f}"
         return f"{shown} {unit}" if unit else shown
 
-    return form
+    return write
 
 
-def fixed(decimals: int, unit: str = "", factor: float = 1.0) -> Form:
+def fixed(decimals: int, unit: str = "", factor: float = 1.0) -> Write:
     """With `decimals` decimals, after multiplication with `factor`."""
 
-    def form(number: Any) -> str:
+    def write(number: Any) -> str:
         shown = f"{middle(number) * factor:,.{decimals}f}"
         return f"{shown} {unit}" if unit else shown
 
-    return form
+    return write
 
 
-def percent(decimals: int = 0) -> Form:
+def percent(decimals: int = 0) -> Write:
     """A share of one as a percentage."""
     return fixed(decimals, "%", 100)
 
 
-def with_range(form: Form) -> Form:
+def with_range(form: Write) -> Write:
     """The median of a spread, and its ends: "4.9 (4.6 to 5.3)"."""
     return lambda spread: f"{form(spread)} ({form(spread['min'])} to {form(spread['max'])})"
 
@@ -101,8 +102,11 @@ def of_all(pair: list[int]) -> str:
     return f"{pair[0]} of {pair[1]}"
 
 
-def named(name: str) -> Form:
-    """The form that a page names. Raises LookupError for one that does not exist."""
+def named(form: Form) -> Write:
+    """What writes a number in this form. Raises LookupError for a name that does not exist."""
+    if callable(form):
+        return form
+    name = form
     if name.startswith("range "):
         return with_range(named(name.removeprefix("range ")))
     if name in WORDS:
@@ -117,7 +121,7 @@ def named(name: str) -> Form:
     return make(int(found[1])) if unit is None else make(int(found[1]), unit, UNITS[unit])
 
 
-WORDS: dict[str, Form] = {",": plain, "binary": binary, "power": power, "of": of_all}
+WORDS: dict[str, Write] = {",": plain, "binary": binary, "power": power, "of": of_all}
 
 # Cells of tables whose header names the unit.
 ms = digits(3, factor=1e3)  # of seconds

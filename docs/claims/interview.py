@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from claims.forms import three
 from claims.ledger import Claim, Derived, Table
 
 HERE = "docs/claims/interview.py"
@@ -24,7 +23,7 @@ CLAIMS: dict[str, Claim] = {
     "speculative-tokens": Derived(
         f"tokens per pass with {DRAFTED} guesses, each right with probability {ACCEPTED}",
         lambda: tokens_per_pass(ACCEPTED, DRAFTED),
-        three,
+        ".3g",
         tokens_per_pass,
     )
 }

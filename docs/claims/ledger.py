@@ -15,7 +15,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from claims.forms import NOT_TOLD, Form, named, plain
+from claims.forms import NOT_TOLD, Form, named
 from folovllm.course.bench.rounds import spread
 
 ROOT = Path(__file__).resolve().parent.parent.parent
@@ -32,7 +32,7 @@ class Derived:
 
     says: str  # what it is
     of: Any  # the number, or a function that computes it
-    form: Form = plain
+    form: Form = ","
     by: str | Callable[..., Any] = ""  # what has the formula, as "path:name" or itself; else the function that is `of`
 
     @property
@@ -102,9 +102,10 @@ def measured(name: str) -> Measured:
     """
     where, _, form = name.partition("|")
     try:
-        return Measured(f"results/{where.replace('/', '.json, ', 1)}", where, named(form))
+        named(form)
     except LookupError as error:
         raise ClaimError(f"{name}: {error}") from None
+    return Measured(f"results/{where.replace('/', '.json, ', 1)}", where, form)
 
 
 Column = tuple[str, Form] | Callable[[str], str]
@@ -124,7 +125,7 @@ def measured_table(
         if not isinstance(column, tuple):
             return column(key)
         number = at(f"{where}/{key}/{column[0]}")
-        return NOT_TOLD if number is None else column[1](number)
+        return NOT_TOLD if number is None else named(column[1])(number)
 
     def rows() -> list[list[str]]:
         shown = {key: key for key in at(where)} if names is None else names
@@ -156,7 +157,7 @@ def grouped_table(
 
 def text(claim: Claim) -> str:
     """The claim as a page shows it."""
-    return claim.form(claim.value())
+    return named(claim.form)(claim.value())
 
 
 def at(where: str) -> Any:

@@ -6,7 +6,6 @@ from functools import cache
 
 import torch
 from claims.chapter_1 import TINY
-from claims.forms import digits, fixed, power
 from claims.ledger import Claim, Derived, Measured
 from claims.models import LLAMA_2_7B
 
@@ -28,9 +27,9 @@ def prompt_without_order() -> Evidence:
     right, wrong = cache_after(tokens), cache_after(tokens, attention_mask=everything)
     first, second = (float((layer_of(right, i)[0] - layer_of(wrong, i)[0]).abs().max()) for i in (0, 1))
     return {
-        "logits": Derived("largest difference of a logit", float((causal - unordered).abs().max()), digits(2)),
-        "layer-0": Derived("largest difference of a cached key, first layer", first, power),
-        "layer-1": Derived("largest difference of a cached key, second layer", second, digits(2)),
+        "logits": Derived("largest difference of a logit", float((causal - unordered).abs().max()), ".2g"),
+        "layer-0": Derived("largest difference of a cached key, first layer", first, "power"),
+        "layer-1": Derived("largest difference of a cached key, second layer", second, ".2g"),
     }
 
 
@@ -47,8 +46,8 @@ def triangles() -> Evidence:
     """Both triangles as the mask of one forward."""
     found = masks()
     return {
-        "lower": Derived("lower triangle, largest difference of a logit", found["lower_triangular"], power),
-        "upper": Derived("upper triangle, largest difference of a logit", found["upper_triangular"], digits(2)),
+        "lower": Derived("lower triangle, largest difference of a logit", found["lower_triangular"], "power"),
+        "upper": Derived("upper triangle, largest difference of a logit", found["upper_triangular"], ".2g"),
     }
 
 
@@ -56,9 +55,9 @@ def decode_rows() -> Evidence:
     """Both rows as the mask of a decode step."""
     found = masks()
     return {
-        "all": Derived("a row that is all True, largest difference of a logit", found["decode_sees_all"], power),
+        "all": Derived("a row that is all True, largest difference of a logit", found["decode_sees_all"], "power"),
         "itself": Derived(
-            "a row that is True for the new token only, largest difference", found["decode_sees_itself_only"], digits(2)
+            "a row that is True for the new token only, largest difference", found["decode_sees_itself_only"], ".2g"
         ),
     }
 
@@ -66,18 +65,18 @@ def decode_rows() -> Evidence:
 def one_layer() -> Evidence:
     """What attention computes in one layer of Llama-2-7B at 1000 tokens, hidden pairs included."""
     flops = 1000 * attention_flops_per_token(LLAMA_2_7B, 1000) / LLAMA_2_7B.num_hidden_layers
-    return {"attention-flops": Derived("attention of the layer on 1000 tokens, billion FLOPs", flops / 1e9, digits(3))}
+    return {"attention-flops": Derived("attention of the layer on 1000 tokens, billion FLOPs", flops / 1e9, ".3g")}
 
 
 def like_with_like() -> Evidence:
     """The claim's two sums over each other, and the ratios of equal work where chapter 1 has none."""
     found = {
-        f"claimed-{n}": Derived(f"n³ / (n² + n(n - 1)) at n = {n:,}", n**3 / (n**2 + n * (n - 1)), fixed(2))
+        f"claimed-{n}": Derived(f"n³ / (n² + n(n - 1)) at n = {n:,}", n**3 / (n**2 + n * (n - 1)), ".2f")
         for n in (10, 100, 1000)
     }
     says = "work of {} without a cache over work with one, 1,000 tokens from a prompt of one"
-    found["linear-1000"] = Derived(says.format("linear"), linear_ratio(1000), fixed(1))
-    found["attention-1000"] = Derived(says.format("attention"), attention_ratio(1000), digits(3))
+    found["linear-1000"] = Derived(says.format("linear"), linear_ratio(1000), ".1f")
+    found["attention-1000"] = Derived(says.format("attention"), attention_ratio(1000), ".3g")
     return found
 
 
@@ -90,8 +89,8 @@ def by_the_clock() -> Evidence:
     flops = [generation_flops(model.config, PROMPT_LEN, NEW_TOKENS, cached=c).total for c in (False, True)]
     return {
         "same": Derived("the same tokens", str(loops[0].token_ids == loops[1].token_ids)),
-        "flops": Derived(f"{NEW_TOKENS} tokens of folo-tiny, FLOPs without over with", flops[0] / flops[1], digits(3)),
-        "time": Derived("the same, time without over with", without / cached, digits(2)),
+        "flops": Derived(f"{NEW_TOKENS} tokens of folo-tiny, FLOPs without over with", flops[0] / flops[1], ".3g"),
+        "time": Derived("the same, time without over with", without / cached, ".2g"),
     }
 
 
@@ -144,7 +143,7 @@ CLAIMS: dict[str, Claim] = {
     "decode-row-logit-difference": Measured(
         "largest difference of a logit when a decode step sees itself only, folo-tiny",
         f"{TINY}/logit_differences/decode_sees_itself_only",
-        digits(2),
+        ".2g",
     ),
     **claims_of(ERRATA),
 }

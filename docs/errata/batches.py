@@ -7,7 +7,7 @@ from pathlib import Path
 
 from claims import chapter_3
 from claims.chapter_6 import steps_of_example
-from claims.forms import digits, fixed, plain
+from claims.forms import plain
 from claims.ledger import ROOT, Cited, Claim, Derived
 
 from errata.finding import Erratum, Evidence, claims_of
@@ -29,7 +29,7 @@ def twice_as_much() -> Evidence:
     found = {"once": Derived(f"padding cells, {ROWS} rows and a prompt of {PROMPT}", once)}
     for key, (tokens, rows) in more.items():
         says = f"times as many with {rows} rows and a prompt of {tokens}"
-        found[key] = Derived(says, padding_cells(tokens, rows) / once, fixed(2))
+        found[key] = Derived(says, padding_cells(tokens, rows) / once, ".2f")
     return found
 
 
@@ -76,8 +76,8 @@ def waits(jobs: tuple[int, ...]) -> float:
 def shortest_first() -> Evidence:
     """Mean waits of a long job that comes first and three short ones behind it."""
     return {
-        "fcfs": Derived(f"mean wait of jobs of {JOBS} steps, first come, first served", waits(JOBS), digits(4)),
-        "sjf": Derived("the same jobs, the shortest first", waits(tuple(sorted(JOBS))), digits(2)),
+        "fcfs": Derived(f"mean wait of jobs of {JOBS} steps, first come, first served", waits(JOBS), ".4g"),
+        "sjf": Derived("the same jobs, the shortest first", waits(tuple(sorted(JOBS))), ".2g"),
     }
 
 

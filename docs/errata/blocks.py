@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from claims.chapter_4 import BATCH, BATCH_LEN, BLOCK_SIZE, LAYER_TOKEN_BYTES, LENGTHS, REGION
 from claims.chapter_7 import ALIKE, tokens_in_common
-from claims.forms import digits, fixed, percent
+from claims.forms import digits
 from claims.ledger import ROOT, Derived
 
 from errata.batches import imported
@@ -39,7 +39,7 @@ def two_units() -> Evidence:
     return {
         "gb": Derived("that region in units of 10⁹ bytes", region / GIGABYTE, digits(3, "GB")),
         "gib": Derived("and in units of 2³⁰ bytes", region / 2**30, digits(3, "GiB")),
-        "waste": Derived("empty share of 63 blocks of 16 with 1,000 tokens", paged_waste(1000, BLOCK_SIZE), percent(2)),
+        "waste": Derived("empty share of 63 blocks of 16 with 1,000 tokens", paged_waste(1000, BLOCK_SIZE), ".2%"),
     }
 
 
@@ -47,10 +47,8 @@ def shares() -> Evidence:
     """The empty shares of both ways to hold one request."""
     found = {}
     for n in LENGTHS:
-        found[f"paged-{n}"] = Derived(f"{n:,} tokens in blocks of 16, empty", paged_waste(n, BLOCK_SIZE), percent(2))
-        found[f"region-{n}"] = Derived(
-            f"{n:,} tokens in a region of {REGION:,}, empty", region_waste(n, REGION), percent(1)
-        )
+        found[f"paged-{n}"] = Derived(f"{n:,} tokens in blocks of 16, empty", paged_waste(n, BLOCK_SIZE), ".2%")
+        found[f"region-{n}"] = Derived(f"{n:,} tokens in a region of {REGION:,}, empty", region_waste(n, REGION), ".1%")
     return found
 
 
@@ -73,7 +71,7 @@ def last_block() -> Evidence:
     return {
         "most": Derived("empty slots of a request in blocks of 16, at most", worst),
         "mean": Derived(
-            "empty slots on average, if all remainders are equally likely", mean_empty_slots(BLOCK_SIZE), fixed(1)
+            "empty slots on average, if all remainders are equally likely", mean_empty_slots(BLOCK_SIZE), ".1f"
         ),
     }
 

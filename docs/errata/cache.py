@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from claims.forms import binary, digits, plain
+from claims.forms import plain
 from claims.ledger import Derived
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, bundled
 from transformers import PretrainedConfig
@@ -67,9 +67,7 @@ def heads_of_what() -> Evidence:
     for key, (name, config) in models.items():
         right = kv_bytes_per_token(config, BYTES_16_BIT)
         found[f"{key}-wrong"] = Derived(f"{name}, bytes per token with query heads", by_query_heads(config), plain)
-        found[f"{key}-over"] = Derived(
-            f"{name}, that over the bytes it takes", by_query_heads(config) / right, digits(2)
-        )
+        found[f"{key}-over"] = Derived(f"{name}, that over the bytes it takes", by_query_heads(config) / right, ".2g")
     return found
 
 
@@ -81,7 +79,7 @@ def kinds_of_llama_2() -> Evidence:
         "13b": Derived("Llama-2-13B", attention_kind(LLAMA_2_13B)),
         "70b": Derived("Llama-2-70B", attention_kind(LLAMA_2_70B)),
         "70b-group": Derived("query heads that share a KV head in Llama-2-70B", group),
-        "70b-bytes": Derived("bytes per token of Llama-2-70B", kv_bytes_per_token(LLAMA_2_70B, BYTES_16_BIT), binary),
+        "70b-bytes": Derived("bytes per token of Llama-2-70B", kv_bytes_per_token(LLAMA_2_70B, BYTES_16_BIT), "binary"),
     }
 
 

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from claims.chapter_5 import SCORES, TILE, UNEQUAL, VALUES, difference
-from claims.forms import fixed, power
 from claims.ledger import Derived
 from torch import Tensor
 from transformers import DynamicCache
@@ -62,7 +61,7 @@ def rotations() -> Evidence:
     together = rope(hidden, torch.cat(each, dim=1))  # cos and sin, each [1, T, D]
     alone = [torch.cat(parts, dim=1) for parts in zip(*(rope(hidden, positions) for positions in each), strict=True)]
     most = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
-    return {"difference": Derived("angles of 352 packed positions, largest difference from each text's", most, power)}
+    return {"difference": Derived("angles of 352 packed positions, largest difference from each text's", most, "power")}
 
 
 def mask_shapes() -> Evidence:
@@ -115,11 +114,11 @@ def rescaled() -> Evidence:
     scores, values = (torch.tensor(numbers, dtype=torch.float64) for numbers in (SCORES, VALUES))
     right, wrong = (online_softmax(scores, values[:, None], TILE, rescale=r)[-1] for r in (True, False))
     return {
-        "softmax": Derived("attention by softmax over all scores", float(scores.softmax(0) @ values), fixed(3)),
-        "with": Derived("by online softmax", float(right.attention[0]), fixed(3)),
-        "without": Derived("by online softmax without the rescale", float(wrong.attention[0]), fixed(3)),
-        "sum-with": Derived("its sum of weights with the rescale", right.total, fixed(3)),
-        "sum-without": Derived("and without", wrong.total, fixed(3)),
+        "softmax": Derived("attention by softmax over all scores", float(scores.softmax(0) @ values), ".3f"),
+        "with": Derived("by online softmax", float(right.attention[0]), ".3f"),
+        "without": Derived("by online softmax without the rescale", float(wrong.attention[0]), ".3f"),
+        "sum-with": Derived("its sum of weights with the rescale", right.total, ".3f"),
+        "sum-without": Derived("and without", wrong.total, ".3f"),
     }
 
 
