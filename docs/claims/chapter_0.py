@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from claims.forms import giga, ms, plain, three
-from claims.ledger import Cited, Claim, Derived, Measured, Table, at, measured_table, result
+from claims.ledger import Cited, Claim, Derived, Measured, Table, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B
 from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
@@ -100,7 +100,7 @@ TABLES: dict[str, Table] = {
         {
             "ms": ("seconds", ms),
             "ms per token": ("seconds_per_token", ms),
-            "FLOP per byte": lambda kind: three(at(f"{WORKLOADS}/work/{kind}/intensity")),
+            "FLOP per byte": lambda kind: three(result(WORKLOADS)["work"][kind]["intensity"]),
             "GFLOP/s reached": ("flops_per_s", giga),
             "of the best rate": ("share_of_peak_flops", ".0%"),
         },

@@ -17,10 +17,11 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
 import sources  # noqa: E402
-from claims import forms, ledger, registry  # noqa: E402
+from claims import chapter_4, forms, ledger, registry  # noqa: E402
 from errata.themes import all_errata  # noqa: E402
 
 from folovllm.course.measure.measuring import LINE, as_text  # noqa: E402
+from folovllm.course.viz.blocks import PAPER_FIG_2  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
 BESIDE = [ROOT / "docs" / f"{name}.md" for name in ("errata", "interview", "vllm_map", "open_questions")]
@@ -318,6 +319,11 @@ def test_every_table_has_a_source(table_id: str) -> None:
     assert rows
     assert {len(row) for row in rows} == {len(table.header)}
     assert table.files or table.rows.__module__.startswith("claims.")
+
+
+def test_the_figure_of_the_paper_is_drawn_as_it_is_cited() -> None:
+    cited = {system: 100 * used for system, used in chapter_4.PAPER_FIG_2.values()}
+    assert cited == pytest.approx(dict(PAPER_FIG_2))
 
 
 def test_what_leads_nowhere_is_an_error() -> None:
