@@ -147,8 +147,7 @@ PEER = "hf:static"  # of one request, a plain `generate`
 
 def over(file: str, workload: str, system: str, peer: str = PEER) -> dict[str, float]:
     """A system's output tokens per second over another's, taken inside of each round: median and ends."""
-    own, others = (f"runs/{workload}/{name}/output_tokens_per_s" for name in (system, peer))
-    return ratio(file, own, others)
+    return ratio(file, *(f"runs/{workload}/{name}/output_tokens_per_s" for name in (system, peer)))
 
 
 ATTENTION_WAYS = {
