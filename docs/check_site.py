@@ -3,8 +3,8 @@
     python docs/check_site.py docs/_build/html
 
 Links that a reader clicks may lead anywhere. What a page loads by itself, such as scripts, styles,
-images and fonts, may not: the course can be read without a network, and tells nobody that it is being
-read.
+images and fonts, may not: the course can be read without a network, and no server learns
+that it is being read.
 """
 
 from __future__ import annotations

@@ -58,7 +58,7 @@ html_css_files = ["course.css", "chapters.css", "replays.css"]
 html_copy_source = False
 html_show_sourcelink = False
 html_theme_options = {
-    "navbar_persistent": [],  # the search field stands in the side bar
+    "navbar_persistent": [],  # the search field is in the side bar
     "show_toc_level": 2,
     "use_download_button": False,
     "use_fullscreen_button": False,

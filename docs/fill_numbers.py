@@ -9,7 +9,8 @@ from __future__ import annotations
 import argparse
 import sys
 
-from claims import ClaimError, marks
+from claims import marks
+from claims.ledger import ROOT, ClaimError
 
 
 def main() -> int:
@@ -19,7 +20,7 @@ def main() -> int:
     check = parser.parse_args().check
     differ = 0
     for path in marks.files():
-        name = path.relative_to(marks.ROOT)
+        name = path.relative_to(ROOT)
         text = path.read_text(encoding="utf-8")
         try:
             filled = marks.fill(text)

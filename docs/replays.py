@@ -96,8 +96,8 @@ def chunked_and_cached() -> Recorder:
     return recorder
 
 
-def gives_way(step: dict[str, Any]) -> bool:
-    """Whether somebody gave way."""
+def preempts(step: dict[str, Any]) -> bool:
+    """Whether a request was preempted."""
     return bool(step.get("preempted"))
 
 
@@ -110,7 +110,7 @@ def prompt_beside_decodes(step: dict[str, Any]) -> bool:
 RUNS: dict[str, Run] = {  # milestone -> title, the run, and what happens in the step that the page opens at
     "m1": ("M1: one request at a time", one_at_a_time, lambda step: step["step"] == 8),
     "m2": ("M2: continuous batching", all_at_once, prompt_beside_decodes),
-    "m3": ("M3: blocks, samples that share, and a pool that is too small", in_blocks, gives_way),
+    "m3": ("M3: blocks, samples that share, and a pool that is too small", in_blocks, preempts),
     "m4": ("M4: chunked prefill and a prefix cache", chunked_and_cached, prompt_beside_decodes),
 }
 

@@ -1,4 +1,4 @@
-"""Where a name stands in the sources: what {src} links to, looked up when the course is built."""
+"""The line of a name in the sources: what {src} links to, looked up when the course is built."""
 
 from __future__ import annotations
 

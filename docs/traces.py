@@ -46,7 +46,7 @@ def snapshot(data: dict[str, Any]) -> BlockSnapshot:
 
 
 def traced_requests() -> tuple[list[StepTrace], list[RequestOutput]]:
-    """The trace of three questions that `folovllm/course/measure/course.py engine` recorded."""
+    """The trace of three questions that `python -m folovllm.course.measure engine` recorded."""
     data = result(chapter_2.TINY)["trace"]
     outputs = [
         RequestOutput(

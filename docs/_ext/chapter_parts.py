@@ -6,7 +6,7 @@
     ```                                :::                               :::
 
 An erratum may name its entry on the errata page, `:entry: upper-triangle`: it then ends with a link to it.
-`docs/figures.py` says how each figure is drawn. A figure that does not exist, or without words for it, is an error.
+`docs/figures` says how each figure is drawn. A figure that does not exist, or without words for it, is an error.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Drawn(SphinxDirective):
     def run(self) -> list[nodes.Node]:
         name = self.arguments[0]
         if name not in figures.FIGURES:
-            raise self.error(f"docs/figures.py draws no {name!r}")
+            raise self.error(f"docs/figures draws no {name!r}")
         if not self.options.get("alt"):
             raise self.error(f"the figure {name!r} needs :alt:, its content in words")
         for file in figures.DEPENDS_ON:
@@ -56,11 +56,6 @@ def visit_drawn(self: HTML5Translator, node: drawn_node) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / name).write_bytes(figures.svg(node["figure"]))
     self.body.append(self.emptytag(node, "img", src=f"{self.builder.imgpath}/{name}", alt=node["alt"], width="700"))
-    raise nodes.SkipNode
-
-
-def visit_alt(self: Any, node: drawn_node) -> None:
-    """Other formats than HTML have the caption only."""
     raise nodes.SkipNode
 
 
@@ -101,8 +96,6 @@ class SelfCheck(SphinxDirective):
 
 
 def setup(app: Sphinx) -> dict[str, Any]:
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(drawn_node, override=True, **{writer: (visit_alt, None)})
     app.add_node(drawn_node, override=True, html=(visit_drawn, None))
     app.add_directive("drawn", Drawn)
     app.add_directive("erratum", Erratum)

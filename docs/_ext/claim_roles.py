@@ -1,8 +1,10 @@
-"""{claim}, {claims-table}, {provenance} and {quoted}: numbers on a page, each with its source.
+"""{claim}, {measured}, {claims-table}, {provenance} and {quoted}: numbers on a page, each with its source.
 
 {claim}`kv-bytes-llama2-7b` writes the value that `docs/claims` has for the id, and links to its entry in the ledger.
+{measured}`m1-engine-folo-tiny/summary/engine_over_loop|range .2f` does so for a number of a results file: its path, a
+key per level, and one of the forms of `docs/claims/forms.py`.
 {claims-table}`two-workloads` does the same for a whole table. {provenance}`file` says where a results file comes from.
-{quoted}`50x` marks a number that somebody else states and that the text is about. An id without a source is an error.
+{quoted}`50x` marks a number that another text states and that the page is about. An id without a source is an error.
 """
 
 from __future__ import annotations
@@ -10,12 +12,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import claims
-from claims import ledger
+from claims import ledger, registry
 from docutils import nodes
 from docutils.parsers.rst import directives
 from source_links import note_source, source_reference
 from sphinx.application import Sphinx
+from sphinx.environment import BuildEnvironment
 from sphinx.util.docutils import SphinxDirective, SphinxRole
 from sphinx.writers.html5 import HTML5Translator
 
@@ -29,7 +31,7 @@ class claim_node(nodes.inline):
 
 def visit_claim(self: HTML5Translator, node: claim_node) -> None:
     ledger_page = self.builder.get_relative_uri(self.builder.current_docname, LEDGER_PAGE)
-    href = f"{ledger_page}#claim-{node['claim_id']}"
+    href = f"{ledger_page}#{node['anchor']}"
     self.body.append(self.starttag(node, "a", "", href=href, title=node["title"]))
 
 
@@ -37,26 +39,27 @@ def depart_claim(self: HTML5Translator, node: claim_node) -> None:
     self.body.append("</a>")
 
 
-def visit_plain(self: Any, node: nodes.Node) -> None:
-    """Other formats than HTML show the number alone."""
-
-
 class ClaimRole(SphinxRole):
-    """The value of a claim."""
+    """The value of a claim, or, as {measured}, a number of a results file."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         try:
-            claim = claims.get_claim(self.text)
+            by_path = self.name == "measured"
+            claim = ledger.measured(self.text) if by_path else registry.get_claim(self.text)
             text = ledger.text(claim)
-        except claims.ClaimError as error:
+        except ledger.ClaimError as error:
             return problem(self, error)
         if isinstance(claim, ledger.Measured):
             self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
         kind = ICONS[type(claim)]
-        node = claim_node(
-            "", text, classes=["claim", kind], claim_id=self.text, title=f"{claim.says} ({kind}; id {self.text})"
-        )
-        return [node], []
+        title = f"{claim.says} ({kind})" if by_path else f"{claim.says} ({kind}; id {self.text})"
+        anchor = measured_anchor(self.text) if by_path else f"claim-{self.text}"
+        return [claim_node("", text, classes=["claim", kind], anchor=anchor, title=title)], []
+
+
+def measured_anchor(name: str) -> str:
+    """The id of a measured number's entry in the ledger."""
+    return nodes.make_id(f"measured-{name}")
 
 
 class ProvenanceRole(SphinxRole):
@@ -65,19 +68,14 @@ class ProvenanceRole(SphinxRole):
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         file, _, how = self.text.partition("|")
         try:
-            text = ledger.provenance(file)
-        except claims.ClaimError as error:
+            note = provenance(self.env, file, how, nodes.inline)
+        except ledger.ClaimError as error:
             return problem(self, error)
-        if how:
-            text = f"{text.rpartition(';')[0]}; {how}"
-        note = nodes.inline("", f"Measured: {text}; ", classes=["provenance"])
-        note += result_reference(self.env, file)
-        note += nodes.Text(".")
         return [note], []
 
 
 class QuotedRole(SphinxRole):
-    """A number that is somebody else's claim, as it was stated."""
+    """A number as another text states it."""
 
     def run(self) -> tuple[list[nodes.Node], list[nodes.system_message]]:
         return [nodes.inline("", self.text, classes=["quoted"])], []
@@ -92,50 +90,50 @@ class ClaimsTable(SphinxDirective):
 
     def run(self) -> list[nodes.Node]:
         try:
-            table = claims.get_table(self.arguments[0])
-            rows = table.rows()
-            lines = [ledger.provenance(file) for file in table.files]
-        except claims.ClaimError as error:
+            table = registry.get_table(self.arguments[0])
+            made: list[nodes.Node] = [make_table(table.header, table.rows(), self.arguments[0])]
+            how = self.options.get("provenance")
+            made += [provenance(self.env, file, how, nodes.paragraph) for file in table.files]
+        except ledger.ClaimError as error:
             raise self.error(str(error)) from None
-        made: list[nodes.Node] = [make_table(table.header, rows, self.arguments[0])]
-        how = self.options.get("provenance")
-        for file, line in zip(table.files, lines, strict=True):
-            self.env.note_dependency(str(ledger.RESULTS / f"{file}.json"))
-            shown = f"{line.rpartition(';')[0]}; {how}" if how else line
-            note = nodes.paragraph("", f"Measured: {shown}; ", classes=["provenance"])
-            note += result_reference(self.env, file)
-            note += nodes.Text(".")
-            made.append(note)
         return made
 
 
 class ClaimsLedger(SphinxDirective):
-    """All claims and tables, chapter by chapter, each with its value, what it is, and where it comes from."""
+    """All claims, chapter by chapter, and the measured numbers of its page: the value, what it is, and its source."""
 
     def run(self) -> list[nodes.Node]:
         made: list[nodes.Node] = []
-        for chapter in claims.CHAPTERS:
+        listed = registry.measured_numbers()
+        for page in listed:
+            self.env.note_dependency(str(registry.DOCS / f"{page}.md"))
+        for chapter in registry.CHAPTERS:
             title = (chapter.__doc__ or "").splitlines()[0].removeprefix("Claims of ").rstrip(".")
-            section = nodes.section(ids=[nodes.make_id(title)])
-            section += nodes.title(text=title[0].upper() + title[1:])
-            for claim_id, claim in chapter.CLAIMS.items():
-                try:
-                    section += self.entry(claim_id, claim)
-                except LookupError as error:
-                    raise self.error(f"{claim_id}: {error}") from None
-            made.append(section)
-        return made
+            numbers = listed.pop(registry.page_of(chapter), [])
+            made.append(self.section(title[0].upper() + title[1:], chapter.CLAIMS, numbers))
+        return [*made, *(self.section(f"Measured, on {page}", {}, names) for page, names in listed.items() if names)]
 
-    def entry(self, claim_id: str, claim: ledger.Claim) -> nodes.paragraph:
-        line = nodes.paragraph(classes=["ledger-entry"], ids=[f"claim-{claim_id}"])
+    def section(self, title: str, claims: dict[str, ledger.Claim], numbers: list[str]) -> nodes.section:
+        section = nodes.section(ids=[nodes.make_id(title)])
+        section += nodes.title(text=title)
+        try:
+            section += [self.entry(claim, f"claim-{claim_id}", claim_id) for claim_id, claim in claims.items()]
+            section += [self.entry(ledger.measured(name), measured_anchor(name)) for name in numbers]
+        except LookupError as error:
+            raise self.error(str(error)) from None
+        return section
+
+    def entry(self, claim: ledger.Claim, anchor: str, claim_id: str = "") -> nodes.paragraph:
+        line = nodes.paragraph(classes=["ledger-entry"], ids=[anchor])
         line += nodes.strong(text=ledger.text(claim))
-        line += nodes.Text(f": {claim.says}. ")
-        line += nodes.literal(text=claim_id)
+        if claim_id:
+            line += nodes.Text(f": {claim.says}. ")
+            line += nodes.literal(text=claim_id)
         line += nodes.Text(f", {ICONS[type(claim)]}: ")
         if isinstance(claim, ledger.Measured):
             self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
             line += result_reference(self.env, claim.file)
-            line += nodes.Text(", " + " / ".join(claim.path))
+            line += nodes.Text(", " + claim.where.partition("/")[2].replace("/", " / "))
         elif isinstance(claim, ledger.Derived):
             line += source_reference(self.env, claim.source)
         else:
@@ -143,8 +141,17 @@ class ClaimsLedger(SphinxDirective):
         return line
 
 
+def provenance(env: BuildEnvironment, file: str, how: str | None, kind: type[nodes.TextElement]) -> nodes.TextElement:
+    """Where, with what and when a results file was measured, and a link to it."""
+    env.note_dependency(str(ledger.RESULTS / f"{file}.json"))
+    note = kind("", f"{ledger.provenance(file, how)}; ", classes=["provenance"])
+    note += result_reference(env, file)
+    note += nodes.Text(".")
+    return note
+
+
 def make_table(header: Any, rows: list[list[str]], table_id: str) -> nodes.table:
-    """A table node; columns of numbers stand at the right."""
+    """A table node; columns of numbers are aligned at the right."""
     right = [sum(row[i][:1].isdigit() for row in rows) > len(rows) / 2 for i in range(len(header))]
     group = nodes.tgroup(cols=len(header))
     group += [nodes.colspec(colwidth=1) for _ in header]
@@ -161,7 +168,7 @@ def make_row(cells: Any, right: list[bool]) -> nodes.row:
     return nodes.row("", *entries)
 
 
-def result_reference(env: Any, file: str) -> nodes.Node:
+def result_reference(env: BuildEnvironment, file: str) -> nodes.Node:
     """A link to a results file, which is shown as a page of its own."""
     return note_source(env, f"results/{file}.json", None, f"results/{file}.json")
 
@@ -174,10 +181,9 @@ def problem(role: SphinxRole, error: Exception) -> tuple[list[nodes.Node], list[
 
 def setup(app: Sphinx) -> dict[str, Any]:
     app.setup_extension("source_links")
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(claim_node, override=True, **{writer: (visit_plain, visit_plain)})
     app.add_node(claim_node, override=True, html=(visit_claim, depart_claim))
     app.add_role("claim", ClaimRole())
+    app.add_role("measured", ClaimRole())
     app.add_role("provenance", ProvenanceRole())
     app.add_role("quoted", QuotedRole())
     app.add_directive("claims-table", ClaimsTable)

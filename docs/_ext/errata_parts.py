@@ -14,13 +14,11 @@ import inspect
 from pathlib import Path
 from typing import Any
 
-import claims
 from claim_roles import ICONS, claim_node
-from claims import ledger
-from claims.errata import claim_id, evidence
+from claims import ledger, registry
 from docutils import nodes
-from errata import all_errata
 from errata.finding import Erratum
+from errata.themes import all_errata
 from source_links import note_source
 from sources import ROOT
 from sphinx.application import Sphinx
@@ -40,7 +38,7 @@ class ShowEvidence(SphinxDirective):
         erratum = all_errata().get(name)
         if erratum is None:
             raise self.error(f"docs/errata has no claim {name!r}")
-        ids = [*erratum.known, *(claim_id(name, key) for key in evidence(name))]
+        ids = [*erratum.known, *erratum.claims]
         made: list[nodes.Node] = [self.table(ids)] if ids else []
         return [*made, self.command(erratum)]
 
@@ -50,12 +48,13 @@ class ShowEvidence(SphinxDirective):
         group += [nodes.colspec(colwidth=3), nodes.colspec(colwidth=1)]
         body = nodes.tbody()
         for number in ids:
-            claim = claims.get_claim(number)
+            claim = registry.get_claim(number)
             if isinstance(claim, ledger.Measured):
                 self.env.note_dependency(str(ledger.RESULTS / f"{claim.file}.json"))
             kind = ICONS[type(claim)]
-            value = claim_node("", ledger.text(claim), classes=["claim", kind], claim_id=number,
-                               title=f"{kind}; id {number}")  # fmt: skip
+            value = claim_node(
+                "", ledger.text(claim), classes=["claim", kind], anchor=f"claim-{number}", title=f"{kind}; id {number}"
+            )
             short = ["short"] if len(ledger.text(claim)) <= SHORT else []
             says, number_cell = nodes.paragraph("", claim.says), nodes.paragraph("", "", value)
             body += nodes.row("", nodes.entry("", says), nodes.entry("", number_cell, classes=short))
@@ -63,7 +62,7 @@ class ShowEvidence(SphinxDirective):
         return nodes.table("", group, classes=["evidence"])
 
     def command(self, erratum: Erratum) -> nodes.paragraph:
-        """How a reader runs it, and where its code stands."""
+        """How a reader runs it, and where its code is."""
         line = nodes.paragraph("", "", nodes.literal(text=f"{COMMAND} {erratum.name}"), classes=["evidence-command"])
         for find, how in ((erratum.formula, " computes: "), (erratum.experiment, " runs: ")):
             if find is not None:

@@ -47,14 +47,7 @@ def visit_replay(self: HTML5Translator, node: replay_node) -> None:
     raise nodes.SkipNode
 
 
-def visit_nothing(self: Any, node: replay_node) -> None:
-    """Other formats than HTML cannot replay."""
-    raise nodes.SkipNode
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(replay_node, override=True, **{writer: (visit_nothing, None)})
     app.add_node(replay_node, override=True, html=(visit_replay, None))
     app.add_directive("replay", ReplayRun)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -46,8 +46,9 @@ def note_source(env: BuildEnvironment, path: str, line: int | None, text: str) -
 def pages_of(env: BuildEnvironment) -> dict[str, set[str]]:
     """Document -> files that it links to."""
     if not hasattr(env, "course_sources"):
-        env.course_sources = {}  # type: ignore[attr-defined]
-    return env.course_sources  # type: ignore[attr-defined,no-any-return]
+        env.course_sources = {}
+    found: dict[str, set[str]] = env.course_sources
+    return found
 
 
 def visit_source(self: HTML5Translator, node: source_node) -> None:
@@ -95,13 +96,7 @@ def merge(app: Sphinx, env: BuildEnvironment, docnames: set[str], other: BuildEn
     pages_of(env).update({name: files for name, files in pages_of(other).items() if name in docnames})
 
 
-def visit_plain(self: Any, node: nodes.Node) -> None:
-    """Other formats than HTML show the text alone."""
-
-
 def setup(app: Sphinx) -> dict[str, Any]:
-    for writer in ("latex", "text", "man", "texinfo"):
-        app.add_node(source_node, override=True, **{writer: (visit_plain, visit_plain)})
     app.add_node(source_node, override=True, html=(visit_source, depart_source))
     app.add_role("src", SourceRole())
     app.connect("html-collect-pages", collect_pages)

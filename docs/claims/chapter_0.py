@@ -2,20 +2,8 @@
 
 from __future__ import annotations
 
-from claims.ledger import (
-    Cited,
-    Claim,
-    Derived,
-    Measured,
-    Table,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
+from claims.forms import giga, ms, plain, three
+from claims.ledger import Cited, Claim, Derived, Measured, Table, measured_table, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B
 from folovllm.course.lessons.formulas import (
     attention_flops_per_token,
@@ -24,6 +12,7 @@ from folovllm.course.lessons.formulas import (
     lm_head_params,
 )
 
+HERE = "docs/claims/chapter_0.py"
 FORMULAS = "folovllm/course/lessons/formulas.py"
 WORKLOADS = "two-workloads-qwen3-0.6b"
 
@@ -94,226 +83,153 @@ KINDS = {
 }
 
 
-def workload_rows() -> list[list[str]]:
-    """One row per workload, medians of the rounds."""
-    points, work = result(WORKLOADS)["summary"]["points"], result(WORKLOADS)["work"]
-    rows = []
-    for kind, name in KINDS.items():
-        point = points[kind]
-        rows.append(
-            [
-                name,
-                median(digits(3, "", 1e3))(point["seconds"]),
-                median(digits(3, "", 1e3))(point["seconds_per_token"]),
-                digits(3)(work[kind]["intensity"]),
-                median(digits(3, "", 1e-9))(point["flops_per_s"]),
-                median(percent())(point["share_of_peak_flops"]),
-            ]
-        )
-    return rows
-
-
 def intensity_rows() -> list[list[str]]:
     """A 4096 x 4096 layer at growing m."""
     cells = []
     for m in (1, 8, 64, 512, 4096):
         values = (intensity(m, LAYER_SIZE, LAYER_SIZE, itemsize) for itemsize in (2, 4))
-        cells.append([plain(m), plain(2 * m * LAYER_SIZE**2 // 10**6), *(digits(3)(value) for value in values)])
+        cells.append([plain(m), plain(2 * m * LAYER_SIZE**2 // 10**6), *(three(value) for value in values)])
     return cells
 
 
 TABLES: dict[str, Table] = {
-    "two-workloads": Table(
+    "two-workloads": measured_table(
         "prefill and decode on one machine",
-        ("one pass", "ms", "ms per token", "FLOP per byte", "GFLOP/s reached", "of the best rate"),
-        workload_rows,
-        source="folovllm/course/bench/roofline.py:pass_work",
-        files=(WORKLOADS,),
+        f"{WORKLOADS}/summary/points",
+        "one pass",
+        {
+            "ms": ("seconds", ms),
+            "ms per token": ("seconds_per_token", ms),
+            "FLOP per byte": lambda kind: three(result(WORKLOADS)["work"][kind]["intensity"]),
+            "GFLOP/s reached": ("flops_per_s", giga),
+            "of the best rate": ("share_of_peak_flops", ".0%"),
+        },
+        KINDS,
     ),
     "intensity": Table(
         "arithmetic intensity of a linear layer",
         ("m, tokens", "MFLOP", "FLOP per byte, 16 bits", "FLOP per byte, 32 bits"),
         intensity_rows,
-        source="docs/claims/chapter_0.py:intensity",
     ),
 }
 
 CLAIMS: dict[str, Claim] = {
-    "prefill-ms-per-token": Measured(
-        "prefill of 512 tokens, milliseconds per token",
-        WORKLOADS,
-        ("summary", "points", "prefill", "seconds_per_token"),
-        median(digits(2, "ms", 1e3)),
-    ),
-    "decode-ms-per-token": Measured(
-        "decode of one text, milliseconds per token",
-        WORKLOADS,
-        ("summary", "points", "decode-1", "seconds_per_token"),
-        median(digits(2, "ms", 1e3)),
-    ),
-    "decode-over-prefill": Measured(
-        "time per token, decode of one text over prefill of 512 tokens",
-        WORKLOADS,
-        ("summary", "ratios", "decode-1_over_prefill"),
-        with_range(digits(2)),
-    ),
-    "step-8-over-step-1": Measured(
-        "time of a decode step of 8 texts over one of 1 text",
-        WORKLOADS,
-        ("summary", "ratios", "step_8_over_step_1"),
-        with_range(digits(2)),
-    ),
     "decode-share-of-peak": Measured(
         "decode of one text, share of the best rate of a matrix product",
-        WORKLOADS,
-        ("summary", "points", "decode-1", "share_of_peak_flops"),
-        median(percent()),
+        f"{WORKLOADS}/summary/points/decode-1/share_of_peak_flops",
+        ".0%",
     ),
     "decode-share-of-bandwidth": Measured(
         "decode of one text, share of the read bandwidth",
-        WORKLOADS,
-        ("summary", "points", "decode-1", "share_of_read_bandwidth"),
-        median(percent()),
-    ),
-    "prefill-share-of-peak": Measured(
-        "prefill of 512 tokens, share of the best rate of a matrix product",
-        WORKLOADS,
-        ("summary", "points", "prefill", "share_of_peak_flops"),
-        median(percent()),
-    ),
-    "machine-bandwidth": Measured(
-        "best read rate",
-        WORKLOADS,
-        ("summary", "machine", "read_bytes_per_s"),
-        median(digits(3, "GB/s", 1e-9)),
-    ),
-    "machine-peak": Measured(
-        "best rate of a matrix product, at 512 rows",
-        WORKLOADS,
-        ("summary", "machine", "gemm_flops_per_s", "512"),
-        median(digits(3, "GFLOP/s", 1e-9)),
+        f"{WORKLOADS}/summary/points/decode-1/share_of_read_bandwidth",
+        ".0%",
     ),
     "machine-ridge": Derived(
         "best rate of a matrix product over best read rate, medians, FLOP per byte",
         lambda: machine_ceilings()[0] / machine_ceilings()[1],
-        digits(3),
-        "docs/claims/chapter_0.py:machine_ceilings",
+        ".3g",
+        machine_ceilings,
     ),
     "llama2-training-tokens": Cited(
         "tokens that Llama 2 was trained on, trillions",
         LLAMA_2_TRAINING_TOKENS / 1e12,
-        digits(2),
+        ".2g",
         "Touvron et al. 2023, table 1",
         "https://arxiv.org/abs/2307.09288",
     ),
     "llama2-serving-break-even": Derived(
         "tokens to serve until inference has cost the FLOPs of training, trillions",
-        lambda: TRAINING_OVER_INFERENCE * LLAMA_2_TRAINING_TOKENS / 1e12,
-        digits(2),
-        "docs/claims/chapter_0.py:TRAINING_OVER_INFERENCE",
+        TRAINING_OVER_INFERENCE * LLAMA_2_TRAINING_TOKENS / 1e12,
+        ".2g",
+        f"{HERE}:TRAINING_OVER_INFERENCE",
     ),
     "llama2-7b-linear-params": Derived(
-        "weights in the linear layers of Llama-2-7B, billions",
-        lambda: linear_params(LLAMA_2_7B) / 1e9,
-        digits(3),
-        f"{FORMULAS}:linear_params",
+        "weights in the linear layers of Llama-2-7B, billions", linear_params(LLAMA_2_7B) / 1e9, ".3g", linear_params
     ),
     "llama2-7b-layer-params": Derived(
         "weights in the linear layers of one layer of Llama-2-7B, millions",
-        lambda: linear_params(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e6,
-        digits(3),
-        f"{FORMULAS}:linear_params",
+        linear_params(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e6,
+        ".3g",
+        linear_params,
     ),
     "llama2-7b-layer-flops-1000": Derived(
         "FLOPs of these on 1000 tokens, billions",
-        lambda: 1000 * linear_flops_per_token(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e9,
-        digits(3),
-        f"{FORMULAS}:linear_flops_per_token",
+        1000 * linear_flops_per_token(LLAMA_2_7B) / LLAMA_2_7B.num_hidden_layers / 1e9,
+        ".3g",
+        linear_flops_per_token,
     ),
     "llama2-7b-decode-bytes": Derived(
-        "bytes that a decode step of Llama-2-7B reads in 16 bits, K and V aside",
-        decode_weight_bytes,
-        digits(3, "GB", 1e-9),
-        "docs/claims/chapter_0.py:decode_weight_bytes",
+        "bytes that a decode step of Llama-2-7B reads in 16 bits, K and V aside", decode_weight_bytes, ".3g GB"
     ),
     "h100-bandwidth": Cited(
         "memory bandwidth of an H100 SXM",
         H100_BYTES_PER_S,
-        digits(3, "TB/s", 1e-12),
+        ".3g TB/s",
         "NVIDIA H100 data sheet",
         "https://www.nvidia.com/en-us/data-center/h100/",
     ),
     "h100-flops": Cited(
         "dense bf16 rate of an H100 SXM",
         H100_FLOPS,
-        digits(3, "TFLOP/s", 1e-12),
+        ".3g TFLOP/s",
         "NVIDIA H100 data sheet",
         "https://www.nvidia.com/en-us/data-center/h100/",
     ),
     "h100-ridge": Derived(
         "ridge of an H100 SXM by its data sheet, FLOP per byte",
-        lambda: H100_FLOPS / H100_BYTES_PER_S,
-        digits(3),
-        "docs/claims/chapter_0.py:H100_BYTES_PER_S",
+        H100_FLOPS / H100_BYTES_PER_S,
+        ".3g",
+        f"{HERE}:H100_BYTES_PER_S",
     ),
     "llama2-7b-decode-floor-h100": Derived(
         "least time of a decode step of Llama-2-7B on an H100 SXM: its bytes over the bandwidth",
-        lambda: decode_weight_bytes() / H100_BYTES_PER_S,
-        digits(2, "ms", 1e3),
-        "docs/claims/chapter_0.py:decode_weight_bytes",
+        decode_weight_bytes() / H100_BYTES_PER_S,
+        ".2g ms",
+        decode_weight_bytes,
     ),
     "decode-attention-intensity-mha": Derived(
         "FLOP per byte of decode attention in 16 bits, each query head with K and V of its own",
-        lambda: decode_attention_intensity(1, BYTES_16_BIT),
-        digits(2),
-        "docs/claims/chapter_0.py:decode_attention_intensity",
+        decode_attention_intensity(1, BYTES_16_BIT),
+        ".2g",
+        decode_attention_intensity,
     ),
     "decode-attention-intensity-group-4": Derived(
         "FLOP per byte of decode attention in 16 bits, four query heads per KV head",
-        lambda: decode_attention_intensity(4, BYTES_16_BIT),
-        digits(2),
-        "docs/claims/chapter_0.py:decode_attention_intensity",
+        decode_attention_intensity(4, BYTES_16_BIT),
+        ".2g",
+        decode_attention_intensity,
     ),
     "attention-share-1000-causal": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs skipped",
-        lambda: attention_share(1000, causal=True),
-        percent(1),
-        "docs/claims/chapter_0.py:attention_share",
+        attention_share(1000, causal=True),
+        ".1%",
+        attention_share,
     ),
     "attention-share-1000-full": Derived(
         "attention's share of Llama-2-7B's layers at 1000 tokens, hidden pairs computed",
-        lambda: attention_share(1000, causal=False),
-        percent(1),
-        "docs/claims/chapter_0.py:attention_share",
+        attention_share(1000, causal=False),
+        ".1%",
+        attention_share,
     ),
     "attention-crossing-full": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs computed",
-        lambda: attention_crossing(causal=False),
-        fixed(0),
-        "docs/claims/chapter_0.py:attention_crossing",
+        attention_crossing(causal=False),
+        ".0f",
+        attention_crossing,
     ),
     "attention-crossing-causal": Derived(
         "prompt length at which attention costs as much as the linear layers, hidden pairs skipped",
-        lambda: attention_crossing(causal=True),
-        fixed(0),
-        "docs/claims/chapter_0.py:attention_crossing",
+        attention_crossing(causal=True),
+        ".0f",
+        attention_crossing,
     ),
-    "budget-scheduled": Derived(
-        "tokens of 10 decodes and prompts of 100, 200 and 500",
-        scheduled_tokens,
-        plain,
-        "docs/claims/chapter_0.py:scheduled_tokens",
-    ),
+    "budget-scheduled": Derived("tokens of 10 decodes and prompts of 100, 200 and 500", scheduled_tokens),
     "budget-filled": Derived(
-        "the share of a budget of 1000 that they fill",
-        lambda: scheduled_tokens() / BUDGET,
-        percent(),
-        "docs/claims/chapter_0.py:scheduled_tokens",
+        "the share of a budget of 1000 that they fill", scheduled_tokens() / BUDGET, ".0%", scheduled_tokens
     ),
     "budget-c-claimed": Derived(
         "tokens of request C that the example schedules in order to fill the budget",
-        lambda: BUDGET - DECODES - PROMPTS[0] - PROMPTS[1],
-        plain,
-        "docs/claims/chapter_0.py:scheduled_tokens",
+        BUDGET - DECODES - PROMPTS[0] - PROMPTS[1],
+        by=scheduled_tokens,
     ),
 }

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 from transformers import PretrainedConfig
 
-from claims.ledger import (
-    Claim,
-    Derived,
-    Measured,
-    Table,
-    binary,
-    digits,
-    fixed,
-    median,
-    plain,
-    power,
-    result,
-    with_range,
-)
+from claims.forms import Form, binary, digits, fixed, ms, plain, power, three
+from claims.ledger import Claim, Derived, Measured, Table, measured_table, result
 from claims.models import (
     BYTES_16_BIT,
     DEEPSEEK_V2,
@@ -30,13 +18,9 @@ from claims.models import (
     bundled,
 )
 from folovllm.course.lessons.formulas import attention_ratio, generation_flops, linear_ratio
-from folovllm.kv_cache.formulas import (
-    attention_kind,
-    kv_bytes,
-    kv_bytes_per_token,
-    kv_values_per_layer,
-)
+from folovllm.kv_cache.formulas import attention_kind, kv_bytes, kv_bytes_per_token, kv_values_per_layer
 
+HERE = "docs/claims/chapter_1.py"
 FORMULAS = "folovllm/course/lessons/formulas.py"
 KV_SIZES = "folovllm/kv_cache/formulas.py"
 TINY, QWEN = "m0-cache-folo-tiny", "m0-cache-qwen3-0.6b"
@@ -63,19 +47,9 @@ def flop_ratio(file: str, n: int) -> float:
     return without.total / cached.total
 
 
-def timing_rows(file: str) -> list[list[str]]:
-    """One row per number of new tokens: milliseconds per token of both loops, both ratios."""
-    rows = []
-    for n in result(file)["new_tokens"]:
-        row = result(file)["summary"][str(n)]
-        times = [median(digits(3, "", 1e3))(row[f"{loop}_seconds_per_token"]) for loop in ("recompute", "cached")]
-        rows.append([plain(n), *times, with_range(digits(2))(row["time_ratio"]), digits(3)(flop_ratio(file, n))])
-    return rows
-
-
 def ratio_rows() -> list[list[str]]:
     """Both ratios from a prompt of one token."""
-    return [[plain(n), fixed(1)(linear_ratio(n)), digits(3)(attention_ratio(n))] for n in LENGTHS]
+    return [[plain(n), fixed(1)(linear_ratio(n)), three(attention_ratio(n))] for n in LENGTHS]
 
 
 def size_rows() -> list[list[str]]:
@@ -117,158 +91,107 @@ def difference_rows() -> list[list[str]]:
     ]
 
 
-TIMING = ("new tokens", "ms per token without", "ms per token with", "ratio of times", "ratio of FLOPs")
-
 TABLES: dict[str, Table] = {
-    "m0-timing-qwen3": Table(
+    "m0-timing-qwen3": measured_table(
         "M0 with and without a cache, shape of Qwen3-0.6B",
-        TIMING,
-        lambda: timing_rows(QWEN),
-        source=f"{FORMULAS}:generation_flops",
-        files=(QWEN,),
+        f"{QWEN}/summary",
+        "new tokens",
+        {
+            "ms per token without": ("recompute_seconds_per_token", ms),
+            "ms per token with": ("cached_seconds_per_token", ms),
+            "ratio of times": ("time_ratio", "range .2g"),
+            "ratio of FLOPs": lambda n: three(flop_ratio(QWEN, int(n))),
+        },
+        {str(n): plain(n) for n in result(QWEN)["new_tokens"]},
     ),
     "recompute-ratios": Table(
         "work without a cache over work with one, from a prompt of one token",
         ("n, tokens generated", "linear layers, (n + 1) / 2", "attention, (2n + 1) / 3"),
         ratio_rows,
-        source=f"{FORMULAS}:linear_ratio",
     ),
     "kv-sizes": Table(
         "bytes of K and V per token, 16 bits",
         ("model", "kind", "layers", "query heads", "KV heads", "head size", "bytes per token"),
         size_rows,
-        source=f"{KV_SIZES}:kv_bytes_per_token",
     ),
     "logit-differences": Table(
         "logits against one plain forward",
         ("compared with one forward over T tokens", "largest difference of a logit"),
         difference_rows,
-        source="folovllm/course/measure/course.py:logit_differences",
         files=(TINY,),
     ),
 }
 
 
-def _kv(name: str, says: str, config: PretrainedConfig, *, binary_units: bool) -> tuple[str, Claim]:
-    form = binary if binary_units else plain
-    claim = Derived(
-        f"bytes of K and V per token, {says}, 16 bits",
-        lambda: kv_bytes_per_token(config, BYTES_16_BIT),
-        form,
-        f"{KV_SIZES}:kv_bytes_per_token",
-    )
-    return f"kv-bytes-{name}", claim
-
-
-def _per_layer(name: str, says: str, config: PretrainedConfig) -> tuple[str, Claim]:
-    claim = Derived(
-        f"numbers that a layer caches per token, {says}",
-        lambda: kv_values_per_layer(config),
-        plain,
-        f"{KV_SIZES}:kv_values_per_layer",
-    )
-    return f"kv-values-{name}", claim
-
-
-def _time_ratio(name: str, file: str, n: int) -> tuple[str, Claim]:
-    path = ("summary", str(n), "time_ratio")
-    return name, Measured(
-        f"time without a cache over time with one, {MODEL_OF[file]}, {n} tokens", file, path, with_range(digits(2))
-    )
-
-
-def _flop_ratio(name: str, file: str, n: int) -> tuple[str, Claim]:
-    return name, Derived(
+def _flop_ratio(file: str, n: int) -> Claim:
+    return Derived(
         f"FLOPs without a cache over FLOPs with one, {MODEL_OF[file]}, {n} tokens",
         lambda: flop_ratio(file, n),
-        digits(3),
-        f"{FORMULAS}:generation_flops",
+        ".3g",
+        generation_flops,
     )
 
 
-def _ratio(kind: str, n: int) -> tuple[str, Claim]:
-    ratio = {"linear": linear_ratio, "attention": attention_ratio}[kind]
-    return f"{kind}-ratio-{n}", Derived(
-        f"work of {kind} without a cache over work with one, {n} tokens from a prompt of one",
-        lambda: ratio(n),
-        fixed(1) if kind == "linear" else digits(3),
-        f"{FORMULAS}:{kind}_ratio",
-    )
+def _ratio(kind: str, n: int) -> Claim:
+    ratio, form = {"linear": (linear_ratio, fixed(1)), "attention": (attention_ratio, three)}[kind]
+    says = f"work of {kind} without a cache over work with one, {n} tokens from a prompt of one"
+    return Derived(says, ratio(n), form, f"{FORMULAS}:{kind}_ratio")
 
 
-CLAIMS: dict[str, Claim] = dict(
-    [
-        _time_ratio("m0-time-ratio-tiny", TINY, 256),
-        _flop_ratio("m0-flop-ratio-tiny", TINY, 256),
-        _time_ratio("m0-time-ratio-qwen3", QWEN, 64),
-        _flop_ratio("m0-flop-ratio-qwen3", QWEN, 64),
-        _ratio("linear", 100),
-        _ratio("attention", 100),
-        _ratio("linear", 10),
-        _ratio("attention", 10),
-        _kv("llama2-7b", "Llama-2-7B", LLAMA_2_7B, binary_units=True),
-        _kv("llama2-7b-exact", "Llama-2-7B", LLAMA_2_7B, binary_units=False),
-        _kv("llama2-13b", "Llama-2-13B", LLAMA_2_13B, binary_units=True),
-        _kv("qwen25-05b", "Qwen2.5-0.5B", bundled("qwen2.5-0.5b"), binary_units=False),
-        _kv("qwen3-06b", "Qwen3-0.6B", bundled("qwen3-0.6b"), binary_units=False),
-        _per_layer("mla", "DeepSeek-V2", DEEPSEEK_V2),
-        _per_layer("mqa", "one KV head of 128", DEEPSEEK_V2_AS_MQA),
-        _per_layer("mha", "128 KV heads of 128", DEEPSEEK_V2_AS_MHA),
-    ]
-)
-CLAIMS |= {
+def _kv(model: str, config: PretrainedConfig, form: Form) -> Claim:
+    number = kv_bytes_per_token(config, BYTES_16_BIT)
+    return Derived(f"bytes of K and V per token, {model}, 16 bits", number, form, kv_bytes_per_token)
+
+
+def _per_layer(says: str, config: PretrainedConfig) -> Claim:
+    number = kv_values_per_layer(config)
+    return Derived(f"numbers that a layer caches per token, {says}", number, by=kv_values_per_layer)
+
+
+CLAIMS: dict[str, Claim] = {
+    "m0-flop-ratio-tiny": _flop_ratio(TINY, 256),
+    "m0-time-ratio-qwen3": Measured(
+        "time without a cache over time with one, qwen3-0.6b, 64 tokens", f"{QWEN}/summary/64/time_ratio", "range .2g"
+    ),
+    "m0-flop-ratio-qwen3": _flop_ratio(QWEN, 64),
+    **{f"{kind}-ratio-{n}": _ratio(kind, n) for n in (100, 10) for kind in ("linear", "attention")},
+    "kv-bytes-llama2-7b": _kv("Llama-2-7B", LLAMA_2_7B, binary),
+    "kv-bytes-llama2-7b-exact": _kv("Llama-2-7B", LLAMA_2_7B, plain),
+    "kv-bytes-llama2-13b": _kv("Llama-2-13B", LLAMA_2_13B, binary),
+    "kv-bytes-qwen25-05b": _kv("Qwen2.5-0.5B", bundled("qwen2.5-0.5b"), plain),
+    "kv-bytes-qwen3-06b": _kv("Qwen3-0.6B", bundled("qwen3-0.6b"), plain),
+    "kv-values-mla": _per_layer("DeepSeek-V2", DEEPSEEK_V2),
+    "kv-values-mqa": _per_layer("one KV head of 128", DEEPSEEK_V2_AS_MQA),
+    "kv-values-mha": _per_layer("128 KV heads of 128", DEEPSEEK_V2_AS_MHA),
     "kv-1000-llama2-7b": Derived(
-        "K and V of 1000 tokens, Llama-2-7B, 16 bits",
-        lambda: kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT),
-        binary,
-        f"{KV_SIZES}:kv_bytes",
+        "K and V of 1000 tokens, Llama-2-7B, 16 bits", kv_bytes(LLAMA_2_7B, 1000, BYTES_16_BIT), "binary", kv_bytes
     ),
     "kv-10x500-llama2-7b": Derived(
         "K and V of 10 texts of 500 tokens, Llama-2-7B, 16 bits",
-        lambda: kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
-        binary,
-        f"{KV_SIZES}:kv_bytes",
+        kv_bytes(LLAMA_2_7B, 500, BYTES_16_BIT, num_sequences=10),
+        "binary",
+        kv_bytes,
     ),
     "logits-of-a-prompt": Derived(
         "logits of a prompt of 1000 tokens, Qwen3-0.6B, float32",
-        lambda: 4 * 1000 * bundled("qwen3-0.6b").vocab_size,
-        binary,
-        "docs/claims/chapter_1.py:CLAIMS",
-    ),
-    "lm-head-slice-ratio": Measured(
-        "time of the LM head on a prompt's last position as a slice, over its time as a copy; Qwen3-0.6B, bfloat16",
-        QWEN,
-        ("summary", "lm_head", "slice_over_index"),
-        with_range(digits(2)),
-    ),
-    "m0-kv-bytes-tiny": Measured(
-        "bytes in the cache after 256 tokens from a prompt of 16, folo-tiny, float32", TINY, ("kv_bytes",), plain
+        4 * 1000 * bundled("qwen3-0.6b").vocab_size,
+        "binary",
+        f"{HERE}:CLAIMS",
     ),
     "m0-kv-bytes-tiny-derived": Derived(
         "K and V of 16 + 256 - 1 tokens, folo-tiny, float32",
-        lambda: kv_bytes(bundled("folo-tiny"), 16 + 256 - 1, 4),
-        plain,
-        f"{KV_SIZES}:kv_bytes",
+        kv_bytes(bundled("folo-tiny"), 16 + 256 - 1, 4),
+        by=kv_bytes,
     ),
-    "causal-cells-4": Derived(
-        "cells of a causal mask of 4 tokens that are True", lambda: 4 * 5 // 2, plain, "docs/claims/chapter_1.py:CLAIMS"
-    ),
+    "causal-cells-4": Derived("cells of a causal mask of 4 tokens that are True", 4 * 5 // 2, by=f"{HERE}:CLAIMS"),
     "upper-triangle-logit-difference": Measured(
         "largest difference of a logit under an upper-triangular mask, folo-tiny",
-        TINY,
-        ("logit_differences", "upper_triangular"),
-        digits(2),
-    ),
-    "late-position-logit-difference": Measured(
-        "largest difference of a logit when a decode step runs one position late, folo-tiny",
-        TINY,
-        ("logit_differences", "decode_one_position_late"),
-        digits(2),
+        f"{TINY}/logit_differences/upper_triangular",
+        ".2g",
     ),
     "logit-standard-deviation": Measured(
         "standard deviation of all logits of that text, folo-tiny",
-        TINY,
-        ("logit_differences", "logits_standard_deviation"),
-        digits(2),
+        f"{TINY}/logit_differences/logits_standard_deviation",
+        ".2g",
     ),
 }

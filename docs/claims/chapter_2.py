@@ -6,9 +6,11 @@ from functools import cache
 
 from transformers import PreTrainedTokenizerBase
 
-from claims.ledger import Claim, Derived, Measured, Table, digits, fixed, median, percent, plain, result, with_range
+from claims.forms import Form, digits, ms, named, plain
+from claims.ledger import Claim, Derived, Table, at, result
 from folovllm.models.loader import load_tokenizer, resolve_model
 
+HERE = "docs/claims/chapter_2.py"
 TINY, QWEN = "m1-engine-folo-tiny", "m1-engine-qwen3-0.6b"
 AGAINST_HF = "m1-vs-hf-qwen3-0.6b"  # by `folovllm bench`, with hf:sequential as the base
 
@@ -27,11 +29,6 @@ def tokenizer() -> PreTrainedTokenizerBase:
 def decoded_one_by_one(text: str) -> str:
     """A text as a stream that decodes each token alone would show it."""
     return "".join(str(tokenizer().decode([token_id])) for token_id in tokenizer().encode(text))
-
-
-def of_all(pair: list[int]) -> str:
-    """A count out of a whole: "3 of 4"."""
-    return f"{pair[0]} of {pair[1]}"
 
 
 def request_rows() -> list[list[str]]:
@@ -57,21 +54,20 @@ def request_rows() -> list[list[str]]:
     return rows
 
 
+OVERHEAD: dict[str, tuple[str, Form]] = {
+    "loop, ms per token": ("loop_seconds_per_token", ms),
+    "engine, ms per token": ("engine_seconds_per_token", ms),
+    "engine over loop": ("engine_over_loop", "range .2f"),
+    "of a decode step, not forward": ("decode_share_outside_forward", ".1%"),
+}
+
+
 def overhead_rows() -> list[list[str]]:
     """The engine beside the bare loop on both models."""
-    rows = []
-    for file in (TINY, QWEN):
-        summary = result(file)["summary"]
-        rows.append(
-            [
-                result(file)["model"],
-                median(digits(3, "", 1e3))(summary["loop_seconds_per_token"]),
-                median(digits(3, "", 1e3))(summary["engine_seconds_per_token"]),
-                with_range(fixed(2))(summary["engine_over_loop"]),
-                median(percent(1))(summary["decode_share_outside_forward"]),
-            ]
-        )
-    return rows
+    return [
+        [at(f"{file}/model"), *(named(form)(at(f"{file}/summary/{key}")) for key, form in OVERHEAD.values())]
+        for file in (TINY, QWEN)
+    ]
 
 
 TABLES: dict[str, Table] = {
@@ -79,68 +75,25 @@ TABLES: dict[str, Table] = {
         "three requests that arrive together at M1",
         ("request", "prompt tokens", "output tokens", "finish", "queue ms", "TTFT ms", "TPOT ms", "end to end ms"),
         request_rows,
-        source="folovllm/outputs.py:RequestMetrics",
         files=(TINY,),
     ),
-    "m1-overhead": Table(
-        "M1 beside the bare loop",
-        ("model", "loop, ms per token", "engine, ms per token", "engine over loop", "of a decode step, not forward"),
-        overhead_rows,
-        source="folovllm/course/measure/course.py:engine_of",
-        files=(TINY, QWEN),
-    ),
+    "m1-overhead": Table("M1 beside the bare loop", ("model", *OVERHEAD), overhead_rows, files=(TINY, QWEN)),
 }
 
 CLAIMS: dict[str, Claim] = {
     "stream-tokens": Derived(
         f"tokens of {STREAMED!r} in the bundled model's vocabulary",
         lambda: len(tokenizer().encode(STREAMED)),
-        plain,
-        "docs/claims/chapter_2.py:STREAMED",
+        by=f"{HERE}:STREAMED",
     ),
     "stream-replacement-characters": Derived(
         "replacement characters when each of them is decoded alone",
         lambda: decoded_one_by_one(STREAMED).count("\ufffd"),
-        plain,
-        "docs/claims/chapter_2.py:decoded_one_by_one",
+        by=decoded_one_by_one,
     ),
     "stop-string-tokens": Derived(
         f"tokens of {STOP!r} in the bundled model's vocabulary",
         lambda: len(tokenizer().encode(STOP)),
-        plain,
-        "docs/claims/chapter_2.py:STOP",
-    ),
-    "m1-over-loop-tiny": Measured(
-        "time per token, M1 over the bare loop, folo-tiny", TINY, ("summary", "engine_over_loop"), with_range(fixed(2))
-    ),
-    "m1-over-loop-qwen3": Measured(
-        "time per token, M1 over the bare loop, Qwen3-0.6B",
-        QWEN,
-        ("summary", "engine_over_loop"),
-        with_range(fixed(2)),
-    ),
-    "m1-outside-forward-tiny": Measured(
-        "share of a decode step that is not the forward, folo-tiny",
-        TINY,
-        ("summary", "decode_share_outside_forward"),
-        median(percent(1)),
-    ),
-    "m1-outside-forward-qwen3": Measured(
-        "share of a decode step that is not the forward, Qwen3-0.6B",
-        QWEN,
-        ("summary", "decode_share_outside_forward"),
-        median(percent(1)),
-    ),
-    "m1-over-hf": Measured(
-        "output tokens per second, M1 over Hugging Face generate, one request, Qwen3-0.6B",
-        AGAINST_HF,
-        ("summary", "w1", "m1", "ratio_to_base"),
-        with_range(fixed(2)),
-    ),
-    "m1-same-tokens-as-hf": Measured(
-        "requests with the tokens of Hugging Face generate, in bfloat16, Qwen3-0.6B",
-        AGAINST_HF,
-        ("summary", "w1", "m1", "same_tokens_as_base"),
-        of_all,
+        by=f"{HERE}:STOP",
     ),
 }

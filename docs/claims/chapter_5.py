@@ -8,21 +8,8 @@ from typing import Any
 
 import torch
 
-from claims.ledger import (
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    power,
-    result,
-    with_range,
-)
+from claims.forms import fixed, ms, plain, power
+from claims.ledger import Claim, Derived, Measured, Table, result
 from claims.models import bundled
 from folovllm.attention.reference import visible_tokens
 from folovllm.attention.triton_configs import choose_configs
@@ -30,7 +17,7 @@ from folovllm.course.lessons.fragmentation import num_blocks, translate
 from folovllm.course.lessons.online_softmax import online_softmax
 from folovllm.course.viz.ragged import tile_kinds
 
-RAGGED = "m3-ragged-folo-tiny"  # by `folovllm/course/measure/course.py ragged`
+RAGGED = "m3-ragged-folo-tiny"  # by `python -m folovllm.course.measure ragged`
 HERE = "docs/claims/chapter_5.py"
 SOFTMAX = "folovllm/course/lessons/online_softmax.py:online_softmax"
 TILES = "folovllm/course/viz/ragged.py:tile_kinds"
@@ -71,7 +58,7 @@ def prefill_rows() -> list[list[str]]:
         numbers = prefill(key)
         for way, name in WAYS.items():
             cells = len(lengths) * max(lengths) if way == "padded" else sum(lengths)
-            rows.append([", ".join(map(str, lengths)), name, plain(cells), median(digits(3, "", 1e3))(numbers[way])])
+            rows.append([", ".join(map(str, lengths)), name, plain(cells), ms(numbers[way])])
     return rows
 
 
@@ -201,122 +188,82 @@ def prefill_blocks(num_tokens: int) -> int:
     return -(-num_tokens // (H100.rows // GROUP))
 
 
-def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
-    return Derived(says, lambda: number, form, source)
-
-
 TABLES: dict[str, Table] = {
     "padded-and-ragged": Table(
         "one forward that reads the last logits of three texts, padded and in one row",
         ("tokens", "way", "rows of tokens", "ms"),
         prefill_rows,
-        source="folovllm/course/measure/ragged.py:forwards",
         files=(RAGGED,),
     ),
     "packing": Table(
         "three packed texts: the largest difference of any logit from the text alone",
         ("what the model is told", "a", "b", "c"),
         packing_rows,
-        source="folovllm/course/measure/ragged.py:packing",
         files=(RAGGED,),
     ),
     "step-metadata": Table(
         "what attention is told of a prefill of three tokens beside two decodes, in blocks of four",
         ("name", "shape", "here", "says"),
         step_rows,
-        source=f"{HERE}:slot_mapping",
     ),
     "online-softmax": Table(
         "sixteen scores in tiles of four: what is carried from tile to tile",
         ("tile", "maximum", "rescale", "sum", "attention so far", "sum without it", "attention without it"),
         softmax_rows,
-        source=SOFTMAX,
     ),
 }
 
 CLAIMS: dict[str, Claim] = {
     # --- padded and ragged
-    "ragged-tokens": _derived("tokens of 12, 300 and 40", sum(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
-    "padded-cells": _derived("cells of these as a rectangle", len(UNEQUAL) * max(UNEQUAL), plain, f"{HERE}:UNEQUAL"),
-    "score-cells-padded": _derived(
-        "pairs of a query and a key, padded", score_cells(UNEQUAL)["padded"], plain, f"{HERE}:score_cells"
-    ),
-    "score-cells-packed": _derived(
-        "pairs in a mask over the whole row", score_cells(UNEQUAL)["packed"], plain, f"{HERE}:score_cells"
-    ),
-    "score-cells-needed": _derived(
-        "pairs that see each other", score_cells(UNEQUAL)["needed"], plain, f"{HERE}:score_cells"
-    ),
-    **{
-        f"padded-over-{way}-{name}": Measured(
-            f"time of a padded forward over that {of}, {name.replace('-', ' ')} lengths",
-            RAGGED,
-            ("summary", name.replace("-", "_"), f"padded_over_{way}"),
-            with_range(fixed(2)),
-        )
-        for way, of in (("packed", "of one row with a 4-D mask"), ("m3", "of M3's step"))
-        for name in ("unequal", "nearly-equal")
-    },
-    "one-by-one-over-packed": Measured(
-        "time of a forward per text over that of one row, unequal lengths",
-        RAGGED,
-        ("summary", "unequal", "one_by_one_over_packed"),
-        with_range(fixed(2)),
-    ),
+    "ragged-tokens": Derived("tokens of 12, 300 and 40", sum(UNEQUAL), by=f"{HERE}:UNEQUAL"),
+    "padded-cells": Derived("cells of these as a rectangle", len(UNEQUAL) * max(UNEQUAL), by=f"{HERE}:UNEQUAL"),
+    "score-cells-padded": Derived("pairs of a query and a key, padded", score_cells(UNEQUAL)["padded"], by=score_cells),
+    "score-cells-packed": Derived("pairs in a mask over the whole row", score_cells(UNEQUAL)["packed"], by=score_cells),
+    "score-cells-needed": Derived("pairs that see each other", score_cells(UNEQUAL)["needed"], by=score_cells),
     # --- the trap
-    "packed-right": Derived(
-        "largest difference of a logit with a 4-D mask", lambda: packing("mask"), power, f"{HERE}:packing"
-    ),
+    "packed-right": Derived("largest difference of a logit with a 4-D mask", lambda: packing("mask"), "power", packing),
     "packed-wrong": Derived(
         "largest difference of a logit with positions that begin again and a cache",
         lambda: packing("positions_with_cache"),
-        fixed(1),
-        f"{HERE}:packing",
+        ".1f",
+        packing,
     ),
     "packed-spread": Measured(
-        "standard deviation of these logits", RAGGED, ("packing", "logits_standard_deviation"), fixed(1)
+        "standard deviation of these logits", f"{RAGGED}/packing/logits_standard_deviation", ".1f"
     ),
     # --- a step
-    "mixed-slot": _derived(
-        "slot of token 5 with the table 5, 2 in blocks of 4",
-        translate(5, BLOCK_SIZE, BLOCK_TABLES[1]),
-        plain,
-        "folovllm/course/lessons/fragmentation.py:translate",
+    "mixed-slot": Derived(
+        "slot of token 5 with the table 5, 2 in blocks of 4", translate(5, BLOCK_SIZE, BLOCK_TABLES[1]), by=translate
     ),
-    "long-step-tokens": _derived(
-        "new tokens of a prompt of 200 beside seven decodes", sum(LONG_STEP[0]), plain, f"{HERE}:LONG_STEP"
+    "long-step-tokens": Derived(
+        "new tokens of a prompt of 200 beside seven decodes", sum(LONG_STEP[0]), by=f"{HERE}:LONG_STEP"
     ),
-    "long-step-keys": _derived("keys of that step", sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"),
-    "long-step-cells": _derived("cells of its mask", sum(LONG_STEP[0]) * sum(LONG_STEP[1]), plain, f"{HERE}:LONG_STEP"),
-    "long-step-visible": _derived(
+    "long-step-keys": Derived("keys of that step", sum(LONG_STEP[1]), by=f"{HERE}:LONG_STEP"),
+    "long-step-cells": Derived("cells of its mask", sum(LONG_STEP[0]) * sum(LONG_STEP[1]), by=f"{HERE}:LONG_STEP"),
+    "long-step-visible": Derived(
         "share of them that is True",
         visible_pairs(*LONG_STEP) / (sum(LONG_STEP[0]) * sum(LONG_STEP[1])),
-        percent(1),
-        f"{HERE}:visible_pairs",
+        ".1%",
+        visible_pairs,
     ),
-    "long-step-integers": _derived(
-        "integers in the six arrays of that step, in blocks of 16",
-        step_integers(*LONG_STEP, 16),
-        plain,
-        f"{HERE}:step_integers",
+    "long-step-integers": Derived(
+        "integers in the six arrays of that step, in blocks of 16", step_integers(*LONG_STEP, 16), by=step_integers
     ),
     # --- the kernel
-    "tiles-loaded": _derived("tiles of keys that the kernel loads in the figure's step", tiles(), plain, TILES),
-    "tiles-unmasked": _derived("of these without a mask", tiles(2), plain, TILES),
-    "qwen3-group": _derived("query heads per KV head of Qwen3-0.6B", GROUP, plain, f"{HERE}:GROUP"),
-    "qwen3-programs": _derived(
-        "programs of a decode of one request of Qwen3-0.6B", QWEN.num_key_value_heads, plain, f"{HERE}:QWEN"
+    "tiles-loaded": Derived("tiles of keys that the kernel loads in the figure's step", tiles(), by=TILES),
+    "tiles-unmasked": Derived("of these without a mask", tiles(2), by=TILES),
+    "qwen3-group": Derived("query heads per KV head of Qwen3-0.6B", GROUP, by=f"{HERE}:GROUP"),
+    "qwen3-programs": Derived(
+        "programs of a decode of one request of Qwen3-0.6B", QWEN.num_key_value_heads, by=f"{HERE}:QWEN"
     ),
-    "qwen3-programs-split": _derived(
-        "programs with eight segments", QWEN.num_key_value_heads * SEGMENTS, plain, f"{HERE}:SEGMENTS"
+    "qwen3-programs-split": Derived(
+        "programs with eight segments", QWEN.num_key_value_heads * SEGMENTS, by=f"{HERE}:SEGMENTS"
     ),
-    "prefill-block-tokens": _derived(
-        "tokens of Qwen3-0.6B in a block of queries, as shipped for an H100", H100.rows // GROUP, plain, f"{HERE}:H100"
+    "prefill-block-tokens": Derived(
+        "tokens of Qwen3-0.6B in a block of queries, as shipped for an H100", H100.rows // GROUP, by=f"{HERE}:H100"
     ),
-    "prefill-blocks": _derived(
-        "blocks of queries of a prompt of 4000", prefill_blocks(PROMPT), plain, f"{HERE}:prefill_blocks"
-    ),
-    "prefill-programs": _derived(
-        "programs of its prefill", prefill_blocks(PROMPT) * QWEN.num_key_value_heads, plain, f"{HERE}:prefill_blocks"
+    "prefill-blocks": Derived("blocks of queries of a prompt of 4000", prefill_blocks(PROMPT), by=prefill_blocks),
+    "prefill-programs": Derived(
+        "programs of its prefill", prefill_blocks(PROMPT) * QWEN.num_key_value_heads, by=prefill_blocks
     ),
 }

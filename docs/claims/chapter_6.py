@@ -2,23 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from claims.ledger import (
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    binary,
-    digits,
-    fixed,
-    median,
-    plain,
-    power,
-    result,
-    with_range,
-)
+from claims.forms import digits, ms, plain, power
+from claims.ledger import Claim, Derived, Table, measured_table, ratio, result
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
 from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
@@ -28,17 +13,19 @@ from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 from folovllm.scheduler.scheduler import Scheduler
 
-CHUNKS = "m4-chunks-folo-tiny"  # by `folovllm/course/measure/course.py chunks`
+CHUNKS = "m4-chunks-folo-tiny"  # by `python -m folovllm.course.measure chunks`
+MIXED = "m4-mixed-qwen3-0.6b"  # by `folovllm bench`: `mixed`, with two token budgets
+SMALL, LARGE = "m4:budget=256", "m4:budget=4096"
 HERE = "docs/claims/chapter_6.py"
 
 # --- a prompt of 100,000 tokens -----------------------------------------------------------------------------
 
-LONG, PIECE = 100_000, 4096  # tokens
+LONG, CHUNK = 100_000, 4096  # tokens
 
 
-def num_chunks(num_tokens: int, piece: int) -> int:
-    """Passes that compute a prompt in pieces of at most so many tokens."""
-    return -(-num_tokens // piece)
+def num_chunks(num_tokens: int, size: int) -> int:
+    """Passes that compute a prompt in chunks of at most so many tokens."""
+    return -(-num_tokens // size)
 
 
 def mlp_bytes(num_tokens: int) -> int:
@@ -46,25 +33,25 @@ def mlp_bytes(num_tokens: int) -> int:
     return 2 * num_tokens * int(LLAMA_2_7B.intermediate_size) * BYTES_16_BIT
 
 
-# --- what a piece reads -------------------------------------------------------------------------------------
+# --- what a chunk reads -------------------------------------------------------------------------------------
 
-PROMPT, PIECES = 2048, (2048, 1024, 512, 256, 128, 64)
-
-
-def kv_tokens_read(num_tokens: int, piece: int) -> int:
-    """Tokens whose K/V a prefill in pieces reads: each pass reads all up to its own end."""
-    return sum(min(end, num_tokens) for end in range(piece, num_tokens + piece, piece))
+PROMPT, CHUNK_SIZES = 2048, (2048, 1024, 512, 256, 128, 64)
 
 
-def piece_rows() -> list[list[str]]:
-    """What a prompt reads from memory on Qwen3-0.6B, computed in pieces of several sizes."""
+def kv_tokens_read(num_tokens: int, size: int) -> int:
+    """Tokens whose K/V a prefill in chunks reads: each pass reads all up to its own end."""
+    return sum(min(end, num_tokens) for end in range(size, num_tokens + size, size))
+
+
+def chunk_rows() -> list[list[str]]:
+    """What a prompt reads from memory on Qwen3-0.6B, computed in chunks of several sizes."""
     config = bundled("qwen3-0.6b")
     rows = []
-    for piece in PIECES:
-        passes, read = num_chunks(PROMPT, piece), kv_tokens_read(PROMPT, piece)
+    for size in CHUNK_SIZES:
+        passes, read = num_chunks(PROMPT, size), kv_tokens_read(PROMPT, size)
         weights = passes * linear_params(config) * BYTES_16_BIT
         kv = read * kv_bytes_per_token(config, BYTES_16_BIT)
-        rows.append([plain(piece), plain(passes), plain(read), *(digits(3, "", 2**-30)(b) for b in (kv, weights))])
+        rows.append([plain(size), plain(passes), plain(read), *(digits(3, "", 2**-30)(b) for b in (kv, weights))])
     return rows
 
 
@@ -113,24 +100,15 @@ def example_rows() -> list[list[str]]:
 # --- eight streams and a long prompt ------------------------------------------------------------------------
 
 STREAMS = 8
-ARMS = {"m3": "M3, in one piece"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
+ARMS = {"m3": "M3, in one chunk"} | {str(b): f"M4, {b:,}" for b in (4096, 1024, 512, 256, 128, 64)}
 
 
-def arm_rows() -> list[list[str]]:
-    """Latencies of every arm, the prompt in ever smaller pieces; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(CHUNKS)["summary"]["arms"][arm]
-        milliseconds = ("itl_p50_s", "itl_p95_s", "itl_max_s", "run_itl_p95_s", "ttft_p50_s", "ttft_p95_s")
-        rows.append(
-            [
-                name,
-                median(plain)(numbers["chunks"]),
-                *(median(digits(3, "", 1e3))(numbers[key]) for key in milliseconds),
-            ]
-        )
-    return rows
+def mixed_ratio(over: str, under: str, number: str) -> dict[str, float]:
+    """The largest of a latency with one budget over that with the other, taken inside of each round."""
+    return ratio(MIXED, f"runs/mixed/{over}/{number}/max", f"runs/mixed/{under}/{number}/max")
 
+
+# --- chunks and logits ------------------------------------------------------------------------------------
 
 WAYS = {
     "chunks_of_16": "chunks of 16",
@@ -150,100 +128,78 @@ def logit_rows() -> list[list[str]]:
 
 
 TABLES: dict[str, Table] = {
-    "piece-reads": Table(
+    "chunk-reads": Table(
         f"what a prompt of {PROMPT:,} tokens reads on Qwen3-0.6B in 16 bits",
         ("tokens per pass", "passes", "K/V read, tokens", "K/V read, GiB", "weights read, GiB"),
-        piece_rows,
-        source=f"{HERE}:kv_tokens_read",
+        chunk_rows,
     ),
     "budget-split": Table(
         "ten decodes and prompts of 100, 200 and 500 tokens",
         ("budget", "step", "decodes", "of A", "of B", "of C", "tokens"),
         example_rows,
-        source=f"{HERE}:steps_of_example",
     ),
-    "m4-chunks": Table(
+    "m4-chunks": measured_table(
         "8 streams and a prompt of 2,048 tokens that comes in among them, milliseconds",
-        (
-            *("budget", "passes", "ITL p50", "ITL p95", "ITL max"),
-            *("ITL p95, whole run", "TTFT p50", "TTFT p95"),
-        ),
-        arm_rows,
-        source="folovllm/course/measure/chunks.py:chunks",
-        files=(CHUNKS,),
+        f"{CHUNKS}/summary/arms",
+        "budget",
+        {
+            "passes": ("chunks", plain),
+            "ITL p50": ("itl_p50_s", ms),
+            "ITL p95": ("itl_p95_s", ms),
+            "ITL max": ("itl_max_s", ms),
+            "ITL p95, whole run": ("run_itl_p95_s", ms),
+            "TTFT p50": ("ttft_p50_s", ms),
+            "TTFT p95": ("ttft_p95_s", ms),
+        },
+        ARMS,
     ),
     "chunk-logits": Table(
         "the logits of a prompt's last chunk, against one pass over all of it",
         ("way", "largest difference"),
         logit_rows,
-        source="folovllm/course/measure/chunks.py:logit_differences",
         files=(CHUNKS,),
+    ),
+    "m4-mixed": measured_table(
+        "eight streams and a prompt of 2,048 tokens, with two token budgets",
+        f"{MIXED}/summary/mixed",
+        "budget",
+        {
+            "ITL p50, ms": ("itl_p50_s", ms),
+            "longest ITL, ms": ("itl_max_s", ms),
+            "TTFT of the long prompt, s": ("ttft_max_s", ".3g"),
+            "tokens/s": ("output_tokens_per_s", ".3g"),
+        },
+        {system: system.removeprefix("m4:budget=") for system in (LARGE, SMALL)},
     ),
 }
 
 
-def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
-    return Derived(says, lambda: number, form, source)
-
-
-def _arm(says: str, arm: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, {ARMS[arm]}, folo-tiny", CHUNKS, ("summary", "arms", arm, number), form)
-
-
 CLAIMS: dict[str, Claim] = {
     # --- eight streams and a long prompt
-    "streams-usual-itl": _arm(
-        "median ITL of 8 streams in the whole run", "m3", "run_itl_p50_s", median(digits(2, "ms", 1e3))
-    ),
-    "m3-pause": _arm("largest ITL beside a prompt of 2,048", "m3", "itl_max_s", median(digits(2, "ms", 1e3))),
-    "m3-run-p95": _arm("95th percentile of ITL in the whole run", "m3", "run_itl_p95_s", median(digits(2, "ms", 1e3))),
-    **{
-        f"chunk-{budget}-pause": _arm(
-            "largest ITL beside a prompt of 2,048", budget, "itl_max_s", median(digits(2, "ms", 1e3))
-        )
-        for budget in ("256", "64")
-    },
-    **{
-        f"chunk-{budget}-below": _arm(
-            "M3's largest ITL over this one's in the same round", budget, "max_itl_below_m3", with_range(fixed(1))
-        )
-        for budget in ("256", "64")
-    },
-    **{
-        f"chunk-{budget}-ttft": _arm(
-            "TTFT of the long prompt over M3's in the same round", budget, "ttft_over_m3", with_range(fixed(2))
-        )
-        for budget in ("256", "64")
-    },
-    "chunk-256-run-p95": _arm(
-        "95th percentile of ITL in the whole run", "256", "run_itl_p95_s", median(digits(2, "ms", 1e3))
-    ),
-    "chunk-64-passes": _arm("passes that compute the prompt", "64", "chunks", median(plain)),
-    "chunk-64-room": _derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, plain, f"{HERE}:STREAMS"),
-    "chunk-logits-deviation": Measured(
-        "standard deviation of the logits of a prompt, folo-tiny",
-        CHUNKS,
-        ("logit_differences", "logits_standard_deviation"),
-        digits(2),
-    ),
+    "chunk-64-left": Derived("tokens that 8 decodes leave of a budget of 64", 64 - STREAMS, by=f"{HERE}:STREAMS"),
     # --- a prompt of 100,000 tokens
-    "kv-100k": _derived(
-        "K/V of 100,000 tokens, Llama-2-7B in 16 bits",
-        kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT),
-        binary,
-        "folovllm/kv_cache/formulas.py:kv_bytes",
+    "kv-100k": Derived(
+        "K/V of 100,000 tokens, Llama-2-7B in 16 bits", kv_bytes(LLAMA_2_7B, LONG, BYTES_16_BIT), "binary", kv_bytes
     ),
-    "kv-of-a-piece": _derived(
-        "K/V that a piece of 4,096 tokens adds",
-        kv_bytes(LLAMA_2_7B, PIECE, BYTES_16_BIT),
-        binary,
-        "folovllm/kv_cache/formulas.py:kv_bytes",
+    "kv-of-a-chunk": Derived(
+        "K/V that a chunk of 4,096 tokens adds", kv_bytes(LLAMA_2_7B, CHUNK, BYTES_16_BIT), "binary", kv_bytes
     ),
-    "pieces-100k": _derived(
-        "passes for 100,000 tokens in pieces of 4,096", num_chunks(LONG, PIECE), plain, f"{HERE}:num_chunks"
+    "chunks-100k": Derived("passes for 100,000 tokens in chunks of 4,096", num_chunks(LONG, CHUNK), by=num_chunks),
+    "mlp-100k": Derived(
+        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), "binary", mlp_bytes
     ),
-    "mlp-100k": _derived(
-        "gate and up of one MLP of Llama-2-7B in 16 bits, 100,000 tokens", mlp_bytes(LONG), binary, f"{HERE}:mlp_bytes"
+    "mlp-of-a-chunk": Derived("the same for 4,096 tokens", mlp_bytes(CHUNK), "binary", mlp_bytes),
+    # --- two budgets on Qwen3-0.6B
+    "m4-longest-itl": Derived(
+        "longest ITL with a budget of 4096 over that with 256, mixed",
+        lambda: mixed_ratio(LARGE, SMALL, "itl_s"),
+        ".2g",
+        mixed_ratio,
     ),
-    "mlp-of-a-piece": _derived("the same for 4,096 tokens", mlp_bytes(PIECE), binary, f"{HERE}:mlp_bytes"),
+    "m4-late-ttft": Derived(  # the long prompt's is the longest of all
+        "TTFT of the long prompt with a budget of 256 over that with 4096, mixed",
+        lambda: mixed_ratio(SMALL, LARGE, "ttft_s"),
+        ".2f",
+        mixed_ratio,
+    ),
 }

@@ -3,27 +3,16 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from claims.chapter_2 import tokenizer
-from claims.ledger import (
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
+from claims.chapter_4 import over
+from claims.forms import NOT_TOLD, ms, plain, times_range
+from claims.ledger import Claim, Derived, Table, grouped_table, measured_table, result
 from folovllm.course.bench.workloads import get_workload
 from folovllm.course.viz.prefix import hit_tokens
 
-PREFIXES = "m4-prefixes-folo-tiny"  # by `folovllm/course/measure/course.py prefixes`
+PREFIXES = "m4-prefixes-folo-tiny"  # by `python -m folovllm.course.measure prefixes`
+BENCH = "m4-qwen3-0.6b"  # by `folovllm bench`: w1, w2 and w3 on m3, m4, hf:static and hf:continuous
 HERE = "docs/claims/chapter_7.py"
 HITS = "folovllm/course/viz/prefix.py:hit_tokens"
 
@@ -72,7 +61,7 @@ def chance_of_a_collision(num_blocks: int, bits: int) -> float:
 
 
 def w3_tokens(shared: bool) -> int:
-    """Prompt tokens of w3 that have to be computed, if the prefix is computed once or by everybody."""
+    """Prompt tokens of w3 that have to be computed, if the prefix is computed once or by every request."""
     w3 = get_workload("w3")
     own = w3.prompt_len[0]
     prefix = w3.shared_prefix if shared else w3.num_requests * w3.shared_prefix
@@ -92,31 +81,25 @@ def best_hit_rate() -> float:
     return float((of["number"] - 1) * hit_tokens(of["prefix_len"], length, BLOCK) / (of["number"] * length))
 
 
-def arm_rows() -> list[list[str]]:
-    """Tokens and times of every arm; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(PREFIXES)["summary"]["arms"][arm]
-        rows.append(
-            [
-                name,
-                median(plain)(numbers["prompt_tokens_computed"]),
-                median(plain)(numbers["cached_tokens"]),
-                median(plain)(numbers["steps"]),
-                median(digits(3, "", 1e3))(numbers["mean_ttft_s"]),
-                median(fixed(2))(numbers["over_no_cache"]),
-            ]
-        )
-    return rows
-
-
 def rule_rows() -> list[list[str]]:
-    """Prompt tokens computed under each rule, by budget and longest piece."""
+    """Prompt tokens computed under each rule, by budget and longest chunk."""
     rows = []
     for limits, computed in result(PREFIXES)["rules"].items():
-        budget, piece = map(int, limits.split("/"))
-        rows.append([plain(budget), plain(piece) if piece else "no limit", *map(plain, computed.values())])
+        budget, longest = map(int, limits.split("/"))
+        rows.append([plain(budget), plain(longest) if longest else "no limit", *map(plain, computed.values())])
     return rows
+
+
+# --- w2 and w3 on Qwen3-0.6B -------------------------------------------------------------------------------
+
+
+def prompt_tokens(workload: str, system: str) -> int:
+    """Prompt tokens that an engine computed, the same in every round. Raises ValueError if they differ."""
+    rounds = result(BENCH)["rounds"]
+    counts = {current["runs"][workload][system]["engine"]["stats"]["prompt_tokens_computed"] for current in rounds}
+    if len(counts) != 1:
+        raise ValueError(f"{system} computed {sorted(counts)} prompt tokens of {workload} in different rounds")
+    return int(counts.pop())
 
 
 TABLES: dict[str, Table] = {
@@ -124,94 +107,80 @@ TABLES: dict[str, Table] = {
         "a prompt that was computed before, in blocks of 16",
         ("tokens", "full blocks", "blocks found", "tokens to compute"),
         full_hit_rows,
-        source=HITS,
     ),
-    "m4-prefix-arms": Table(
+    "m4-prefix-arms": measured_table(
         "20 requests with a system prompt of 400 tokens and 24 of their own",
-        ("arm", "prompt tokens computed", "found", "steps", "mean TTFT, ms", "time over no cache"),
-        arm_rows,
-        source="folovllm/course/measure/chunks.py:prefixes",
-        files=(PREFIXES,),
+        f"{PREFIXES}/summary/arms",
+        "arm",
+        {
+            "prompt tokens computed": ("prompt_tokens_computed", plain),
+            "found": ("cached_tokens", plain),
+            "steps": ("steps", plain),
+            "mean TTFT, ms": ("mean_ttft_s", ms),
+            "time over no cache": ("over_no_cache", ".2f"),
+        },
+        ARMS,
     ),
     "m4-sharing-rules": Table(
         "prompt tokens computed for the same requests, all of which arrive together",
-        ("budget", "of one request", "no cache", "what is written", "and this forward's", "and following"),
+        ("budget", "of one request", "no cache", "what is written", "and this forward's"),
         rule_rows,
-        source="folovllm/course/measure/chunks.py:by_rule",
         files=(PREFIXES,),
+    ),
+    "m4-bench": grouped_table(
+        "workload",
+        {workload: f"{BENCH}/summary/{workload}" for workload in ("w2", "w3")},
+        "system",
+        lambda workload: {
+            "tokens/s": ("output_tokens_per_s", ".3g"),
+            "over hf:static": lambda system: times_range(over(BENCH, workload, system)),
+            "TTFT, s": ("ttft_p50_s", ".3g"),
+            "ITL, ms": ("itl_p50_s", ms),
+            "prompt tokens computed": lambda system: (
+                plain(prompt_tokens(workload, system)) if system in ("m3", "m4") else NOT_TOLD
+            ),
+        },
+        "without (w2) and with (w3) a common prefix: M3, M4 and Hugging Face's ways",
     ),
 }
 
 
-def _derived(says: str, number: Any, form: Form, source: str) -> Claim:
-    return Derived(says, lambda: number, form, source)
-
-
-def _arm(says: str, arm: str, number: str, form: Form) -> Claim:
-    return Measured(
-        f"{says}, {ARMS[arm]}, 20 requests with one system prompt", PREFIXES, ("summary", "arms", arm, number), form
-    )
-
-
-def _rule(says: str, limits: str, rule: str) -> Claim:
-    return Measured(f"prompt tokens computed, {says}", PREFIXES, ("rules", limits, rule), plain)
-
-
 CLAIMS: dict[str, Claim] = {
     # --- twenty requests with one system prompt
-    "sharers-m3": _arm("prompt tokens computed", "m3", "prompt_tokens_computed", median(plain)),
-    "sharers-together": _arm("prompt tokens computed", "together", "prompt_tokens_computed", median(plain)),
-    "sharers-again": _arm("prompt tokens computed", "again", "prompt_tokens_computed", median(plain)),
-    "sharers-time": _arm("time over that without the cache", "together", "over_no_cache", with_range(fixed(2))),
-    "sharers-ttft-none": _arm("mean TTFT", "no_cache", "mean_ttft_s", median(digits(2, "ms", 1e3))),
-    "sharers-ttft": _arm("mean TTFT", "together", "mean_ttft_s", median(digits(2, "ms", 1e3))),
-    "sharers-hit-rate": Derived(
-        "the largest share of these prompt tokens that can be found", best_hit_rate, percent(1), f"{HERE}:best_hit_rate"
-    ),
-    "rule-written-large": _rule("a budget of 16,384, only what is written is found", "16384/0", "written"),
-    "rule-written-pieces": _rule(
-        "a budget of 512 in pieces of 128, only what is written is found", "512/128", "written"
-    ),
-    "rule-forward-pieces": _rule("the same, and what this forward writes", "512/128", "forward"),
+    "sharers-hit-rate": Derived("the largest share of these prompt tokens that can be found", best_hit_rate, ".1%"),
     # --- one prompt
     "alike-tokens": Derived(
         f"tokens that {ALIKE[0]!r} and {ALIKE[1]!r} begin with, folo-tiny",
         lambda: tokens_in_common(*ALIKE),
-        plain,
-        f"{HERE}:tokens_in_common",
+        by=tokens_in_common,
     ),
-    "hit-of-64": _derived(
-        "tokens found of a prompt of 64 that was computed before", hit_tokens(64, 64, BLOCK), plain, HITS
+    "hit-of-64": Derived("tokens found of a prompt of 64 that was computed before", hit_tokens(64, 64, BLOCK), by=HITS),
+    "left-of-64": Derived("tokens of it that are computed", 64 - hit_tokens(64, 64, BLOCK), by=HITS),
+    "left-of-65": Derived(
+        "tokens that are computed of a prompt of 65 that was computed before", 65 - hit_tokens(65, 65, BLOCK), by=HITS
     ),
-    "left-of-64": _derived("tokens of it that are computed", 64 - hit_tokens(64, 64, BLOCK), plain, HITS),
-    "left-of-65": _derived(
-        "tokens that are computed of a prompt of 65 that was computed before",
-        65 - hit_tokens(65, 65, BLOCK),
-        plain,
-        HITS,
-    ),
-    "collision-chance": _derived(
+    "collision-chance": Derived(
         "the chance of equal keys among a million blocks, 128 bits",
         chance_of_a_collision(10**6, 128),
         tiny,
-        f"{HERE}:chance_of_a_collision",
+        chance_of_a_collision,
     ),
     # --- w3
-    "w3-alone": _derived(
-        "prompt tokens of w3, if everybody computes all of theirs", w3_tokens(False), plain, f"{HERE}:w3_tokens"
+    "w3-alone": Derived(
+        "prompt tokens of w3, if every request computes all of its own", w3_tokens(False), by=w3_tokens
     ),
-    "w3-shared": _derived(
-        "prompt tokens of w3, if the prefix is computed once", w3_tokens(True), plain, f"{HERE}:w3_tokens"
+    "w3-shared": Derived("prompt tokens of w3, if the prefix is computed once", w3_tokens(True), by=w3_tokens),
+    # --- w2 and w3 on Qwen3-0.6B
+    "m4-over-static-w3": Derived(
+        "M4's tokens per second over a static batch's on w3", lambda: over(BENCH, "w3", "m4"), ".3g", over
     ),
-    # --- giving way
-    "tight-preemptions": Measured(
-        "requests of w2 that gave way in 64 blocks", PREFIXES, ("preemption", "cache", "preemptions"), plain
+    "m4-over-m3-w3": Derived(
+        "M4's tokens per second over M3's on w3", lambda: over(BENCH, "w3", "m4", "m3"), ".3g", over
     ),
-    "tight-without": Measured(
-        "tokens computed for w2 in 64 blocks without the cache",
-        PREFIXES,
-        ("preemption", "no_cache", "tokens_scheduled"),
-        plain,
+    "m4-over-m3-w2": Derived(
+        "M4's tokens per second over M3's on w2", lambda: over(BENCH, "w2", "m4", "m3"), ".2f", over
     ),
-    "tight-with": Measured("the same with it", PREFIXES, ("preemption", "cache", "tokens_scheduled"), plain),
+    "m4-prompt-tokens-w3": Derived(
+        "prompt tokens that M4 computed on w3", lambda: prompt_tokens("w3", "m4"), by=prompt_tokens
+    ),
 }

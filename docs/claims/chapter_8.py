@@ -1,56 +1,21 @@
-"""Claims of chapter 8: one workload on every milestone, who says the same, and what a latency target asks for."""
+"""Claims of chapter 8: one workload on every milestone, the same tokens, and what a latency target asks for."""
 
 from __future__ import annotations
 
-import importlib.util
-import sys
-from collections.abc import Callable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from typing import Any
 
-from claims.ledger import (
-    ROOT,
-    Claim,
-    Derived,
-    Form,
-    Measured,
-    Table,
-    digits,
-    fixed,
-    median,
-    percent,
-    plain,
-    result,
-    with_range,
-)
-from claims.m3_bench import over
-from folovllm.course.bench.report import spread
-from folovllm.course.grading.latency import (
-    COST,
-    ITL_TARGET,
-    LONG,
-    LONG_TTFT_TARGET,
-    MS,
-    READERS,
-    SHORT,
-    SHORT_TTFT_TARGET,
-    FixedBudget,
-    Policy,
-    Served,
-    serve,
-)
+from claims.chapter_4 import over
+from claims.forms import digits, mib, ms, percent, plain, share, times
+from claims.ledger import Claim, Derived, Table, at, measured_table, over_rounds, ratio, result
+from folovllm.course.grading.latency import COST, ITL_TARGET, LONG_TTFT_TARGET, MS, SHORT_TTFT_TARGET
 
 WATERFALL = "m4-waterfall-qwen3-0.6b"  # w3 on every milestone, hf:sequential (M0's way) and hf:static
-WHOLE = "m4-whole-folo-tiny"  # by `folovllm/course/measure/course.py whole`
+WHOLE = "m4-whole-folo-tiny"  # by `python -m folovllm.course.measure whole`
+LATENCY = "m4-latency-target"  # by `python -m folovllm.course.measure latency`
+TINY_ARMS = f"{WHOLE}/summary/arms"
 HERE = "docs/claims/chapter_8.py"
-W3 = {
-    "hf:sequential": "M0",
-    "m1": "M1",
-    "m2:loop": "M2, loop",
-    "m2:padded": "M2, padded",
-    "m3": "M3",
-    "m4": "M4",
-}
+W3 = {"hf:sequential": "M0", "m1": "M1", "m2:loop": "M2, loop", "m2:padded": "M2, padded", "m3": "M3", "m4": "M4"}
 ARMS = {
     "m0-recompute": "M0, no cache",
     "m0": "M0",
@@ -75,69 +40,26 @@ def before(arm: str, names: Mapping[str, str]) -> str | None:
 
 def w3_over_before(system: str) -> Spread | None:
     """A system's tokens per second over those of the rung before it, on w3."""
-    below = before(system, W3)
+    below = before(system, W3) if system in W3 else None
     return None if below is None else over(WATERFALL, "w3", system, below)
 
 
+def gain_or_dash(gain: Spread | None) -> str:
+    """The median of a gain; a dash for the first rung."""
+    return "-" if gain is None else times(gain)
+
+
 def used_share(numbers: Mapping[str, Spread]) -> float:
-    """Of the K/V that was set aside, the share that somebody needed."""
+    """Of the K/V that was set aside, the share that requests needed."""
     return numbers["kv_used_bytes"]["median"] / numbers["kv_reserved_bytes"]["median"]
-
-
-def w3_rows() -> list[list[str]]:
-    """w3 on every milestone, and in a static batch; medians of the rounds."""
-    rows = []
-    for system, name in {**W3, STATIC: STATIC}.items():
-        numbers = result(WATERFALL)["summary"]["w3"][system]
-        gain = w3_over_before(system) if system in W3 else None
-        rows.append(
-            [
-                name,
-                median(digits(3))(numbers["output_tokens_per_s"]),
-                "-" if gain is None else median(fixed(2))(gain),
-                median(digits(3))(numbers["ttft_p50_s"]),
-                median(digits(3, "", 1e3))(numbers["itl_max_s"]),
-                median(digits(3, "", MIB))(numbers["kv_reserved_bytes"]),
-                percent()(used_share(numbers)),
-            ]
-        )
-    return rows
 
 
 def tiny_over(arm: str, other: str) -> Spread:
     """An arm's tokens per second over another's on the chapter's own workload, taken inside of each round."""
-    rounds = [current["arms"] for current in result(WHOLE)["rounds"]]
-    ratios = [arms[arm]["output_tokens_per_s"] / arms[other]["output_tokens_per_s"] for arms in rounds]
-    return spread(ratios)
+    return ratio(WHOLE, f"arms/{arm}/output_tokens_per_s", f"arms/{other}/output_tokens_per_s")
 
 
-def tiny_rows() -> list[list[str]]:
-    """The chapter's own workload on every milestone; medians of the rounds."""
-    rows = []
-    for arm, name in ARMS.items():
-        numbers = result(WHOLE)["summary"]["arms"][arm]
-        rows.append(
-            [
-                name,
-                median(digits(3))(numbers["output_tokens_per_s"]),
-                median(fixed(2))(numbers["over_before"]) if before(arm, ARMS) else "-",
-                median(digits(3, "", 1e3))(numbers["mean_ttft_s"]),
-                median(digits(3, "", 1e3))(numbers["max_itl_s"]),
-                median(digits(3, "", MIB))(numbers["kv_reserved_bytes"]),
-                percent()(used_share(numbers)) if numbers["kv_reserved_bytes"]["max"] else "-",
-                median(plain)(whole_number(numbers["prompt_tokens_computed"])),
-                median(plain)(whole_number(numbers["forwards"])),
-            ]
-        )
-    return rows
-
-
-def whole_number(counts: Spread) -> Spread:
-    """A count, whose median is a whole number in every file here."""
-    return {key: round(value) for key, value in counts.items()}
-
-
-# --- who says the same --------------------------------------------------------------------------------------
+# --- the same tokens ----------------------------------------------------------------------------------------
 
 
 def cells() -> list[dict[str, Any]]:
@@ -157,13 +79,13 @@ def same_answers() -> int:
 
 
 def crowded() -> int:
-    """Settings in which somebody gave way."""
+    """Settings in which a request was preempted."""
     return sum(cell["preemptions"] > 0 for cell in cells())
 
 
 # --- a request through the layers ---------------------------------------------------------------------------
 
-FOLLOWED = "1"  # the second request of the trace: it waits for the first one's prefix
+FOLLOWED = "1"  # the second request of the trace: it has the first one's prefix
 
 
 def request_rows() -> list[list[str]]:
@@ -171,13 +93,13 @@ def request_rows() -> list[list[str]]:
     rows: list[list[str]] = []
     for step in result(WHOLE)["trace"]["steps"]:
         share = next((r for r in step["requests"] if r["request_id"] == FOLLOWED), None)
-        if share is None and rows and rows[-1][1] != "follows":
+        if share is None and rows and rows[-1][1] != "waiting":
             break  # it is done
         spent = {name: end - start for name, (start, end) in step["phases"].items()}
         runtime = sum(spent.values()) - spent["forward"]
         times = [digits(2, "", 1e3)(runtime), digits(2, "", 1e3)(spent["forward"])]
         if share is None:
-            rows.append([plain(step["step"]), "follows", "-", "-", "0", "-", "-", *times])
+            rows.append([plain(step["step"]), "waiting", "-", "-", "0", "-", "-", *times])
             continue
         table = step["blocks"]["tables"].get(FOLLOWED, [])
         rows.append(
@@ -197,11 +119,11 @@ def request_rows() -> list[list[str]]:
 
 def layer_rows() -> list[list[str]]:
     """Of M4's time, the shares of the interface, the runtime and the model's forward, by workload."""
-    rows = []
     shares = result(WHOLE)["summary"]["layers"]
-    rows.append(["folo-tiny, this chapter's", *(median(percent(1))(shares[x]) for x in LAYERS)])
-    rows.append(["Qwen3-0.6B, w3", *(percent(2)(w3_layer(x)) for x in LAYERS)])
-    return rows
+    return [
+        ["folo-tiny, this chapter's", *(percent(1)(shares[layer]) for layer in LAYERS)],
+        ["Qwen3-0.6B, w3", *(percent(2)(w3_layer(layer)) for layer in LAYERS)],
+    ]
 
 
 LAYERS = ("interface", "runtime", "forward")
@@ -209,140 +131,89 @@ LAYERS = ("interface", "runtime", "forward")
 
 def w3_layer(layer: str) -> float:
     """A layer's share of M4's time on w3, the median of the rounds."""
-    shares = []
-    for current in result(WATERFALL)["rounds"]:
+
+    def part(current: dict[str, Any]) -> float:
         run = current["runs"]["w3"]["m4"]
         spent, wall = run["engine"]["phase_s"], run["wall_s"]
-        parts = {"forward": spent["forward"], "runtime": sum(spent.values()) - spent["forward"]}
-        parts["interface"] = wall - sum(spent.values())
-        shares.append(parts[layer] / wall)
-    return spread(shares)["median"]
+        runtime = sum(spent.values()) - spent["forward"]
+        parts = {"forward": spent["forward"], "runtime": runtime, "interface": wall - sum(spent.values())}
+        return float(parts[layer] / wall)
+
+    return over_rounds(WATERFALL, part)["median"]
 
 
 # --- a latency target ---------------------------------------------------------------------------------------
 
-BUDGETS = (64, 108, 160, 256, 4096)
-HARDEST = (*READERS, LONG, *SHORT)
-
-
-@cache
-def solution() -> type[Policy]:
-    """The policy of the exercise's solution."""
-    file = ROOT / "milestones" / "m4_latency_target" / "solution.py"
-    spec = importlib.util.spec_from_file_location("m4_latency_target_solution", file)
-    if spec is None or spec.loader is None:
-        raise LookupError(f"{file.name} cannot be loaded")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    policy: type[Policy] = module.LatencyPolicy
-    return policy
-
-
-@cache
-def under(policy: int | str) -> Served:
-    """The exercise's hardest workload under a fixed budget, or under the solution's policy."""
-    make: Callable[..., Policy] = solution()
-    return serve(HARDEST, COST, FixedBudget(policy) if isinstance(policy, int) else make(ITL_TARGET, COST))
-
-
-def latency_rows() -> list[list[str]]:
-    """What anybody waits under fixed budgets and under the solution, on the made-up machine."""
-    rows = []
-    for policy in (*BUDGETS, "solution"):
-        done = under(policy)
-        shorts = max(done.ttft(arrival.request_id) for arrival in SHORT)
-        name = f"budget {policy:,}" if isinstance(policy, int) else "by cost, shortest first"
-        waits = (done.longest_itl(), done.ttft(LONG.request_id), shorts)
-        rows.append([name, *(fixed(0)(wait) for wait in waits)])
-    return rows
-
 
 TABLES: dict[str, Table] = {
-    "whole-w3": Table(
+    "whole-w3": measured_table(
         "w3 on every milestone, on the shape of Qwen3-0.6B",
-        (
-            "milestone",
-            "tokens/s",
-            "over the row above",
-            "TTFT p50, s",
-            "longest ITL, ms",
-            "K/V, MiB",
-            "of it used",
-        ),
-        w3_rows,
-        source=f"{HERE}:w3_rows",
-        files=(WATERFALL,),
+        f"{WATERFALL}/summary/w3",
+        "milestone",
+        {
+            "tokens/s": ("output_tokens_per_s", ".3g"),
+            "over the row above": lambda system: gain_or_dash(w3_over_before(system)),
+            "TTFT p50, s": ("ttft_p50_s", ".3g"),
+            "longest ITL, ms": ("itl_max_s", ms),
+            "K/V, MiB": ("kv_reserved_bytes", mib),
+            "of it used": lambda system: share(used_share(at(f"{WATERFALL}/summary/w3/{system}"))),
+        },
+        {**W3, STATIC: STATIC},
     ),
-    "whole-tiny": Table(
+    "whole-tiny": measured_table(
         "questions, a document and a shared system prompt on every milestone, on folo-tiny",
-        (
-            "milestone",
-            "tokens/s",
-            "over the row above",
-            "mean TTFT, ms",
-            "longest ITL, ms",
-            "K/V, MiB",
-            "of it used",
-            "prompt tokens computed",
-            "forwards",
-        ),
-        tiny_rows,
-        source="folovllm/course/measure/whole.py:whole",
-        files=(WHOLE,),
+        TINY_ARMS,
+        "milestone",
+        {
+            "tokens/s": ("output_tokens_per_s", ".3g"),
+            "over the row above": lambda arm: times(at(f"{TINY_ARMS}/{arm}/over_before")) if before(arm, ARMS) else "-",
+            "mean TTFT, ms": ("mean_ttft_s", ms),
+            "longest ITL, ms": ("max_itl_s", ms),
+            "K/V, MiB": ("kv_reserved_bytes", mib),
+            "of it used": lambda arm: "-" if arm == "m0-recompute" else share(used_share(at(f"{TINY_ARMS}/{arm}"))),
+            "prompt tokens computed": ("prompt_tokens_computed", ".0f"),
+            "forwards": ("forwards", ".0f"),
+        },
+        ARMS,
     ),
     "one-request": Table(
         "one request, step by step",
         ("step", "status", "found", "computed", "K/V", "its blocks", "sampled", "runtime", "model"),
         request_rows,
-        source="folovllm/course/measure/whole.py:traced",
         files=(WHOLE,),
     ),
     "layer-shares": Table(
         "where M4's time goes",
         ("workload", "interface", "runtime", "forward of the model"),
         layer_rows,
-        source=f"{HERE}:layer_rows",
         files=(WHOLE, WATERFALL),
     ),
-    "latency-policies": Table(
+    "latency-policies": measured_table(
         "eight readers, a long prompt and five short ones on the exercise's machine: milliseconds",
-        ("policy", "longest ITL", "TTFT of the long prompt", "longest TTFT of a short one"),
-        latency_rows,
-        source=f"{HERE}:latency_rows",
+        f"{LATENCY}/policies",
+        "policy",
+        {
+            "longest ITL": ("longest_itl_ms", ".0f"),
+            "TTFT of the long prompt": ("long_ttft_ms", ".0f"),
+            "longest TTFT of a short one": ("short_ttft_ms", ".0f"),
+        },
+        {str(b): f"budget {b:,}" for b in (64, 108, 160, 256, 4096)} | {"solution": "by cost, shortest first"},
     ),
 }
 
 
 def _w3_gain(says: str, system: str) -> Claim:
-    return Derived(
-        f"{says}, w3 on Qwen3-0.6B",
-        lambda: (w3_over_before(system) or {})["median"],
-        fixed(2),
-        f"{HERE}:w3_over_before",
-    )
-
-
-def _w3(says: str, system: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, w3 on Qwen3-0.6B", WATERFALL, ("summary", "w3", system, number), form)
-
-
-def _tiny(says: str, arm: str, number: str, form: Form) -> Claim:
-    return Measured(f"{says}, {ARMS[arm]}, folo-tiny", WHOLE, ("summary", "arms", arm, number), form)
+    return Derived(f"{says}, w3 on Qwen3-0.6B", lambda: w3_over_before(system), ".2f", w3_over_before)
 
 
 def _target(says: str, nanoseconds: int) -> Claim:
-    return Derived(f"the exercise's target for {says}", lambda: nanoseconds, digits(4, "ms", 1 / MS), LATENCY)
+    return Derived(f"the exercise's target for {says}", lambda: nanoseconds, digits(4, "ms", 1 / MS), STEP_COST)
 
 
-LATENCY = "folovllm/course/grading/latency.py:step_cost"
-IN_MIB = median(digits(3, "MiB", MIB))
+STEP_COST = "folovllm/course/grading/latency.py:step_cost"
 
 CLAIMS: dict[str, Claim] = {
     # --- w3
-    "w3-m0-speed": _w3("tokens per second, M0", "hf:sequential", "output_tokens_per_s", median(digits(3))),
-    "w3-m4-speed": _w3("tokens per second, M4", "m4", "output_tokens_per_s", median(digits(3))),
-    "w3-m4-over-m0": _w3("M4's tokens per second over M0's", "m4", "ratio_to_base", with_range(digits(3))),
     "w3-m1-gain": _w3_gain("M1 over M0", "m1"),
     "w3-loop-gain": _w3_gain("M2's loop over M1", "m2:loop"),
     "w3-padded-gain": _w3_gain("M2's padded batch over its loop", "m2:padded"),
@@ -350,63 +221,34 @@ CLAIMS: dict[str, Claim] = {
     "w3-m4-gain": _w3_gain("M4 over M3", "m4"),
     "w3-m4-over-static": Derived(
         "M4's tokens per second over a static batch's, w3 on Qwen3-0.6B",
-        lambda: over(WATERFALL, "w3", "m4", STATIC)["median"],
-        digits(3),
-        "docs/claims/m3_bench.py:over",
+        lambda: over(WATERFALL, "w3", "m4", STATIC),
+        ".3g",
+        over,
     ),
-    "w3-m4-same": _w3("requests with M0's tokens on M4", "m4", "same_tokens_as_base", "{0[0]} of {0[1]}".format),
-    "w3-m0-kv": _w3("most K/V of M0", "hf:sequential", "kv_reserved_bytes", IN_MIB),
-    "w3-m2-kv": _w3("most K/V set aside by M2", "m2:padded", "kv_reserved_bytes", IN_MIB),
-    "w3-m3-kv": _w3("most K/V set aside by M3", "m3", "kv_reserved_bytes", IN_MIB),
-    "w3-m4-kv": _w3("most K/V set aside by M4", "m4", "kv_reserved_bytes", IN_MIB),
     "w3-m2-used": Derived(
         "of what M2 set aside, the share that was used, w3",
         lambda: used_share(result(WATERFALL)["summary"]["w3"]["m2:padded"]),
-        percent(),
-        f"{HERE}:used_share",
+        ".0%",
+        used_share,
     ),
     # --- this chapter's workload
     "tiny-m4-over-m0": Derived(
-        "M4's tokens per second over M0's, folo-tiny",
-        lambda: tiny_over("m4", "m0"),
-        with_range(digits(2)),
-        f"{HERE}:tiny_over",
+        "M4's tokens per second over M0's, folo-tiny", lambda: tiny_over("m4", "m0"), "range .2g", tiny_over
     ),
-    "tiny-cache-gain": _tiny("tokens per second over those without a KV cache", "m0", "over_before", median(digits(2))),
-    "tiny-padded-gain": _tiny("tokens per second over those of the loop", "m2-padded", "over_before", median(fixed(2))),
-    "tiny-m3-gain": _tiny("tokens per second over M2's padded batch", "m3", "over_before", median(fixed(2))),
-    "tiny-m4-gain": _tiny("tokens per second over M3's", "m4", "over_before", median(fixed(2))),
-    "tiny-m2-kv": _tiny("most K/V set aside", "m2-padded", "kv_reserved_bytes", IN_MIB),
-    "tiny-m3-kv": _tiny("most K/V set aside", "m3", "kv_reserved_bytes", IN_MIB),
-    "tiny-m4-kv": _tiny("most K/V set aside", "m4", "kv_reserved_bytes", IN_MIB),
     "tiny-m2-used": Derived(
         "of what M2 set aside, the share that was used, folo-tiny",
         lambda: used_share(result(WHOLE)["summary"]["arms"]["m2-padded"]),
-        percent(),
-        f"{HERE}:used_share",
+        ".0%",
+        used_share,
     ),
-    "tiny-m3-itl": _tiny("longest ITL", "m3", "max_itl_s", median(digits(2, "ms", 1e3))),
-    "tiny-m4-itl": _tiny("longest ITL", "m4", "max_itl_s", median(digits(2, "ms", 1e3))),
-    "tiny-m3-prompt": _tiny("prompt tokens computed", "m3", "prompt_tokens_computed", median(plain)),
-    "tiny-m4-prompt": _tiny("prompt tokens computed", "m4", "prompt_tokens_computed", median(plain)),
-    "tiny-padding": _tiny("of the rows that were computed, padding", "m2-padded", "padding_share", median(percent())),
     # --- the matrix
-    "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), plain, f"{HERE}:cells"),
-    "matrix-compared": Derived("answers compared with generate's", compared, plain, f"{HERE}:compared"),
-    "matrix-same": Derived("answers with generate's tokens", same_answers, plain, f"{HERE}:same_answers"),
-    "matrix-crowded": Derived("settings in which somebody gave way", crowded, plain, f"{HERE}:crowded"),
+    "matrix-settings": Derived("settings of the same-token matrix", lambda: len(cells()), by=cells),
+    "matrix-compared": Derived("answers compared with generate's", compared),
+    "matrix-same": Derived("answers with generate's tokens", same_answers),
+    "matrix-crowded": Derived("settings in which a request was preempted", crowded),
     # --- layers
     "w3-forward-share": Derived(
-        "share of M4's time inside the model's forward, w3 on Qwen3-0.6B",
-        lambda: w3_layer("forward"),
-        percent(1),
-        f"{HERE}:w3_layer",
-    ),
-    "tiny-runtime-share": Measured(
-        "share of M4's time in the runtime around the forward, folo-tiny",
-        WHOLE,
-        ("summary", "layers", "runtime"),
-        median(percent()),
+        "share of M4's time inside the model's forward, w3 on Qwen3-0.6B", lambda: w3_layer("forward"), ".1%", w3_layer
     ),
     # --- the latency target
     "target-itl": _target("the longest time between two tokens", ITL_TARGET),
@@ -416,7 +258,7 @@ CLAIMS: dict[str, Claim] = {
         "nanoseconds for the pairs of a token behind 4,000 others over those for everything else of it, the exercise's "
         "machine",
         lambda: 4000 * COST.per_pair / COST.per_token,
-        digits(2),
-        LATENCY,
+        ".2g",
+        STEP_COST,
     ),
 }

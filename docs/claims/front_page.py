@@ -1,8 +1,8 @@
-"""What stands in the README alone: the engine in reading order, with its lines counted, and how long the tests take."""
+"""What only the README shows: the engine in reading order, with its lines counted."""
 
 from __future__ import annotations
 
-from claims.ledger import ROOT, Claim, Measured, Table, fixed, median
+from claims.ledger import ROOT, Table
 
 SPINE = (  # file below folovllm/, and what it does
     ("entrypoints/llm.py", "`LLM`: prompts in, completions out"),
@@ -11,10 +11,9 @@ SPINE = (  # file below folovllm/, and what it does
     ("request.py", "one sequence and how far it has come"),
     ("engine/core.py", "one step: schedule, execute, update, record"),
     ("messages.py", "what the parts say to each other in a step"),
-    ("scheduler/scheduler.py", "who runs in the next step, and how many tokens of it"),
+    ("scheduler/scheduler.py", "which requests run in the next step, and how many tokens of each"),
     ("scheduler/request_queue.py", "the waiting requests, in the policy's order"),
     ("scheduler/parallel_sampling.py", "samples and beams that share a prompt"),
-    ("scheduler/followers.py", "requests that wait for a prefix that is being computed"),
     ("scheduler/stop.py", "when a sequence is complete"),
     ("kv_cache/interface.py", "what a scheduler may ask of a KV cache manager"),
     ("kv_cache/block_manager.py", "block tables, copy-on-write, swap"),
@@ -48,19 +47,10 @@ def rows() -> list[list[str]]:
     return [*table, ["", f"{len(SPINE)} files", f"{sum(lines for *_, lines in counted):,}"]]
 
 
-CLAIMS: dict[str, Claim] = {
-    "suite-minutes": Measured(
-        "how long `make test` takes, installed, with two processes",
-        "test-suite",
-        ("summary", "seconds"),
-        median(fixed(0, "minutes", 1 / 60)),
-    ),
-}
 TABLES = {
     "reading-order": Table(
         "the engine's files in the order in which to read them, with their lines",
         ["file", "what it does", "lines"],
         rows,
-        "docs/claims/front_page.py:lines_of",
     )
 }

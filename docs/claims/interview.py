@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from claims.ledger import Claim, Derived, Table, digits
+from claims.ledger import Claim, Derived, Table
 
 HERE = "docs/claims/interview.py"
 ACCEPTED, DRAFTED = 0.8, 4
@@ -23,7 +23,7 @@ CLAIMS: dict[str, Claim] = {
     "speculative-tokens": Derived(
         f"tokens per pass with {DRAFTED} guesses, each right with probability {ACCEPTED}",
         lambda: tokens_per_pass(ACCEPTED, DRAFTED),
-        digits(3),
-        f"{HERE}:tokens_per_pass",
-    ),
+        ".3g",
+        tokens_per_pass,
+    )
 }

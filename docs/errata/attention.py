@@ -5,18 +5,14 @@ from __future__ import annotations
 from functools import cache
 
 import torch
-from claims.ledger import digits, fixed, power
+from claims.chapter_1 import TINY
+from claims.ledger import Claim, Derived, Measured
 from claims.models import LLAMA_2_7B
 
-from errata.bundled_model import bundled_model, cache_after, some_tokens
-from errata.finding import Erratum, Evidence, Finding
+from errata.bundled_model import bundled_model, cache_after, layer_of, some_tokens
+from errata.finding import Erratum, Evidence, claims_of
 from folovllm.baseline import generate_cached, generate_recompute
-from folovllm.course.lessons.formulas import (
-    attention_flops_per_token,
-    attention_ratio,
-    generation_flops,
-    linear_ratio,
-)
+from folovllm.course.lessons.formulas import attention_flops_per_token, attention_ratio, generation_flops, linear_ratio
 
 PROMPT_LEN, NEW_TOKENS = 16, 64
 
@@ -29,18 +25,18 @@ def prompt_without_order() -> Evidence:
         causal = bundled_model()(input_ids=ids, use_cache=False).logits  # [1, T, V]
         unordered = bundled_model()(input_ids=ids, attention_mask=everything, use_cache=False).logits
     right, wrong = cache_after(tokens), cache_after(tokens, attention_mask=everything)
-    first, second = (float((right.layers[i].keys - wrong.layers[i].keys).abs().max()) for i in (0, 1))
+    first, second = (float((layer_of(right, i)[0] - layer_of(wrong, i)[0]).abs().max()) for i in (0, 1))
     return {
-        "logits": Finding("largest difference of a logit", float((causal - unordered).abs().max()), digits(2)),
-        "layer-0": Finding("largest difference of a cached key, first layer", first, power),
-        "layer-1": Finding("largest difference of a cached key, second layer", second, digits(2)),
+        "logits": Derived("largest difference of a logit", float((causal - unordered).abs().max()), ".2g"),
+        "layer-0": Derived("largest difference of a cached key, first layer", first, "power"),
+        "layer-1": Derived("largest difference of a cached key, second layer", second, ".2g"),
     }
 
 
 @cache
 def masks() -> dict[str, float]:
     """What chapter 1 measures, on this machine."""
-    from folovllm.course.measure.course import logit_differences  # only for those who run the experiment
+    from folovllm.course.measure.chapter_1 import logit_differences  # only where the experiment runs
 
     with torch.inference_mode():
         return logit_differences(bundled_model())
@@ -50,8 +46,8 @@ def triangles() -> Evidence:
     """Both triangles as the mask of one forward."""
     found = masks()
     return {
-        "lower": Finding("lower triangle, largest difference of a logit", found["lower_triangular"], power),
-        "upper": Finding("upper triangle, largest difference of a logit", found["upper_triangular"], digits(2)),
+        "lower": Derived("lower triangle, largest difference of a logit", found["lower_triangular"], "power"),
+        "upper": Derived("upper triangle, largest difference of a logit", found["upper_triangular"], ".2g"),
     }
 
 
@@ -59,9 +55,9 @@ def decode_rows() -> Evidence:
     """Both rows as the mask of a decode step."""
     found = masks()
     return {
-        "all": Finding("a row that is all True, largest difference of a logit", found["decode_sees_all"], power),
-        "itself": Finding(
-            "a row that is True for the new token only, largest difference", found["decode_sees_itself_only"], digits(2)
+        "all": Derived("a row that is all True, largest difference of a logit", found["decode_sees_all"], "power"),
+        "itself": Derived(
+            "a row that is True for the new token only, largest difference", found["decode_sees_itself_only"], ".2g"
         ),
     }
 
@@ -69,18 +65,18 @@ def decode_rows() -> Evidence:
 def one_layer() -> Evidence:
     """What attention computes in one layer of Llama-2-7B at 1000 tokens, hidden pairs included."""
     flops = 1000 * attention_flops_per_token(LLAMA_2_7B, 1000) / LLAMA_2_7B.num_hidden_layers
-    return {"attention-flops": Finding("attention of the layer on 1000 tokens, billion FLOPs", flops / 1e9, digits(3))}
+    return {"attention-flops": Derived("attention of the layer on 1000 tokens, billion FLOPs", flops / 1e9, ".3g")}
 
 
 def like_with_like() -> Evidence:
     """The claim's two sums over each other, and the ratios of equal work where chapter 1 has none."""
     found = {
-        f"claimed-{n}": Finding(f"n³ / (n² + n(n - 1)) at n = {n:,}", n**3 / (n**2 + n * (n - 1)), fixed(2))
+        f"claimed-{n}": Derived(f"n³ / (n² + n(n - 1)) at n = {n:,}", n**3 / (n**2 + n * (n - 1)), ".2f")
         for n in (10, 100, 1000)
     }
     says = "work of {} without a cache over work with one, 1,000 tokens from a prompt of one"
-    found["linear-1000"] = Finding(says.format("linear"), linear_ratio(1000), fixed(1))
-    found["attention-1000"] = Finding(says.format("attention"), attention_ratio(1000), digits(3))
+    found["linear-1000"] = Derived(says.format("linear"), linear_ratio(1000), ".1f")
+    found["attention-1000"] = Derived(says.format("attention"), attention_ratio(1000), ".3g")
     return found
 
 
@@ -92,9 +88,9 @@ def by_the_clock() -> Evidence:
     without, cached = (sum(run.token_times) for run in loops)
     flops = [generation_flops(model.config, PROMPT_LEN, NEW_TOKENS, cached=c).total for c in (False, True)]
     return {
-        "same": Finding("the same tokens", str(loops[0].token_ids == loops[1].token_ids)),
-        "flops": Finding(f"{NEW_TOKENS} tokens of folo-tiny, FLOPs without over with", flops[0] / flops[1], digits(3)),
-        "time": Finding("the same, time without over with", without / cached, digits(2)),
+        "same": Derived("the same tokens", str(loops[0].token_ids == loops[1].token_ids)),
+        "flops": Derived(f"{NEW_TOKENS} tokens of folo-tiny, FLOPs without over with", flops[0] / flops[1], ".3g"),
+        "time": Derived("the same, time without over with", without / cached, ".2g"),
     }
 
 
@@ -142,3 +138,12 @@ ERRATA = (
         experiment=by_the_clock,
     ),
 )
+
+CLAIMS: dict[str, Claim] = {
+    "decode-row-logit-difference": Measured(
+        "largest difference of a logit when a decode step sees itself only, folo-tiny",
+        f"{TINY}/logit_differences/decode_sees_itself_only",
+        ".2g",
+    ),
+    **claims_of(ERRATA),
+}

@@ -7,9 +7,10 @@ from pathlib import Path
 
 from claims import chapter_3
 from claims.chapter_6 import steps_of_example
-from claims.ledger import ROOT, digits, fixed
+from claims.forms import plain
+from claims.ledger import ROOT, Cited, Claim, Derived
 
-from errata.finding import Erratum, Evidence, Finding
+from errata.finding import Erratum, Evidence, claims_of
 from folovllm import LLM, SamplingParams
 
 PROMPT, ROWS = 100, 8  # a prompt of 100 tokens, and 7 decodes beside it
@@ -25,10 +26,10 @@ def twice_as_much() -> Evidence:
     """How padding grows with the rows, with the prompt, and with both."""
     once = padding_cells(PROMPT, ROWS)
     more = {"rows": (PROMPT, 2 * ROWS), "prompt": (2 * PROMPT, ROWS), "both": (2 * PROMPT, 2 * ROWS)}
-    found = {"once": Finding(f"padding cells, {ROWS} rows and a prompt of {PROMPT}", once)}
+    found = {"once": Derived(f"padding cells, {ROWS} rows and a prompt of {PROMPT}", once)}
     for key, (tokens, rows) in more.items():
         says = f"times as many with {rows} rows and a prompt of {tokens}"
-        found[key] = Finding(says, padding_cells(tokens, rows) / once, fixed(2))
+        found[key] = Derived(says, padding_cells(tokens, rows) / once, ".2f")
     return found
 
 
@@ -36,8 +37,8 @@ def counted_nine() -> Evidence:
     """The claim's count, in which a request that brings the prompt decodes as well."""
     decodes, padded = ROWS, ROWS - 1
     return {
-        "all": Finding("cells by the claim's own sum", PROMPT + decodes + padded * (PROMPT - 1)),
-        "useful": Finding("useful ones by it", PROMPT + decodes),
+        "all": Derived("cells by the claim's own sum", PROMPT + decodes + padded * (PROMPT - 1)),
+        "useful": Derived("useful ones by it", PROMPT + decodes),
     }
 
 
@@ -52,7 +53,7 @@ def forwards() -> Evidence:
     }
     for key, (name, llm) in arms.items():
         llm.generate([list(prompt) for prompt in prompts], params, use_tqdm=False)
-        found[key] = Finding(
+        found[key] = Derived(
             f"forwards for {len(prompts)} x {params.max_tokens} tokens: {name}", llm.engine.stats.forwards
         )
     return found
@@ -62,8 +63,8 @@ def second_chunk() -> Evidence:
     """What the engine's scheduler gives to C, with the claim's budget and with one that has to cut."""
     (only,), (first, second) = steps_of_example(1000), steps_of_example(600)
     return {
-        "c-1000": Finding("tokens of C in the step, with a budget of 1,000", only["C"]),
-        "c-600": Finding("tokens of C in both steps, with a budget of 600", f"{first['C']} and {second['C']}"),
+        "c-1000": Derived("tokens of C in the step, with a budget of 1,000", only["C"]),
+        "c-600": Derived("tokens of C in both steps, with a budget of 600", f"{first['C']} and {second['C']}"),
     }
 
 
@@ -75,8 +76,8 @@ def waits(jobs: tuple[int, ...]) -> float:
 def shortest_first() -> Evidence:
     """Mean waits of a long job that comes first and three short ones behind it."""
     return {
-        "fcfs": Finding(f"mean wait of jobs of {JOBS} steps, first come, first served", waits(JOBS), digits(4)),
-        "sjf": Finding("the same jobs, the shortest first", waits(tuple(sorted(JOBS))), digits(2)),
+        "fcfs": Derived(f"mean wait of jobs of {JOBS} steps, first come, first served", waits(JOBS), ".4g"),
+        "sjf": Derived("the same jobs, the shortest first", waits(tuple(sorted(JOBS))), ".2g"),
     }
 
 
@@ -84,7 +85,7 @@ def bitten_off() -> Evidence:
     """Padding of three texts, of nearly equal and of unequal lengths."""
     lengths = chapter_3.NEARLY_EQUAL
     cells, used = chapter_3.cells(lengths), sum(lengths)
-    return {"cells": Finding(f"padding cells of {lengths}, of all", f"{cells - used} of {cells}")}
+    return {"cells": Derived(f"padding cells of {lengths}, of all", f"{cells - used} of {cells}")}
 
 
 def who_needs_a_model() -> Evidence:
@@ -94,7 +95,7 @@ def who_needs_a_model() -> Evidence:
     files = [file for path in paths for file in (sorted(path.rglob("*.py")) if path.is_dir() else [path])]
     asking = [file.name for file in files if {"torch", "transformers", "folovllm.models"} & imported(file)]
     says = "files of scheduler, block manager, pool and prefix cache that import torch, transformers or our models"
-    return {"asking": Finding(says, len(asking))}
+    return {"asking": Derived(says, len(asking))}
 
 
 def imported(file: Path, seen: set[str] | None = None) -> set[str]:
@@ -134,11 +135,7 @@ ERRATA = (
         ("padding-mixed-cells", "padding-mixed-tokens", "padding-mixed"),
         formula=counted_nine,
     ),
-    Erratum(
-        "continuous-no-padding",
-        "Continuous batching has no padding",
-        ("w2-prefill-padding", "w2-kv-padding"),
-    ),
+    Erratum("continuous-no-padding", "Continuous batching has no padding", ("w2-prefill-padding", "w2-kv-padding")),
     Erratum(
         "loop-of-forwards",
         "Scheduling multiplies throughput, even at one forward per request",
@@ -166,3 +163,14 @@ ERRATA = (
     ),
     Erratum("sjf-in-vllm", "Shortest job first is one of vLLM's policies", ("vllm-policies",), formula=shortest_first),
 )
+
+CLAIMS: dict[str, Claim] = {
+    "vllm-policies": Cited(
+        "policies of vLLM's scheduler",
+        "fcfs and priority",
+        plain,
+        "vLLM API reference, vllm.config.scheduler",
+        "https://docs.vllm.ai/en/v0.13.0/api/vllm/config/scheduler/",
+    ),
+    **claims_of(ERRATA),
+}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from claims.chapter_4 import BATCH, BATCH_LEN, BLOCK_SIZE, LAYER_TOKEN_BYTES, LENGTHS, REGION
 from claims.chapter_7 import ALIKE, tokens_in_common
-from claims.ledger import ROOT, digits, fixed, percent
+from claims.forms import digits
+from claims.ledger import ROOT, Derived
 
 from errata.batches import imported
-from errata.finding import Erratum, Evidence, Finding
+from errata.finding import Erratum, Evidence, claims_of
 from folovllm.course.lessons.fragmentation import mean_empty_slots, num_blocks, paged_waste, region_waste
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
@@ -36,9 +37,9 @@ def two_units() -> Evidence:
     """The claim's region in both units: its "GB" are 10^9 bytes here and 2^30 there."""
     region = REGION * LAYER_TOKEN_BYTES
     return {
-        "gb": Finding("that region in units of 10⁹ bytes", region / GIGABYTE, digits(3, "GB")),
-        "gib": Finding("and in units of 2³⁰ bytes", region / 2**30, digits(3, "GiB")),
-        "waste": Finding("empty share of 63 blocks of 16 with 1,000 tokens", paged_waste(1000, BLOCK_SIZE), percent(2)),
+        "gb": Derived("that region in units of 10⁹ bytes", region / GIGABYTE, digits(3, "GB")),
+        "gib": Derived("and in units of 2³⁰ bytes", region / 2**30, digits(3, "GiB")),
+        "waste": Derived("empty share of 63 blocks of 16 with 1,000 tokens", paged_waste(1000, BLOCK_SIZE), ".2%"),
     }
 
 
@@ -46,10 +47,8 @@ def shares() -> Evidence:
     """The empty shares of both ways to hold one request."""
     found = {}
     for n in LENGTHS:
-        found[f"paged-{n}"] = Finding(f"{n:,} tokens in blocks of 16, empty", paged_waste(n, BLOCK_SIZE), percent(2))
-        found[f"region-{n}"] = Finding(
-            f"{n:,} tokens in a region of {REGION:,}, empty", region_waste(n, REGION), percent(1)
-        )
+        found[f"paged-{n}"] = Derived(f"{n:,} tokens in blocks of 16, empty", paged_waste(n, BLOCK_SIZE), ".2%")
+        found[f"region-{n}"] = Derived(f"{n:,} tokens in a region of {REGION:,}, empty", region_waste(n, REGION), ".1%")
     return found
 
 
@@ -57,10 +56,10 @@ def batch_in_gigabytes() -> Evidence:
     """The claim's batch in units of 10^9 bytes, where its numbers come from."""
     slots = BLOCK_SIZE * num_blocks(BATCH_LEN, BLOCK_SIZE)
     return {
-        "region-gb": Finding(
+        "region-gb": Derived(
             "regions, one layer, in 10⁹ bytes", BATCH * REGION * LAYER_TOKEN_BYTES / GIGABYTE, digits(3, "GB")
         ),
-        "blocks-gb": Finding(
+        "blocks-gb": Derived(
             "blocks, one layer, in 10⁹ bytes", BATCH * slots * LAYER_TOKEN_BYTES / GIGABYTE, digits(3, "GB")
         ),
     }
@@ -70,9 +69,9 @@ def last_block() -> Evidence:
     """What paging leaves empty in a request's last block."""
     worst = max(BLOCK_SIZE * num_blocks(n, BLOCK_SIZE) - n for n in range(1, 4 * BLOCK_SIZE))
     return {
-        "most": Finding("empty slots of a request in blocks of 16, at most", worst),
-        "mean": Finding(
-            "empty slots on average, if all remainders are equally likely", mean_empty_slots(BLOCK_SIZE), fixed(1)
+        "most": Derived("empty slots of a request in blocks of 16, at most", worst),
+        "mean": Derived(
+            "empty slots on average, if all remainders are equally likely", mean_empty_slots(BLOCK_SIZE), ".1f"
         ),
     }
 
@@ -101,13 +100,13 @@ class TablesWithoutCounts:
 
 
 def a_beam_ends() -> Evidence:
-    """A request forks, its first beam ends, and somebody else takes blocks; with and without counts."""
-    books = TablesWithoutCounts(8)
-    books.take("a", 4)
-    books.fork("a", "a's beam")
-    books.end("a")
-    books.take("b", 4)
-    lost = set(books.tables["b"]) & set(books.tables["a's beam"])
+    """A request forks, its first beam ends, and another request takes blocks; with and without counts."""
+    tables_only = TablesWithoutCounts(8)
+    tables_only.take("a", 4)
+    tables_only.fork("a", "a's beam")
+    tables_only.end("a")
+    tables_only.take("b", 4)
+    lost = set(tables_only.tables["b"]) & set(tables_only.tables["a's beam"])
 
     manager, a, beam, b = BlockManager(8, 4), *(request(name, [7] * 16) for name in ("a", "a's beam", "b"))
     computed(manager, a)
@@ -117,8 +116,8 @@ def a_beam_ends() -> Evidence:
     tables = manager.snapshot().tables
     kept = set(tables["b"]) & set(tables["a's beam"])
     return {
-        "without": Finding("blocks of the living beam that b was given, tables copied without counts", len(lost)),
-        "with": Finding("the same with reference counts", len(kept)),
+        "without": Derived("blocks of the living beam that b was given, tables copied without counts", len(lost)),
+        "with": Derived("the same with reference counts", len(kept)),
     }
 
 
@@ -130,7 +129,7 @@ def by_hash() -> Evidence:
         manager = BlockManager(64, size, cache=PrefixCache(size, secret=b"any"))
         computed(manager, request("first", [*range(alike), *range(100, 140)]))
         second = request("second", [*range(alike), *range(200, 240)])
-        found[f"blocks-of-{size}"] = Finding(
+        found[f"blocks-of-{size}"] = Derived(
             f"tokens that the second finds in blocks of {size}", manager.get_computed_blocks(second)
         )
     return found
@@ -146,25 +145,25 @@ def same_key() -> Evidence:
     blocks = {key: first.prompt_token_ids[:BLOCK_SIZE]}
     taken = blocks.get(cache.hash_block(b"", other.prompt_token_ids[:BLOCK_SIZE], ""), [])
     return {
-        "trusting": Finding("tokens of another text that a lookup by key alone takes over", len(taken)),
-        "comparing": Finding(
+        "trusting": Derived("tokens of another text that a lookup by key alone takes over", len(taken)),
+        "comparing": Derived(
             "tokens that our cache takes over under the same keys", manager.get_computed_blocks(other)
         ),
     }
 
 
 def who_looks_up() -> Evidence:
-    """Who in the package imports the prefix cache: rooms with tensors, and rooms with books."""
-    with_tensors = [file for room in ("runner", "attention", "models") for file in importers(room)]
+    """Which folders of the package import the prefix cache: those with tensors, and the accounting."""
+    with_tensors = [file for folder in ("runner", "attention", "models") for file in importers(folder)]
     return {
-        "tensors": Finding("files of runner/, attention/ and models/ that import the prefix cache", len(with_tensors)),
-        "books": Finding("files of kv_cache/ that do", ", ".join(importers("kv_cache"))),
+        "tensors": Derived("files of runner/, attention/ and models/ that import the prefix cache", len(with_tensors)),
+        "books": Derived("files of kv_cache/ that do", ", ".join(importers("kv_cache"))),
     }
 
 
-def importers(room: str) -> list[str]:
+def importers(folder: str) -> list[str]:
     """Files of a folder of the package that import the prefix cache."""
-    files = sorted((ROOT / "folovllm" / room).rglob("*.py"))
+    files = sorted((ROOT / "folovllm" / folder).rglob("*.py"))
     return [file.name for file in files if "folovllm.kv_cache.prefix_cache" in imported(file)]
 
 
@@ -205,6 +204,8 @@ ERRATA = (
     Erratum(
         "chunks-fit",
         "Chunks make a prompt fit that is too long for the card",
-        ("pieces-100k", "kv-of-a-piece", "kv-100k", "mlp-100k", "mlp-of-a-piece"),
+        ("chunks-100k", "kv-of-a-chunk", "kv-100k", "mlp-100k", "mlp-of-a-chunk"),
     ),
 )
+
+CLAIMS = claims_of(ERRATA)

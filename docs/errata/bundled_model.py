@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import cache
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
@@ -19,6 +20,12 @@ def bundled_model() -> PreTrainedModel:
 def some_tokens(count: int) -> list[int]:
     """The same ids at every call, from all over the vocabulary."""
     return [(7 + 613 * index) % bundled_model().config.vocab_size for index in range(count)]
+
+
+def layer_of(cache: DynamicCache, index: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Keys and values of a layer, each [B, Hkv, T, D]."""
+    layer: Any = cache.layers[index]
+    return layer.keys, layer.values
 
 
 def cache_after(tokens: list[int], **inputs: torch.Tensor) -> DynamicCache:

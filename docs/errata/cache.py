@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import torch
-from claims.ledger import binary, digits, plain
+from claims.forms import plain
+from claims.ledger import Derived
 from claims.models import BYTES_16_BIT, LLAMA_2_7B, LLAMA_2_13B, LLAMA_2_70B, bundled
 from transformers import PretrainedConfig
 
-from errata.bundled_model import bundled_model, cache_after, some_tokens
-from errata.finding import Erratum, Evidence, Finding
+from errata.bundled_model import bundled_model, cache_after, layer_of, some_tokens
+from errata.finding import Erratum, Evidence, claims_of
 from folovllm.baseline import cache_bytes
 from folovllm.kv_cache.formulas import attention_kind, kv_bytes, kv_bytes_per_token
 
@@ -18,7 +19,7 @@ LENGTHS = (1, 10, 100)  # tokens
 def tuples_raise() -> Evidence:
     """What a forward gets and gives as `past_key_values`."""
     kept = cache_after(some_tokens(5))
-    pairs = tuple((layer.keys, layer.values) for layer in kept.layers)
+    pairs = tuple(layer_of(kept, index) for index in range(len(kept.layers)))
     try:
         with torch.inference_mode():
             bundled_model()(input_ids=torch.tensor([[3]]), past_key_values=pairs, use_cache=True)
@@ -27,24 +28,24 @@ def tuples_raise() -> Evidence:
         answer = type(error).__name__
     config = bundled_model().config
     return {
-        "type": Finding("past_key_values is a", type(kept).__name__),
-        "tuples": Finding("with tuples, a call raises", answer),
-        "shape": Finding(
-            "shape of layers[0].keys after 5 tokens, [B, Hkv, T, D]", str(list(kept.layers[0].keys.shape))
+        "type": Derived("past_key_values is a", type(kept).__name__),
+        "tuples": Derived("with tuples, a call raises", answer),
+        "shape": Derived(
+            "shape of layers[0].keys after 5 tokens, [B, Hkv, T, D]", str(list(layer_of(kept, 0)[0].shape))
         ),
-        "heads": Finding("query heads and KV heads", f"{config.num_attention_heads} and {config.num_key_value_heads}"),
+        "heads": Derived("query heads and KV heads", f"{config.num_attention_heads} and {config.num_key_value_heads}"),
     }
 
 
 def grows() -> Evidence:
     """Bytes that Hugging Face's cache holds after so many tokens, beside those of its longest text."""
     found = {
-        f"after-{n}": Finding(f"bytes after {n} token{'s' * (n > 1)}", cache_bytes(cache_after(some_tokens(n))))
+        f"after-{n}": Derived(f"bytes after {n} token{'s' * (n > 1)}", cache_bytes(cache_after(some_tokens(n))))
         for n in LENGTHS
     }
     config = bundled_model().config
     longest = config.max_position_embeddings
-    found["longest"] = Finding(f"bytes of a region for {longest:,} tokens", kv_bytes(config, longest, 4))
+    found["longest"] = Derived(f"bytes of a region for {longest:,} tokens", kv_bytes(config, longest, 4))
     return found
 
 
@@ -65,22 +66,20 @@ def heads_of_what() -> Evidence:
     found = {}
     for key, (name, config) in models.items():
         right = kv_bytes_per_token(config, BYTES_16_BIT)
-        found[f"{key}-wrong"] = Finding(f"{name}, bytes per token with query heads", by_query_heads(config), plain)
-        found[f"{key}-over"] = Finding(
-            f"{name}, that over the bytes it takes", by_query_heads(config) / right, digits(2)
-        )
+        found[f"{key}-wrong"] = Derived(f"{name}, bytes per token with query heads", by_query_heads(config), plain)
+        found[f"{key}-over"] = Derived(f"{name}, that over the bytes it takes", by_query_heads(config) / right, ".2g")
     return found
 
 
 def kinds_of_llama_2() -> Evidence:
     """Which Llama 2 shares K and V, by its configuration."""
-    group = LLAMA_2_70B.num_attention_heads // LLAMA_2_70B.num_key_value_heads
+    group = LLAMA_2_70B.num_attention_heads // (LLAMA_2_70B.num_key_value_heads or 1)
     return {
-        "7b": Finding("Llama-2-7B", attention_kind(LLAMA_2_7B)),
-        "13b": Finding("Llama-2-13B", attention_kind(LLAMA_2_13B)),
-        "70b": Finding("Llama-2-70B", attention_kind(LLAMA_2_70B)),
-        "70b-group": Finding("query heads that share a KV head in Llama-2-70B", group),
-        "70b-bytes": Finding("bytes per token of Llama-2-70B", kv_bytes_per_token(LLAMA_2_70B, BYTES_16_BIT), binary),
+        "7b": Derived("Llama-2-7B", attention_kind(LLAMA_2_7B)),
+        "13b": Derived("Llama-2-13B", attention_kind(LLAMA_2_13B)),
+        "70b": Derived("Llama-2-70B", attention_kind(LLAMA_2_70B)),
+        "70b-group": Derived("query heads that share a KV head in Llama-2-70B", group),
+        "70b-bytes": Derived("bytes per token of Llama-2-70B", kv_bytes_per_token(LLAMA_2_70B, BYTES_16_BIT), "binary"),
     }
 
 
@@ -104,3 +103,5 @@ ERRATA = (
         ("kv-values-mha", "kv-values-mla", "kv-values-mqa"),
     ),
 )
+
+CLAIMS = claims_of(ERRATA)

@@ -7,7 +7,9 @@ import inspect
 import sys
 from types import CodeType, FrameType
 
-from errata.finding import Evidence, Finding
+from claims.ledger import Derived
+
+from errata.finding import Evidence
 from folovllm import LLM, SamplingParams
 
 INTERFACE, MODEL, RUNTIME = "interface", "model authoring", "runtime"
@@ -58,4 +60,4 @@ def through_the_layers() -> Evidence:
         llm.generate("What is a KV cache?", SamplingParams(temperature=0, max_tokens=4), use_tqdm=False)
     finally:
         sys.setprofile(None)
-    return {str(n): Finding(target, layer_of[target]) for n, target in enumerate(called, start=1)}
+    return {str(n): Derived(target, layer_of[target]) for n, target in enumerate(called, start=1)}

@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from claims.chapter_5 import SCORES, TILE, UNEQUAL, VALUES, difference
-from claims.ledger import fixed, power
+from claims.ledger import Derived
 from torch import Tensor
 from transformers import DynamicCache
 
 from errata.bundled_model import bundled_model, some_tokens
-from errata.finding import Erratum, Evidence, Finding
+from errata.finding import Erratum, Evidence, claims_of
 from folovllm.course.lessons.online_softmax import online_softmax
 
 
 @cache
 def packed() -> dict[str, list[float]]:
     """What chapter 5 measures: the largest difference of a logit from the text alone, per way and text."""
-    from folovllm.course.measure.ragged import packing  # only for those who run the experiment
+    from folovllm.course.measure.chapter_5 import packing  # only where the experiment runs
 
     with torch.inference_mode():
         found: dict[str, list[float]] = packing(bundled_model(), UNEQUAL)["differences"]
@@ -31,7 +31,7 @@ def one_row_and_a_mask() -> Evidence:
     """Three texts in one row of Hugging Face's forward."""
     ways = {"mask": "with a block-diagonal 4-D mask", "nothing": "with nothing but the tokens"}
     return {
-        key: Finding(f"three texts in one row, {name}: largest difference of a logit", max(packed()[key]), difference)
+        key: Derived(f"three texts in one row, {name}: largest difference of a logit", max(packed()[key]), difference)
         for key, name in ways.items()
     }
 
@@ -40,7 +40,7 @@ def positions_and_a_cache() -> Evidence:
     """Positions that begin again, without and with a cache."""
     ways = {"positions": "use_cache=False", "positions_with_cache": "use_cache=True"}
     return {
-        key: Finding(f"positions that begin again, {name}: largest difference", max(packed()[key]), difference)
+        key: Derived(f"positions that begin again, {name}: largest difference", max(packed()[key]), difference)
         for key, name in ways.items()
     }
 
@@ -48,7 +48,7 @@ def positions_and_a_cache() -> Evidence:
 def text_by_text() -> Evidence:
     """Three packed texts without a mask, one by one."""
     return {
-        name: Finding(f"no mask: text {name}, {length} tokens, largest difference", most, difference)
+        name: Derived(f"no mask: text {name}, {length} tokens, largest difference", most, difference)
         for name, length, most in zip("abc", UNEQUAL, packed()["nothing"], strict=True)
     }
 
@@ -61,7 +61,7 @@ def rotations() -> Evidence:
     together = rope(hidden, torch.cat(each, dim=1))  # cos and sin, each [1, T, D]
     alone = [torch.cat(parts, dim=1) for parts in zip(*(rope(hidden, positions) for positions in each), strict=True)]
     most = max(float((a - b).abs().max()) for a, b in zip(together, alone, strict=True))
-    return {"difference": Finding("angles of 352 packed positions, largest difference from each text's", most, power)}
+    return {"difference": Derived("angles of 352 packed positions, largest difference from each text's", most, "power")}
 
 
 def mask_shapes() -> Evidence:
@@ -83,8 +83,8 @@ def mask_shapes() -> Evidence:
     finally:
         hook.remove()
     return {
-        "prefill": Finding("mask in a layer, two texts of 5 columns, [B, 1, Lq, Lk]", str(shapes[0])),
-        "decode": Finding("in the decode step after it", str(shapes[1])),
+        "prefill": Derived("mask in a layer, two texts of 5 columns, [B, 1, Lq, Lk]", str(shapes[0])),
+        "decode": Derived("in the decode step after it", str(shapes[1])),
     }
 
 
@@ -104,8 +104,8 @@ def scripted() -> Evidence:
     except (RuntimeError, TypeError) as error:
         made = type(error).__name__
     return {
-        "graph": Finding("operations of the scripted function", ", ".join(operations)),
-        "dict": Finding("a tensor of a dict of block tables", made),
+        "graph": Derived("operations of the scripted function", ", ".join(operations)),
+        "dict": Derived("a tensor of a dict of block tables", made),
     }
 
 
@@ -114,11 +114,11 @@ def rescaled() -> Evidence:
     scores, values = (torch.tensor(numbers, dtype=torch.float64) for numbers in (SCORES, VALUES))
     right, wrong = (online_softmax(scores, values[:, None], TILE, rescale=r)[-1] for r in (True, False))
     return {
-        "softmax": Finding("attention by softmax over all scores", float(scores.softmax(0) @ values), fixed(3)),
-        "with": Finding("by online softmax", float(right.attention[0]), fixed(3)),
-        "without": Finding("by online softmax without the rescale", float(wrong.attention[0]), fixed(3)),
-        "sum-with": Finding("its sum of weights with the rescale", right.total, fixed(3)),
-        "sum-without": Finding("and without", wrong.total, fixed(3)),
+        "softmax": Derived("attention by softmax over all scores", float(scores.softmax(0) @ values), ".3f"),
+        "with": Derived("by online softmax", float(right.attention[0]), ".3f"),
+        "without": Derived("by online softmax without the rescale", float(wrong.attention[0]), ".3f"),
+        "sum-with": Derived("its sum of weights with the rescale", right.total, ".3f"),
+        "sum-without": Derived("and without", wrong.total, ".3f"),
     }
 
 
@@ -155,3 +155,5 @@ ERRATA = (
     ),
     Erratum("no-rescale", "Online softmax keeps a maximum and a sum, and adds up the output", formula=rescaled),
 )
+
+CLAIMS = claims_of(ERRATA)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from claims.chapter_3 import EXERCISE
+from claims.ledger import Derived
 
-from errata.finding import Erratum, Evidence, Finding
+from errata.finding import Erratum, Evidence, claims_of
 from errata.layers import through_the_layers
 
 
@@ -12,8 +13,8 @@ def block_diagonal() -> Evidence:
     """Cells of one mask over three texts in a row, and those that are True."""
     total = sum(EXERCISE)
     return {
-        "cells": Finding(f"cells of the mask over {EXERCISE} tokens in one row", total**2),
-        "true": Finding("of these True: a triangle per text", sum(n * (n + 1) // 2 for n in EXERCISE)),
+        "cells": Derived(f"cells of the mask over {EXERCISE} tokens in one row", total**2),
+        "true": Derived("of these True: a triangle per text", sum(n * (n + 1) // 2 for n in EXERCISE)),
     }
 
 
@@ -41,3 +42,5 @@ ERRATA = (
     ),
     Erratum("exercise-5-3", "Exercise: follow a request through the layers", experiment=through_the_layers),
 )
+
+CLAIMS = claims_of(ERRATA)

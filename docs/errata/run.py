@@ -27,7 +27,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--all", action="store_true", help="every claim, one after the other")
     args = parser.parse_args(arguments)
 
-    from errata import all_errata
+    from errata.themes import all_errata
 
     errata = all_errata()
     if unknown := [name for name in args.names if name not in errata]:
@@ -45,22 +45,24 @@ def main(arguments: list[str] | None = None) -> int:
 
 def lines_of(name: str) -> list[str]:
     """A claim, and the numbers that refute it with where they come from."""
-    from claims import get_claim, ledger
+    from claims import ledger, registry
 
-    from errata import all_errata
+    from errata.themes import all_errata
 
     erratum = all_errata()[name]
-    shown, sources = [], []
+    shown: list[ledger.Claim] = []
+    sources = []
     for claim_id in erratum.known:
-        claim = get_claim(claim_id)
-        shown.append((ledger.text(claim), claim.says))
+        claim = registry.get_claim(claim_id)
+        shown.append(claim)
         sources.append("from " + (f"results/{claim.file}.json" if isinstance(claim, ledger.Measured) else claim.source))
     for find, how in ((erratum.formula, "computed by"), (erratum.experiment, "run by")):
         if find is not None:
-            shown += [(finding.text, finding.says) for finding in find().values()]
+            shown += find().values()
             sources.append(f"{how} {Path(find.__code__.co_filename).relative_to(ROOT).as_posix()}:{find.__name__}")
-    width = min(SHORT, max(len(text) for text, _ in shown))
-    numbers = [f"  {text:>{width}}  {says}" for text, says in shown]
+    texts = [ledger.text(claim) for claim in shown]
+    width = min(SHORT, max(map(len, texts)))
+    numbers = [f"  {text:>{width}}  {claim.says}" for text, claim in zip(texts, shown, strict=True)]
     return [f'{name}: "{erratum.claim}"', *numbers, *(f"  {source}" for source in dict.fromkeys(sources))]
 
 

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
 
 import pytest
+from rich.console import Console
+
+from folovllm.course.measure.chapter_8_latency import latency
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "docs"))
 
-import claims  # noqa: E402
-from claims import chapter_8, ledger  # noqa: E402
+from claims import chapter_8, ledger, registry  # noqa: E402
 
 PAGE = (ROOT / "docs" / "chapters" / "08_the_whole_engine.md").read_text(encoding="utf-8")
 
@@ -78,7 +81,7 @@ def test_in_every_setting_everybody_says_what_generate_says() -> None:
     cells = matrix["cells"]
     assert len(cells) == 5 + 3 * 2 + 3 * 2 * 2 * 3 == len({tuple(c[k] for k in KEYS) for c in cells})
     assert {cell["same"] for cell in cells} == {matrix["total"]}
-    assert claims.claim_text("matrix-same") == claims.claim_text("matrix-compared")
+    assert registry.claim_text("matrix-same") == registry.claim_text("matrix-compared")
     longest = max(prompt + output for prompt, output, _ in ledger.result(chapter_8.WHOLE)["requests"])
     assert longest < matrix["pool_tokens"] < 2 * longest
     for cell in cells:
@@ -93,10 +96,10 @@ def test_in_every_setting_everybody_says_what_generate_says() -> None:
 KEYS = ("milestone", "batching", "block_size", "chunk", "cache", "small")
 
 
-def test_the_second_request_follows_finds_and_computes_the_rest() -> None:
+def test_the_second_request_waits_finds_and_computes_the_rest() -> None:
     trace = ledger.result(chapter_8.WHOLE)["trace"]
     rows = chapter_8.request_rows()
-    assert rows[0][1] == "follows" and rows[-1][1] == "done"
+    assert rows[0][1] == "waiting" and rows[-1][1] == "done"
     admitted = next(row for row in rows if row[1] == "running")
     prompt_len = trace["outputs"][1]["prompt_len"]
     assert int(admitted[2]) > 0 and int(admitted[2]) % 16 == 0
@@ -120,13 +123,19 @@ def test_the_interface_and_the_runtime_are_a_small_part_with_a_real_model() -> N
     assert tiny["runtime"]["median"] > shares[1]
 
 
+def test_the_results_of_the_latency_exercise_are_those_of_its_solution() -> None:
+    ((name, data),) = latency(Console(), 1, [])
+    assert name == chapter_8.LATENCY
+    assert json.loads(json.dumps(data["policies"])) == ledger.result(name)["policies"]
+
+
 # --- the layers ---------------------------------------------------------------------------------------------------
 
 
 def test_every_box_of_the_map_is_there() -> None:
-    import figures_whole
+    from figures import chapter_8 as figures
 
-    figure = figures_whole.draw_layers()
+    figure = figures.draw_layers()
     (ax,) = figure.axes
     files = [text.get_text() for text in ax.texts if re.fullmatch(r"[\w/]+(/|\.py)", text.get_text())]
     assert len(files) >= 14

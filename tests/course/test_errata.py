@@ -13,12 +13,12 @@ ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
 sys.path.insert(0, str(DOCS))
 
-import claims  # noqa: E402
-from claims.errata import claim_id, evidence  # noqa: E402
-from errata import all_errata  # noqa: E402
+from claims.ledger import text  # noqa: E402
+from claims.registry import all_claims, claim_text  # noqa: E402
 from errata.blocks import TablesWithoutCounts  # noqa: E402
 from errata.finding import Evidence  # noqa: E402
 from errata.run import main  # noqa: E402
+from errata.themes import all_errata  # noqa: E402
 
 PAGE = (DOCS / "errata.md").read_text(encoding="utf-8")
 ERRATA = all_errata()
@@ -98,21 +98,23 @@ KNOWN = {
 
 @pytest.mark.parametrize("name", ERRATA)
 def test_a_formula_gives_what_was_derived_by_hand(name: str) -> None:
-    assert {key: finding.text for key, finding in evidence(name).items()} == EXPECTED.get(name, {})
+    start = f"erratum-{name}-"
+    given = {claim_id.removeprefix(start): text(claim) for claim_id, claim in ERRATA[name].claims.items()}
+    assert given == EXPECTED.get(name, {})
 
 
-@pytest.mark.parametrize(("known", "text"), KNOWN.items())
-def test_what_entries_show_from_the_chapters(known: str, text: str) -> None:
+@pytest.mark.parametrize(("known", "shown"), KNOWN.items())
+def test_what_entries_show_from_the_chapters(known: str, shown: str) -> None:
     assert any(known in erratum.known for erratum in ERRATA.values())
-    assert claims.claim_text(known) == text
+    assert claim_text(known) == shown
 
 
 def test_the_ledger_has_every_finding() -> None:
-    of_errata = {claim_id(name, key) for name in ERRATA for key in evidence(name)}
-    assert of_errata == {i for i in claims.all_claims() if i.startswith("erratum-")}
+    of_errata = {claim_id for erratum in ERRATA.values() for claim_id in erratum.claims}
+    assert of_errata == {i for i in all_claims() if i.startswith("erratum-")}
 
 
-def test_a_table_without_counts_is_right_until_somebody_ends() -> None:
+def test_a_table_without_counts_is_right_until_a_request_ends() -> None:
     books = TablesWithoutCounts(8)
     books.take("a", 2)
     books.fork("a", "b")
@@ -138,7 +140,7 @@ def found() -> dict[str, Evidence]:
 
 
 def numbers(of: Evidence) -> dict[str, object]:
-    return {key: finding.number for key, finding in of.items()}
+    return {key: finding.value() for key, finding in of.items()}
 
 
 def test_without_order_a_prompt_leaves_other_keys(found: dict[str, Evidence]) -> None:
@@ -178,7 +180,7 @@ def test_a_loop_makes_a_forward_per_token(found: dict[str, Evidence]) -> None:
 
 
 def test_packed_texts(found: dict[str, Evidence]) -> None:
-    spread = float(claims.claim_text("packed-spread"))
+    spread = float(claim_text("packed-spread"))
     cannot, enough = numbers(found["hf-cannot-pack"]), numbers(found["positions-are-enough"])
     assert cannot["mask"] < 1e-3 and cannot["nothing"] > spread  # type: ignore[operator]
     assert enough["positions"] < 1e-3 and enough["positions_with_cache"] > spread  # type: ignore[operator]

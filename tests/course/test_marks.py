@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent.parent
 sys.path.insert(0, str(ROOT / "docs"))
 
-import claims  # noqa: E402
 from claims import marks  # noqa: E402
+from claims.ledger import ClaimError  # noqa: E402
 
 
 @pytest.mark.parametrize("path", marks.files(), ids=lambda path: path.relative_to(ROOT).as_posix())
@@ -32,6 +32,13 @@ def test_a_number_is_filled_in() -> None:
     filled = "takes <!-- claim: kv-bytes-llama2-7b -->512 KiB<!-- /claim --> per token"
     assert marks.fill(text) == marks.fill(filled) == filled
     assert marks.marked_ids(text) == ["kv-bytes-llama2-7b"]
+
+
+def test_a_measured_number_is_filled_in() -> None:
+    page = "<!-- measured: m0-cache-folo-tiny/kv_bytes|, -->?<!-- /measured --> bytes"
+    assert marks.fill(page) == page.replace("?", "555,008")
+    with pytest.raises(ClaimError, match="has no gone"):
+        marks.fill("<!-- measured: m0-cache-folo-tiny/gone|, -->?<!-- /measured -->")
 
 
 def test_a_table_is_filled_in() -> None:
@@ -58,7 +65,7 @@ def test_a_mark_without_its_other_half_is_an_error(text: str) -> None:
 
 
 def test_an_unknown_id_is_an_error() -> None:
-    with pytest.raises(claims.ClaimError, match="'no-such-id'"):
+    with pytest.raises(ClaimError, match="'no-such-id'"):
         marks.fill("<!-- claim: no-such-id -->1<!-- /claim -->")
-    with pytest.raises(claims.ClaimError, match="'no-such-table'"):
+    with pytest.raises(ClaimError, match="'no-such-table'"):
         marks.fill("<!-- table: no-such-table -->\n<!-- /table -->")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from folovllm.config import BATCHINGS, MILESTONES
 from folovllm.course.bench import machine
 from folovllm.course.bench.one_run import Job
 from folovllm.course.bench.report import add_roofline, build_report, save_report
+from folovllm.course.bench.rounds import provenance
 from folovllm.course.bench.runner import Measurements, Plan, Step, execute_in_process, run_rounds
 from folovllm.course.bench.systems import (
     BATCHED_PEERS,
@@ -204,10 +204,7 @@ def check(options: Options) -> Bench:
     )
     header = {
         "command": command_line(options, source.name),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(device),
-        "versions": machine.versions(),
+        **provenance(device),
         "model": source.name,
         "dtype": dtype_name,
         "device": device.type,

@@ -1,19 +1,17 @@
 """From rounds to what is said about them: medians, spreads, ratios, and the file that keeps it all.
 
-A number of one run means little on a machine that others use as well. What is quoted is the median over the rounds,
-with the least and the greatest beside it. A ratio is taken inside each round and only then summarised, as is the share
-of the roofline, whose ceilings were measured in the same round.
+See `rounds`. The share of the roofline, too, is taken inside each round, against ceilings that the round measured.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from folovllm.course.bench.roofline import least_seconds
+from folovllm.course.bench.rounds import spread
 from folovllm.course.bench.runner import Measurements, Round
 from folovllm.course.bench.workloads import BenchRequest
 
@@ -36,14 +34,6 @@ PLAIN = {
     "peak_memory_bytes": ("peak_memory_bytes",),
     "other_cpu_share": ("other_cpu_share",),
 }
-
-
-def spread(values: Iterable[float | None]) -> dict[str, float | int] | None:
-    """Median, least, greatest and count of the numbers that are there; None if none is."""
-    present = [v for v in values if v is not None]
-    if not present:
-        return None
-    return {"median": median(present), "min": min(present), "max": max(present), "rounds": len(present)}
 
 
 def add_roofline(

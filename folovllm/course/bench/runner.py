@@ -1,9 +1,4 @@
-"""Rounds: every system runs once per round, next to the others, so that a ratio compares what happened side by side.
-
-A machine's speed drifts: other programs, temperature, a neighbour on the same memory. What is compared is therefore
-interleaved. A round first measures the machine, then each workload on each system; the order of the systems turns by
-one from round to round, so that none always runs first.
-"""
+"""The rounds of `folovllm bench`: each measures the machine, then every workload on every system (see `rounds`)."""
 
 from __future__ import annotations
 
@@ -19,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from folovllm.course.bench.one_run import USAGE_ERROR, Job
+from folovllm.course.bench.rounds import turned
 from folovllm.course.bench.systems import System, not_applicable
 from folovllm.course.bench.workloads import Workload
 
@@ -103,7 +99,7 @@ def _run_round(plan: Plan, index: int, left_out: dict[str, dict[str, str]], exec
     watch(Step(index, result=current.machine))
     for workload in plan.workloads:
         results = current.runs.setdefault(workload.name, {})
-        for system in rotated(plan.systems, index):
+        for system in turned(plan.systems, index):
             if system.name in left_out[workload.name]:
                 continue
             step = Step(index, system.name, workload.name)
@@ -116,12 +112,6 @@ def _run_round(plan: Plan, index: int, left_out: dict[str, dict[str, str]], exec
                 continue
             watch(replace(step, result=results[system.name]))
     return current
-
-
-def rotated(systems: Sequence[System], turns: int) -> list[System]:
-    """The systems in the order of round `turns` (from 0): the first goes to the end, once per round."""
-    cut = turns % len(systems)
-    return [*systems[cut:], *systems[:cut]]
 
 
 def execute_in_process(job: Job) -> dict[str, Any]:

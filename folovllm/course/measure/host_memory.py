@@ -22,7 +22,8 @@ import torch
 from rich.console import Console
 
 from folovllm import LLM, SamplingParams
-from folovllm.course.measure.measuring import as_text, describe, summarize
+from folovllm.course.bench.rounds import spreads
+from folovllm.course.measure.measuring import as_text, describe
 from folovllm.course.paths import RESULTS
 
 MODEL, DTYPE = "qwen3-0.6b", "bfloat16"
@@ -53,7 +54,7 @@ def main() -> None:
     data = {
         **header,
         "command": "python -m folovllm.course.measure.host_memory",
-        "summary": summarize(rounds),
+        "summary": spreads(rounds),
         "rounds": rounds,
     }
     (RESULTS / "host-memory-qwen3-0.6b.json").write_text(as_text(data) + "\n", encoding="utf-8")

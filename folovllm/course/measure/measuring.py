@@ -1,4 +1,4 @@
-"""What the measurements of `measure_course.py` share: models with a header for their file, one forward, rounds."""
+"""What the measurements share: models with the head of their file, one forward, and the file itself."""
 
 from __future__ import annotations
 
@@ -6,14 +6,13 @@ import json
 import random
 import time
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from transformers import DynamicCache, PretrainedConfig, PreTrainedModel
 
-from folovllm.course.bench import machine
-from folovllm.course.bench.report import spread
+from folovllm import SamplingParams
+from folovllm.course.bench.rounds import provenance, spreads
 from folovllm.engine.trace import Trace
 from folovllm.models.loader import load_config, load_hf_model, resolve_dtype, resolve_model
 from folovllm.outputs import RequestOutput
@@ -40,10 +39,7 @@ def describe(name: str, dtype: str) -> tuple[PretrainedConfig, torch.dtype, dict
     config = load_config(resolve_model(name))
     chosen = resolve_dtype(dtype, config, CPU)
     header = {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(CPU),
-        "versions": machine.versions(),
+        **provenance(CPU),
         "model": name,
         "dtype": str(chosen).removeprefix("torch."),
         "load_format": load_format(name),
@@ -64,17 +60,20 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def turned(names: list[str], turns: int) -> list[str]:
-    """The names, beginning with another one in each round."""
-    cut = turns % len(names)
-    return [*names[cut:], *names[:cut]]
+def in_rounds(header: dict[str, Any], part: str, rounds: Sequence[Any], **facts: Any) -> dict[str, Any]:
+    """A results file: its head, the command, what holds for all rounds, and the rounds with their spreads."""
+    command = {"command": f"python -m folovllm.course.measure {part}"}
+    return {**header, **command, **facts, "summary": spreads(rounds), "rounds": rounds}
 
 
-def summarize(rounds: Sequence[Any]) -> Any:
-    """Dicts of one shape to one dict of that shape, with the `spread` of the numbers in place of each number."""
-    if isinstance(rounds[0], dict):
-        return {key: summarize([current[key] for current in rounds]) for key in rounds[0]}
-    return spread(rounds)
+def counts(stats: Any, *names: str) -> dict[str, Any]:
+    """Some of an engine's counters."""
+    return {name: getattr(stats, name) for name in names}
+
+
+def exactly(max_tokens: int) -> SamplingParams:
+    """Greedy, and so many tokens."""
+    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
 
 
 def as_text(data: Any, indent: int = 0) -> str:
@@ -94,7 +93,7 @@ def as_text(data: Any, indent: int = 0) -> str:
 
 def feed(model: PreTrainedModel, tokens: Sequence[int], cache: DynamicCache) -> torch.Tensor:
     """One forward of one text that goes on from `cache`: the last position's logits, [1, 1, V]."""
-    last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds` in measure_course.py
+    last = torch.tensor([len(tokens) - 1])  # an index: see `lm_head_seconds` in chapter_1
     logits: torch.Tensor = model(
         input_ids=torch.tensor([list(tokens)]), past_key_values=cache, use_cache=True, logits_to_keep=last
     ).logits
@@ -113,7 +112,7 @@ def plain(trace: Trace, outputs: Sequence[RequestOutput]) -> dict[str, Any]:
     for index, step in enumerate(steps):
         step["step"] = index
         step["finished"] = [number[i] for i in step["finished"]]
-        del step["prompts"]  # whoever measures says what was asked
+        del step["prompts"]  # the file says elsewhere what was asked
         for request in step["requests"]:
             request["request_id"] = number[request["request_id"]]
         step["phases"] = {name: [since(start), since(end)] for name, (start, end) in step["phases"].items()}

@@ -15,7 +15,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from folovllm.course.measure.measuring import as_text, describe, summarize
+from folovllm.course.bench.rounds import spreads
+from folovllm.course.measure.measuring import as_text, describe
 from folovllm.course.paths import RESULTS, ROOT
 
 FILE = RESULTS / "test-suite.json"
@@ -38,7 +39,7 @@ def main(argv: list[str] | None = None) -> None:
     header = {"command": "python -m folovllm.course.measure.suite", **describe("folo-tiny", "float32")[2]}
     rounds = [*(before["rounds"] if before.get("hardware") == header["hardware"] else []), this_round]
     keys = ("seconds", "tests")
-    data = {**header, "summary": summarize([{k: r[k] for k in keys} for r in rounds]), "rounds": rounds}
+    data = {**header, "summary": spreads([{k: r[k] for k in keys} for r in rounds]), "rounds": rounds}
     FILE.write_text(as_text(data) + "\n", encoding="utf-8")
     print(f"{FILE.relative_to(ROOT)}: {seconds:.0f} s")
 

@@ -28,7 +28,6 @@ import re
 import shlex
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -45,8 +44,8 @@ from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.triton_backend import INTERPRETED, TritonBackend
 from folovllm.attention.triton_configs import KernelConfig, choose_configs
-from folovllm.course.bench import machine
-from folovllm.course.bench.report import save_report, spread
+from folovllm.course.bench.report import save_report
+from folovllm.course.bench.rounds import provenance, spread, turned
 from folovllm.course.lessons.triton_compile import compile_attention
 from folovllm.course.paths import RESULTS
 
@@ -266,8 +265,7 @@ def sweep(
             left_out[label(config)] = reason
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(rounds):
-        names = list(arms)
-        for name in names[turn % len(names) :] + names[: turn % len(names)]:
+        for name in turned(list(arms), turn):
             seconds[name].append(timer(arms[name]))
     return Found(seconds, configs, left_out, label(shipped))
 
@@ -332,7 +330,7 @@ def graph_timer(calls: int) -> Timer:
 
 
 def main() -> None:
-    """Sweep, print what stands out, and save after every entry."""
+    """Sweep, print the best of each entry, and save after every entry."""
     parser = argparse.ArgumentParser(description="Time the Triton kernels on this GPU.")
     parser.add_argument("--parts", default="prefill,decode", help="prefill, decode, or both with a comma")
     parser.add_argument("--shapes", default=",".join(s.name for s in SHAPES), help="whose attention, comma-separated")
@@ -357,10 +355,7 @@ def main() -> None:
     typed += [str(options.rounds), "--calls", str(options.calls), *["--shipped-only"] * options.shipped_only]
     report: dict[str, Any] = {
         "command": f"python -m folovllm.course.measure.sweep_kernels {shlex.join(typed)}",
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(DEVICE),
-        "versions": machine.versions(),
+        **provenance(DEVICE),
         "dtype": options.dtype,
         "rounds": options.rounds,
         "calls": options.calls,

@@ -44,6 +44,7 @@ DROPPED = Kind("gave way, K/V dropped", VERMILLION, "x")
 ON_HOST = Kind("gave way, K/V on the host", PURPLE, "|", BLACK)
 AGAIN = Kind("computes its K/V again", SKY, "P", BLACK)
 
+# % of K/V memory that holds tokens, Kwon et al. 2023, figure 2. `docs/claims/chapter_4.py` cites it; a test compares.
 PAPER_FIG_2 = (("Orca (Max)", 20.4), ("Orca (Pow2)", 26.8), ("Orca (Oracle)", 38.2), ("vLLM", 96.3))
 BEHIND = {"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9}  # a number that stands on a hatch
 SLOT_LOOKS = {

@@ -167,7 +167,7 @@ def test_the_command_from_end_to_end(tool: ModuleType, monkeypatch: pytest.Monke
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA Abacus 2 (80 GB)")
     monkeypatch.setattr(tool, "DEVICE", CPU)
-    monkeypatch.setattr(tool.machine, "hardware", lambda device: {"gpu": "NVIDIA Abacus 2 (80 GB)"})
+    monkeypatch.setattr("folovllm.course.bench.machine.hardware", lambda device: {"gpu": "NVIDIA Abacus 2 (80 GB)"})
     monkeypatch.setattr(tool, "SHAPES", (tool.Shape("tiny", 4, 2, 16),))
     monkeypatch.setattr(tool, "PREFILLS", ((8,), (6, 6)))
     monkeypatch.setattr(tool, "DECODES", ((2, 5),))

@@ -1,8 +1,6 @@
-"""The figures of chapter 5; what `figures` says of its own holds for them."""
+"""The figures of chapter 5."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
 
 import torch
 from claims import chapter_5
@@ -36,9 +34,9 @@ def draw_online_softmax() -> Figure:
     """One row of scores in tiles of four, with the rescale and without."""
     scores = torch.tensor(chapter_5.SCORES, dtype=torch.float64)
     values = torch.tensor(chapter_5.VALUES, dtype=torch.float64)[:, None]  # [S, 1]
-    arms = [online_softmax(scores, values, chapter_5.TILE, rescale=rescale) for rescale in (True, False)]
+    right, wrong = (online_softmax(scores, values, chapter_5.TILE, rescale=rescale) for rescale in (True, False))
     exact = float((scores.softmax(0) @ values)[0])
-    return ragged.online_softmax_steps(chapter_5.SCORES, chapter_5.TILE, *arms, exact)
+    return ragged.online_softmax_steps(chapter_5.SCORES, chapter_5.TILE, right, wrong, exact)
 
 
 def draw_kernel_tiles() -> Figure:
@@ -46,7 +44,7 @@ def draw_kernel_tiles() -> Figure:
     return ragged.kernel_tiles(*chapter_5.KERNEL_STEP, chapter_5.BLOCK_Q, chapter_5.KEY_TILE, NAMES)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES = {
     "padded-and-ragged": draw_padded_and_ragged,
     "ragged-masks": draw_masks,
     "slot-arrows": draw_slot_arrows,

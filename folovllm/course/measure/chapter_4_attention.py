@@ -1,4 +1,4 @@
-"""The measurement of attention alone: `python -m folovllm.course.measure attention` writes
+"""The second measurement of chapter 4, attention alone: `python -m folovllm.course.measure attention` writes
 `results/m3-attention-qwen3-0.6b.json`.
 
 One decode step of a layer of Qwen3-0.6B's shape: each of `requests` has one new token and `length` tokens of K/V in
@@ -30,7 +30,8 @@ from folovllm.attention.backend import AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
-from folovllm.course.measure.measuring import describe, seconds, summarize, turned
+from folovllm.course.bench.rounds import in_turn, spreads
+from folovllm.course.measure.measuring import describe, in_rounds, seconds
 
 MODEL = "qwen3-0.6b"
 NUM_REQUESTS, BLOCK_SIZE, LENGTHS = 16, 16, (512, 128, 2048)
@@ -51,23 +52,25 @@ def attention(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str
         if not difference:
             difference = differences(ways, query, layers[0], length, params)
         for index in range(-1, rounds):  # the first is a warm-up
-            took = {name: seconds(partial(over, ways[name], layers)) / LAYERS for name in turned(list(ways), index + 1)}
+            took = in_turn(
+                {name: partial(seconds, partial(over, way, layers)) for name, way in ways.items()}, index + 1
+            )
             if index >= 0:
-                measured[index][str(length)] = numbers({name: took[name] for name in ways}, length, heads, dtype)
-        summary = summarize([current[str(length)] for current in measured])
+                per_layer = {name: spent / LAYERS for name, spent in took.items()}
+                measured[index][str(length)] = numbers(per_layer, length, heads, dtype)
+        summary = spreads([current[str(length)] for current in measured])
         shown = {name: round(way["over_gather"]["median"], 2) for name, way in summary.items()}
         console.print(f"{NUM_REQUESTS} x {length}: of gather + SDPA {shown}", highlight=False)
-    data = {
-        **header,
-        "command": f"python -m folovllm.course.measure attention --rounds {rounds} --threads {torch.get_num_threads()}",
-        "requests": NUM_REQUESTS,
-        "block_size": BLOCK_SIZE,
-        "layers": LAYERS,
-        "heads": dict(zip(("query", "kv", "dim"), heads, strict=True)),
-        "difference": difference,
-        "summary": summarize(measured),
-        "rounds": measured,
-    }
+    data = in_rounds(
+        header,
+        f"attention --rounds {rounds} --threads {torch.get_num_threads()}",
+        measured,
+        requests=NUM_REQUESTS,
+        block_size=BLOCK_SIZE,
+        layers=LAYERS,
+        heads=dict(zip(("query", "kv", "dim"), heads, strict=True)),
+        difference=difference,
+    )
     return [(f"m3-attention-{MODEL}", data)]
 
 

@@ -1,10 +1,8 @@
-"""The figures of chapter 4; what `figures` says of its own holds for them."""
+"""The figures of chapter 4."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
-from claims import chapter_4, m3_bench
+from claims import chapter_4
 from claims.ledger import result
 from matplotlib.figure import Figure
 from traces import steps_of
@@ -30,26 +28,26 @@ def draw_block_sizes() -> Figure:
 
 
 def draw_block_tables() -> Figure:
-    """A fork and its first write, in the engine's own books."""
-    books = BlockManager(num_blocks=6, block_size=4)
+    """A fork and its first write, in the engine's own block manager."""
+    manager = BlockManager(num_blocks=6, block_size=4)
     a, b = (Request(name, [0] * 6, SamplingParams(), (), max_model_len=64) for name in "ab")
     text = ["the", "cat", "sat", "on", "the", "mat"]
-    write(books, a, 6)
-    states = {"a has six tokens": blocks.TableState(books.snapshot(), {"a": text})}
-    books.fork(a, b, num_tokens=5)
-    states["b is forked from five of them"] = blocks.TableState(books.snapshot(), {"a": text, "b": text[:5]})
-    copies = [(op.src, op.dst) for op in write(books, b, 1).ops if isinstance(op, BlockCopy)]
+    write(manager, a, 6)
+    states = {"a has six tokens": blocks.TableState(manager.snapshot(), {"a": text})}
+    manager.fork(a, b, num_tokens=5)
+    states["b is forked from five of them"] = blocks.TableState(manager.snapshot(), {"a": text, "b": text[:5]})
+    copies = [(op.src, op.dst) for op in write(manager, b, 1).ops if isinstance(op, BlockCopy)]
     texts = {"a": text, "b": [*text[:5], "hat"]}
-    states["b writes a sixth token of its own"] = blocks.TableState(books.snapshot(), texts, copies)
+    states["b writes a sixth token of its own"] = blocks.TableState(manager.snapshot(), texts, copies)
     return blocks.block_tables(states)
 
 
-def write(books: BlockManager, request: Request, num_tokens: int) -> BlockPlan:
-    """Take room for more tokens of a request, and count them as computed."""
-    plan = books.allocate_slots(request, num_tokens)
+def write(manager: BlockManager, request: Request, num_tokens: int) -> BlockPlan:
+    """Allocate slots for more tokens of a request, and count them as computed."""
+    plan = manager.allocate_slots(request, num_tokens)
     if plan is None:
-        raise RuntimeError(f"no room for {num_tokens} tokens")
-    books.cache_blocks(plan)
+        raise RuntimeError(f"no blocks for {num_tokens} tokens")
+    manager.cache_blocks(plan)
     return plan
 
 
@@ -57,12 +55,12 @@ LETTERS = {str(i): letter for i, letter in enumerate("abcd")}  # what figures ca
 
 
 def draw_block_map() -> Figure:
-    """Who holds which block, with a host to swap to."""
+    """Which request holds which block, with a host to swap to."""
     return blocks.block_map(steps_of(result(chapter_4.BLOCKS)["trace"]["swap"]), labels=LETTERS)
 
 
 def draw_preemptions() -> Figure:
-    """Who gives way in both modes, and how it comes back."""
+    """Which requests are preempted in both modes, and how they come back."""
     traces = {mode: steps_of(trace) for mode, trace in result(chapter_4.BLOCKS)["trace"].items()}
     return blocks.preemption_timeline(traces, list(LETTERS), labels=LETTERS)
 
@@ -80,12 +78,12 @@ def draw_slots() -> Figure:
 
 def draw_m3_ratios() -> Figure:
     """Every system of w2 over a static batch of Hugging Face's `generate`."""
-    peer = m3_bench.PEER
-    systems = [name for name in result(m3_bench.W2)["summary"]["w2"] if name != peer]
-    return batching.ratio_bars({name: m3_bench.over(m3_bench.W2, "w2", name) for name in systems}, peer)
+    peer = chapter_4.PEER
+    systems = [name for name in result(chapter_4.W2)["summary"]["w2"] if name != peer]
+    return batching.ratio_bars({name: chapter_4.over(chapter_4.W2, "w2", name) for name in systems}, peer)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES = {
     "memory-shares": draw_memory_shares,
     "waste-by-block-size": draw_block_sizes,
     "block-tables": draw_block_tables,

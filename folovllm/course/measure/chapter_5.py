@@ -16,6 +16,7 @@ prefill            unequal, nearly_equal -> lengths, and cells: rows of tokens o
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
@@ -27,8 +28,9 @@ from transformers import PreTrainedModel
 from folovllm import LLM, SamplingParams
 from folovllm.attention.reference import visible_tokens
 from folovllm.course.bench.peers import run_continuous, run_sequential
+from folovllm.course.bench.rounds import in_turn
 from folovllm.course.bench.workloads import BenchRequest
-from folovllm.course.measure.measuring import load, random_tokens, seconds, summarize, turned
+from folovllm.course.measure.measuring import in_rounds, load, random_tokens, seconds
 
 MODEL = "folo-tiny"
 LENGTHS = {"unequal": (12, 300, 40), "nearly_equal": (36, 37, 36)}
@@ -48,30 +50,34 @@ def ragged(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, d
         numbers = {name: timed(ways, index) for name, ways in jobs.items()}
         measured.append(numbers)
         console.print(f"round {index + 1}: {numbers}", highlight=False)
-    data = {
-        **header,
-        "command": "python -m folovllm.course.measure ragged",
-        "packing": packing(model, LENGTHS["unequal"]),
-        "generate_batch": {"same_tokens": batch_says_the_same(model, LENGTHS["unequal"])},
-        "prefill": {
+    data = in_rounds(
+        header,
+        "ragged",
+        measured,
+        packing=packing(model, LENGTHS["unequal"]),
+        generate_batch={"same_tokens": batch_says_the_same(model, LENGTHS["unequal"])},
+        prefill={
             name: {"lengths": list(lens), "cells": {"padded": len(lens) * max(lens), "packed": sum(lens)}}
             for name, lens in LENGTHS.items()
         },
-        "summary": summarize(measured),
-        "rounds": measured,
-    }
+    )
     return [(f"m3-ragged-{MODEL}", data)]
 
 
 def timed(ways: dict[str, Callable[[], object]], index: int) -> dict[str, float]:
     """Seconds of each way, in an order that turns, and their ratios."""
-    took = {name: min(seconds(ways[name]) for _ in range(REPEATS)) for name in turned(list(ways), index)}
+    took = in_turn({name: partial(fastest, way) for name, way in ways.items()}, index)
     return {
-        **{name: took[name] for name in ways},
+        **took,
         "padded_over_packed": took["padded"] / took["packed"],
         "one_by_one_over_packed": took["one_by_one"] / took["packed"],
         "padded_over_m3": took["padded"] / took["m3"],
     }
+
+
+def fastest(way: Callable[[], object]) -> float:
+    """Seconds of the fastest of some calls."""
+    return min(seconds(way) for _ in range(REPEATS))
 
 
 def texts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
@@ -81,7 +87,7 @@ def texts_of(lengths: Sequence[int], vocab_size: int) -> list[list[int]]:
 
 
 def block_diagonal(lengths: Sequence[int]) -> Tensor:
-    """Who sees whom if the texts stand one behind the other: [1, 1, T, T] bool."""
+    """Which query sees which key if the texts are one behind the other: [1, 1, T, T] bool."""
     return torch.block_diag(*(visible_tokens(length, length, None) for length in lengths)).bool()[None, None]
 
 

@@ -1,15 +1,14 @@
-"""The figures of chapter 8; what `figures` says of its own holds for them."""
+"""The figures of chapter 8."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from claims import chapter_8
 from claims.ledger import result
 from matplotlib.figure import Figure
 
-from folovllm.course.grading.latency import COST, ITL_TARGET, LONG, MS, parts_of
+from folovllm.course.grading.latency import ITL_TARGET, MS
 from folovllm.course.viz.whole import (
     Agreement,
     Box,
@@ -67,12 +66,12 @@ def draw_memory_waterfall() -> Figure:
 
 
 def draw_matrix() -> Figure:
-    """Milestone by block size, chunk size, cache and room: who has the tokens of `generate`."""
+    """Milestone by block size, chunk size, cache and pool: which answers have the tokens of `generate`."""
     return matrix_of(result(chapter_8.WHOLE)["matrix"])
 
 
 def matrix_of(matrix: dict[str, Any]) -> Figure:
-    """The figure of a matrix as `folovllm/course/measure/whole.py` writes it."""
+    """The figure of a matrix as `folovllm/course/measure/chapter_8.py` writes it."""
     cells = matrix["cells"]
     chunks = sorted({cell["chunk"] for cell in cells}, key=lambda size: (size > 0, -size))
     places = [(small, cache, chunk) for small in (False, True) for cache in (False, True) for chunk in chunks]
@@ -99,7 +98,7 @@ def row_name(cell: dict[str, Any]) -> str:
 
 
 def draw_layers() -> Figure:
-    """The three layers, the rooms in each, and the eight stops of a request."""
+    """The three layers, the modules in each, and the eight stops of a request."""
     interface = Layer(
         "Interface",
         "text in, text out",
@@ -151,18 +150,12 @@ def draw_layers() -> Figure:
 
 def draw_policy_steps() -> Figure:
     """What the steps of the exercise's long prompt cost under two budgets and under the solution's policy."""
-    names = {108: "a budget of 108 tokens", 256: "a budget of 256 tokens", "solution": "by cost, shortest first"}
-    runs = {}
-    for policy, name in names.items():
-        runs[name] = [
-            parts_of(step, COST)
-            for step in chapter_8.under(policy).trace
-            if any(share.request_id == LONG.request_id and share.num_prompt for share in step.requests)
-        ]
-    return step_costs(runs, ITL_TARGET / MS)
+    names = {"108": "a budget of 108 tokens", "256": "a budget of 256 tokens", "solution": "by cost, shortest first"}
+    policies = result(chapter_8.LATENCY)["policies"]
+    return step_costs({name: policies[policy]["long_steps"] for policy, name in names.items()}, ITL_TARGET / MS)
 
 
-FIGURES: dict[str, Callable[[], Figure]] = {
+FIGURES = {
     "speed-waterfall": draw_speed_waterfall,
     "memory-waterfall": draw_memory_waterfall,
     "same-token-matrix": draw_matrix,

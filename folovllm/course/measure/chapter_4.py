@@ -32,9 +32,11 @@ from rich.console import Console
 
 from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.config import PREEMPTION_MODES
+from folovllm.course.bench.rounds import turned
 from folovllm.course.bench.workloads import BenchRequest, draw, get_workload
 from folovllm.course.glossary import default_prompts
 from folovllm.course.lessons.fragmentation import POLICIES, Replay, draw_requests, mean_empty_slots, replay
+from folovllm.course.measure.measuring import counts, exactly, in_rounds, load, plain
 from folovllm.engine.input_processor import Prompt
 from folovllm.engine.trace import Trace
 from folovllm.outputs import RequestOutput
@@ -51,9 +53,21 @@ BEAM_WIDTHS, SHARED_BLOCK_SIZES, SHARED_TOKENS = (2, 4, 8), (4, 16), 32
 TRACE_BLOCKS, TRACE_BLOCK_SIZE, TRACE_TOKENS = 12, 8, 20
 
 
-def counted() -> dict[str, Any]:
-    """Everything that is a count, and so the same in every round."""
-    return {"simulator": simulator(), "capacity": capacity(), "sharing": sharing()}
+def blocks(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:
+    """Where KV memory goes, what preemption costs, and what sharing saves."""
+    header = load(MODEL, "float32")[1]
+    facts, measured = preemption_rounds(console, rounds)
+    data = in_rounds(
+        header,
+        "blocks",
+        measured,
+        simulator=simulator(),
+        capacity=capacity(),
+        sharing=sharing(),
+        preemption=facts,
+        trace={mode: plain(trace, outputs) for mode, (trace, outputs) in traced().items()},
+    )
+    return [(f"m3-blocks-{MODEL}", data)]
 
 
 def simulator() -> dict[str, Any]:
@@ -113,12 +127,9 @@ def capacity() -> dict[str, Any]:
         tokens.append(serve(llm, requests)[0])
         stats, usage = llm.engine.stats, [step.kv for step in llm.engine.trace]
         found[milestone] = {
-            "max_running": stats.max_running,
-            "steps": stats.steps,
-            "forwards": stats.forwards,
+            **counts(stats, "max_running", "steps", "forwards", "preemptions"),
             "most_reserved": max(kv.reserved for kv in usage),
             "most_used": max(kv.used for kv in usage),
-            "preemptions": stats.preemptions,
             "running": [len(step.requests) for step in llm.engine.trace],
             "reserved": [kv.reserved for kv in usage],
             "used": [kv.used for kv in usage],
@@ -135,10 +146,7 @@ def capacity() -> dict[str, Any]:
 
 
 def preemption_rounds(console: Console, rounds: int) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-    """16 requests in a pool that does not hold them, in both modes, and in one that does: facts, and numbers by round.
-
-    The order of the arms turns from round to round.
-    """
+    """16 requests in a pool that does not hold them, in both modes, and in one that does: facts, numbers by round."""
     requests = w2()
     arms = {"roomy": engine("m3", KV_BLOCKS)} | {
         mode: engine("m3", TIGHT_BLOCKS, preemption_mode=mode, swap_space=SWAP_GIB) for mode in PREEMPTION_MODES
@@ -146,16 +154,15 @@ def preemption_rounds(console: Console, rounds: int) -> tuple[dict[str, Any], li
     tokens = {arm: serve(llm, requests)[0] for arm, llm in arms.items()}  # warm-up
     measured = []
     for index in range(rounds):
-        names = list(arms)
         numbers: dict[str, Any] = {}
-        for arm in names[index % len(names) :] + names[: index % len(names)]:
+        for arm in turned(list(arms), index):
             stats = arms[arm].engine.stats
             stats.reset()
             took = serve(arms[arm], requests)[1]
-            numbers[arm] = {"seconds": took, **{name: getattr(stats, name) for name in COUNTS}}
-        for arm in names:
+            numbers[arm] = {"seconds": took, **counts(stats, *COUNTS)}
+        for arm in arms:
             numbers[arm]["over_roomy"] = numbers[arm]["seconds"] / numbers["roomy"]["seconds"]
-        measured.append({arm: numbers[arm] for arm in names})
+        measured.append({arm: numbers[arm] for arm in arms})
         console.print(
             f"round {index + 1}: { ({a: round(n['seconds'], 2) for a, n in numbers.items()}) }", highlight=False
         )
@@ -241,8 +248,3 @@ def serve(llm: LLM, requests: Sequence[BenchRequest]) -> tuple[list[list[int]], 
     start = time.perf_counter()
     outputs = llm.generate([r.prompt_token_ids for r in requests], [exactly(r.max_tokens) for r in requests], False)
     return [output.outputs[0].token_ids for output in outputs], time.perf_counter() - start
-
-
-def exactly(max_tokens: int) -> SamplingParams:
-    """Greedy, and so many tokens."""
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""The measurements of chapter 8: one workload on every milestone, and who says the same, all of the bundled model.
+"""The measurement of chapter 8: one workload on every milestone, and the same tokens, all of the bundled model.
 
 `python -m folovllm.course.measure whole` writes `results/m4-whole-folo-tiny.json`:
 
@@ -15,7 +15,7 @@
                        (schedule, prepare, sample, update), forward (the model, with the runtime's attention in it)
     fills              arm -> `folovllm.course.viz.chunks.Composition` as plain data
     matrix             settings, each with milestone, batching, block_size, chunk (tokens of a step; 0: whole prompts),
-                       cache, small (the pool has no room for all), same (requests with the tokens of `generate`),
+                       cache, small (the pool does not hold them all), same (requests with the tokens of `generate`),
                        preemptions, chunks (passes that computed prompt tokens), cached_tokens; total: of how many;
                        pool_tokens: of a small pool
     trace              steps and outputs of three requests on M4, with the state of all blocks
@@ -33,12 +33,13 @@ from typing import Any
 from rich.console import Console
 from transformers import PreTrainedModel
 
-from folovllm import LLM, SamplingParams
+from folovllm import LLM
 from folovllm.baseline import BaselineResult, generate_cached, generate_recompute
 from folovllm.course.bench.engines import from_trace
 from folovllm.course.bench.peers import generate
+from folovllm.course.bench.rounds import turned
 from folovllm.course.glossary import default_prompts, load_prose
-from folovllm.course.measure.measuring import as_text, load, plain, summarize, turned
+from folovllm.course.measure.measuring import as_text, counts, exactly, in_rounds, load, plain
 from folovllm.course.viz.chunks import composition
 from folovllm.engine.input_processor import read_prompt
 from folovllm.engine.trace import PHASES
@@ -54,7 +55,7 @@ OUTPUTS = (30, 18, 24, 12, 30, 18, 24, 12, 10, 18, 30)
 LATE = (6, 8, 9, 10)  # the ninth is the document
 LATE_AFTER = 64
 BUDGET = 256  # of M4
-ROOM = 512  # blocks of 16
+POOL_BLOCKS = 512  # of 16 slots
 ARMS = ("m0-recompute", "m0", "m1", "m2-loop", "m2-padded", "m3", "m4")
 LOOPS = {"m0-recompute": generate_recompute, "m0": generate_cached}
 MATRIX_BLOCKS, MATRIX_CHUNKS = (4, 16, 64), (0, 256, 64)
@@ -102,21 +103,20 @@ def whole(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, di
         same = same and all(run.tokens == reference for run in runs.values())
         measured.append({"arms": {arm: numbers_of(runs, arm) for arm in ARMS}, "layers": layers})
         console.print(f"round {index + 1}: {as_text(measured[-1])}", highlight=False)
-    data = {
-        **header,
-        "command": "python -m folovllm.course.measure whole",
-        "requests": [[len(ask.prompt), ask.max_tokens, ask.late] for ask in asks],
-        "shared_prefix": common_prefix([ask.prompt for ask in asks[:SHARERS]]),
-        "late_after": LATE_AFTER,
-        "max_model_len": MAX_MODEL_LEN,
-        "token_budget": BUDGET,
-        "same_tokens": same,
-        "summary": summarize(measured),
-        "rounds": measured,
-        "fills": fills,
-        "matrix": matrix(console, model, asks, reference),
-        "trace": traced(),
-    }
+    data = in_rounds(
+        header,
+        "whole",
+        measured,
+        requests=[[len(ask.prompt), ask.max_tokens, ask.late] for ask in asks],
+        shared_prefix=common_prefix([ask.prompt for ask in asks[:SHARERS]]),
+        late_after=LATE_AFTER,
+        max_model_len=MAX_MODEL_LEN,
+        token_budget=BUDGET,
+        same_tokens=same,
+        fills=fills,
+        matrix=matrix(console, model, asks, reference),
+        trace=traced(),
+    )
     return [("m4-whole-folo-tiny", data)]
 
 
@@ -144,16 +144,11 @@ def common_prefix(prompts: Sequence[Sequence[int]]) -> int:
     return next((i for i, column in enumerate(columns) if len(set(column)) > 1), min(map(len, prompts)))
 
 
-def exactly(max_tokens: int) -> SamplingParams:
-    """Greedy, and so many tokens."""
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
 # ------------------------------------------------------------------ serving it
 
 
 def engine(arm: str, **settings: Any) -> LLM:
-    """An engine as an arm has it, with room for everybody unless told otherwise."""
+    """An engine as an arm has it, with blocks for all requests unless told otherwise."""
     milestone, _, batching = arm.partition("-")
     kwargs: dict[str, Any] = {"milestone": milestone, "max_model_len": MAX_MODEL_LEN, "dtype": "float32"}
     if batching:
@@ -161,7 +156,7 @@ def engine(arm: str, **settings: Any) -> LLM:
     if milestone != "m1":
         kwargs["max_num_seqs"] = 16
     if milestone in ("m3", "m4"):
-        kwargs |= {"block_size": 16, "num_kv_blocks": ROOM}
+        kwargs |= {"block_size": 16, "num_kv_blocks": POOL_BLOCKS}
     if milestone == "m4":
         kwargs["max_num_batched_tokens"] = BUDGET
     return LLM(MODEL, **(kwargs | settings))
@@ -194,9 +189,7 @@ def serve(llm: LLM, asks: Sequence[Ask]) -> Run:
         [output.metrics.token_times for output in outputs],
         seconds,
         {
-            "forwards": stats.forwards,
-            "prompt_tokens_computed": stats.prompt_tokens_computed,
-            "cached_tokens": stats.cached_tokens,
+            **counts(stats, "forwards", "prompt_tokens_computed", "cached_tokens"),
             "kv_reserved_bytes": kept["kv_reserved_tokens"] * bytes_per_token(),
             "kv_used_bytes": kept["kv_used_tokens"] * bytes_per_token(),
             "padding_share": kept["padding_share"],
@@ -265,7 +258,7 @@ def layer_shares(llm: LLM, run: Run) -> dict[str, float]:
     }
 
 
-# ------------------------------------------------------------------ who says the same
+# ------------------------------------------------------------------ the same tokens
 
 
 def by_generate(model: PreTrainedModel, ask: Ask) -> list[int]:
@@ -293,17 +286,13 @@ def matrix(
     for setting in settings_of_matrix():
         arm = setting["milestone"] + ("-" + setting["batching"] if setting["batching"] else "")
         if arm in LOOPS:
-            run, counts = serve_m0(model, arm, asks), {"preemptions": 0, "chunks": len(asks), "cached_tokens": 0}
+            run, also = serve_m0(model, arm, asks), {"preemptions": 0, "chunks": len(asks), "cached_tokens": 0}
         else:
             llm = engine(arm, **engine_settings(setting))
             run, stats = serve(llm, asks), llm.engine.stats
-            counts = {
-                "preemptions": stats.preemptions,
-                "chunks": stats.prefill_chunks,
-                "cached_tokens": stats.cached_tokens,
-            }
+            also = {**counts(stats, "preemptions", "cached_tokens"), "chunks": stats.prefill_chunks}
         same = sum(got == want for got, want in zip(run.tokens, reference, strict=True))
-        cells.append({**setting, "same": same, **counts})
+        cells.append({**setting, "same": same, **also})
         console.print(as_text(cells[-1]), highlight=False)
     return {"total": len(asks), "pool_tokens": SMALL_POOL, "cells": cells}
 
@@ -312,7 +301,7 @@ def engine_settings(setting: dict[str, Any]) -> dict[str, Any]:
     """A cell's setting in the keywords of `LLM`."""
     if not setting["block_size"]:
         return {}
-    tokens = SMALL_POOL if setting["small"] else 16 * ROOM
+    tokens = SMALL_POOL if setting["small"] else 16 * POOL_BLOCKS
     kwargs = {"block_size": setting["block_size"], "num_kv_blocks": tokens // setting["block_size"]}
     if setting["milestone"] == "m4":
         kwargs |= {"enable_prefix_caching": setting["cache"], "enable_chunked_prefill": setting["chunk"] > 0}

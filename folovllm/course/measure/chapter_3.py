@@ -36,22 +36,23 @@ import torch
 from rich.console import Console
 from transformers import DynamicCache, PreTrainedModel
 
-from folovllm import LLM, SamplingParams
+from folovllm import LLM
 from folovllm.config import BATCHINGS, SCHEDULING_POLICIES
 from folovllm.course.bench.engines import EngineServer
 from folovllm.course.bench.peers import run_dynamic, run_static
 from folovllm.course.bench.record import Measured
+from folovllm.course.bench.rounds import in_turn
 from folovllm.course.bench.workloads import BenchRequest
 from folovllm.course.measure.measuring import (
     DECODE_CONTEXT,
+    exactly,
     feed,
+    in_rounds,
     load,
     load_format,
     plain,
     random_tokens,
     seconds,
-    summarize,
-    turned,
 )
 from folovllm.course.viz.batching import depth_of_trace, lives_from_batches, lives_from_trace
 from folovllm.engine.trace import Trace
@@ -60,7 +61,7 @@ from folovllm.runner.hf.hf_runner import HFRunner
 SEED = 3  # of the 16 requests
 BATCH_SIZES, STATIC_SIZES = (1, 2, 4, 8, 16), (4, 16)
 SEATS = 4  # requests at once, where one picture is drawn
-ARRIVAL_RATE, WINDOW = 12.0, 0.05  # requests per second; seconds that a dynamic batch waits for company
+ARRIVAL_RATE, WINDOW = 12.0, 0.05  # requests per second; seconds that a dynamic batch waits for more requests
 SHORT_STREAMS = (0, 4, 8, 16, 32)  # requests that come, one per step, while a long one waits
 PREFILL_LENS = (128, 64, 32, 16)
 STEP_REPEATS = 3
@@ -85,12 +86,12 @@ def serving_of(console: Console, name: str, rounds: int) -> dict[str, Any]:
     }
     jobs: dict[str, Callable[[], Measured]] = {arm: partial(s.run, requests) for arm, s in servers.items()}
     jobs |= {f"static-{n}": partial(run_static, model, requests, n) for n in STATIC_SIZES}
-    lines = {policy: server("m2", max_num_seqs=SEATS, scheduling_policy=policy).llm for policy in SCHEDULING_POLICIES}
+    queues = {policy: server("m2", max_num_seqs=SEATS, scheduling_policy=policy).llm for policy in SCHEDULING_POLICIES}
     tokens = {arm: job().token_ids for arm, job in jobs.items()}  # warm-up
     measured, waits = [], {}
     for index in range(rounds):
-        runs = {arm: jobs[arm]() for arm in turned(list(jobs), index)}
-        waits = {policy: waits_under(lines[policy], policy, requests) for policy in turned(list(lines), index)}
+        runs = in_turn(jobs, index)
+        waits = in_turn({p: partial(waits_under, llm, p, requests) for p, llm in queues.items()}, index)
         base = runs["m1"].output_tokens / runs["m1"].wall_seconds
         measured.append(
             {
@@ -101,20 +102,19 @@ def serving_of(console: Console, name: str, rounds: int) -> dict[str, Any]:
         speeds = {arm: round(numbers["ratio_to_m1"], 2) for arm, numbers in measured[-1]["arms"].items()}
         console.print(f"{name}, round {index + 1}: {speeds}", highlight=False)
     streams = {
-        policy: [steps_until_the_long_one(lines[policy], n) for n in SHORT_STREAMS] for policy in ("fcfs", "sjf")
+        policy: [steps_until_the_long_one(queues[policy], n) for n in SHORT_STREAMS] for policy in ("fcfs", "sjf")
     }
-    return {
-        **header,
-        "command": "python -m folovllm.course.measure batching",
-        "requests": [[r.num_prompt_tokens, r.max_tokens] for r in requests],
-        "seats": SEATS,
-        "same_tokens": all(ids == tokens["m1"] for ids in tokens.values()),
-        "summary": summarize(measured),
-        "rounds": measured,
-        "policies": {"priorities": priorities(requests), **{policy: waits[policy] for policy in SCHEDULING_POLICIES}},
-        "starvation": {"short_requests": list(SHORT_STREAMS), **streams},
-        "trace": traced_batches(servers[f"m2-padded-{SEATS}"], model, requests),
-    }
+    return in_rounds(
+        header,
+        "batching",
+        measured,
+        requests=[[r.num_prompt_tokens, r.max_tokens] for r in requests],
+        seats=SEATS,
+        same_tokens=all(ids == tokens["m1"] for ids in tokens.values()),
+        policies={"priorities": priorities(requests), **{policy: waits[policy] for policy in SCHEDULING_POLICIES}},
+        starvation={"short_requests": list(SHORT_STREAMS), **streams},
+        trace=traced_batches(servers[f"m2-padded-{SEATS}"], model, requests),
+    )
 
 
 def skewed_requests(vocab_size: int) -> list[BenchRequest]:
@@ -158,7 +158,7 @@ def waits_under(llm: LLM, policy: str, requests: Sequence[BenchRequest]) -> dict
     engine.trace.clear()
     for i, request in enumerate(requests):
         priority = urgency[i] if policy == "priority" else 0
-        engine.add_request(str(i), request.prompt_token_ids, greedy(request.max_tokens), priority)
+        engine.add_request(str(i), request.prompt_token_ids, exactly(request.max_tokens), priority)
     ids = [str(i) for i in range(len(requests))]
     outputs = engine.run_to_completion(ids)
     waited_s = [outputs[i].metrics.queue_time or 0.0 for i in ids]
@@ -184,7 +184,7 @@ def steps_until_the_long_one(llm: LLM, count: int) -> int:
     """
     engine, prompt = llm.engine, random_tokens(4, 256)
     engine.trace.clear()
-    short, long = greedy(SEATS), greedy(8 * SEATS)
+    short, long = exactly(SEATS), exactly(8 * SEATS)
     for i in range(SEATS):
         engine.add_request(f"short {i}", prompt, short)
     engine.add_request("long", prompt, long)
@@ -201,17 +201,12 @@ def steps_before(trace: Trace, request_id: str) -> int:
     return next(i for i, step in enumerate(trace) if any(r.request_id == request_id for r in step.requests))
 
 
-def greedy(max_tokens: int) -> SamplingParams:
-    """Exactly so many tokens."""
-    return SamplingParams(temperature=0, max_tokens=max_tokens, ignore_eos=True)
-
-
 def traced_batches(server: EngineServer, model: PreTrainedModel, requests: Sequence[BenchRequest]) -> dict[str, Any]:
     """What the pictures show: all at once, continuous and static; and one after the other, in three ways."""
     engine, ids = server.llm.engine, [str(i) for i in range(len(requests))]
     engine.trace.clear()
     for i, request in zip(ids, requests, strict=True):
-        engine.add_request(i, request.prompt_token_ids, greedy(request.max_tokens))
+        engine.add_request(i, request.prompt_token_ids, exactly(request.max_tokens))
     continuous = plain(engine.trace, list(engine.run_to_completion(ids).values()))
     static = lives_of(run_static(model, requests, SEATS))
     gaps = random.Random(SEED)
@@ -249,22 +244,21 @@ def forwards_of(console: Console, name: str, rounds: int) -> dict[str, Any]:
     for index in range(rounds):
         steps: dict[str, dict[str, float]] = {}
         for n in BATCH_SIZES:
-            took = {way: decode_step_of(runner.model, past, n, way) for way in turned(list(BATCHINGS), index)}
+            took = in_turn({way: partial(decode_step_of, runner.model, past, n, way) for way in BATCHINGS}, index)
             steps[str(n)] = compared(took) | {"padded_tokens_per_s": n / took["padded"]}
         for numbers in steps.values():
             numbers["padded_over_one_row"] = numbers["padded_seconds"] / steps["1"]["padded_seconds"]
-        took = {way: prefill_of(llm, runner, text, way) for way in turned(list(BATCHINGS), index)}
+        took = in_turn({way: partial(prefill_of, llm, runner, text, way) for way in BATCHINGS}, index)
         measured.append({"decode_step": steps, "prefill": compared(took)})
         console.print(f"{name}, round {index + 1}: {measured[-1]}", highlight=False)
-    return {
-        **header,
-        "command": "python -m folovllm.course.measure batching",
-        "decode_context": DECODE_CONTEXT,
-        "prefill_lens": list(PREFILL_LENS),
-        "prefill_cells": {"needed": sum(PREFILL_LENS), "padded": len(PREFILL_LENS) * max(PREFILL_LENS)},
-        "summary": summarize(measured),
-        "rounds": measured,
-    }
+    return in_rounds(
+        header,
+        "batching",
+        measured,
+        decode_context=DECODE_CONTEXT,
+        prefill_lens=list(PREFILL_LENS),
+        prefill_cells={"needed": sum(PREFILL_LENS), "padded": len(PREFILL_LENS) * max(PREFILL_LENS)},
+    )
 
 
 def compared(took: dict[str, float]) -> dict[str, float]:
@@ -278,7 +272,7 @@ def decode_step_of(model: PreTrainedModel, past: DynamicCache, count: int, way: 
     if way == "padded":
         rows[0].batch_repeat_interleave(count)
     token = torch.zeros(count // len(rows), 1, dtype=torch.long)  # [B, 1], or [1, 1] for each of B
-    only = torch.tensor([0])  # the one new position, by its index: see `lm_head_seconds` in measure_course.py
+    only = torch.tensor([0])  # the one new position, by its index: see `lm_head_seconds` in chapter_1
 
     def step() -> None:
         for cache in rows:
@@ -292,6 +286,6 @@ def prefill_of(llm: LLM, runner: HFRunner, text: Sequence[int], way: str) -> flo
     """The forward of the step that takes in prompts of `PREFILL_LENS`, in seconds."""
     runner.batching = way
     llm.engine.trace.clear()
-    llm.generate([list(text[:n]) for n in PREFILL_LENS], greedy(1), use_tqdm=False)
+    llm.generate([list(text[:n]) for n in PREFILL_LENS], exactly(1), use_tqdm=False)
     (step,) = llm.engine.trace
     return step.phases["forward"][1] - step.phases["forward"][0]
