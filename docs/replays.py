@@ -97,7 +97,7 @@ def chunked_and_cached() -> Recorder:
 
 
 def gives_way(step: dict[str, Any]) -> bool:
-    """Whether somebody gave way."""
+    """Whether a request was preempted."""
     return bool(step.get("preempted"))
 
 

@@ -7,7 +7,7 @@ The file is JSON. It is a Chrome trace, which Perfetto opens, with one key more:
     recording   schema, version, engine (its settings), phases (their names), texts, prompts, requests, start, steps
     texts       what tokens say, each text once; prompts and outputs are lists of places in it
     requests    id, prompt (a place in prompts, or null), output, max_output; begun: what it was before the first step,
-                if it had run then: "running" or "gave way", tokens computed, tokens of output
+                if it had run then: "running" or "preempted", tokens computed, tokens of output
     start       changes that make the pool as it was before the first step
     steps       what is new in each step: see `Recorder.observe` and `folovllm.engine.pool_changes`
 
@@ -82,7 +82,7 @@ class Recorder:
             if request.status in (RequestStatus.RUNNING, RequestStatus.PREEMPTED):
                 seen = self._requests[self._place(request.request_id)]
                 seen.prompt, seen.output = request.prompt_token_ids, list(request.output_token_ids)
-                status = "running" if request.status == RequestStatus.RUNNING else "gave way"
+                status = "running" if request.status == RequestStatus.RUNNING else "preempted"
                 self._begin(seen, status, request.num_computed_tokens, request.num_output_tokens)
         now = scheduler.kv.snapshot()
         if self._pool is not None and now is not None:

@@ -112,7 +112,7 @@ def test_a_recording_is_what_the_engine_traced(kind: str) -> None:
 
 
 def test_who_comes_back_is_written_out_in_full() -> None:
-    # The page, if it has no blocks to look at, takes all K/V of who gave way for dropped.
+    # The page, if it has no blocks to look at, takes all K/V of preempted requests for dropped.
     data, trace = crowded_run("m3-swap")
     away: set[int] = set()
     for made in data["steps"]:
@@ -176,7 +176,7 @@ def test_a_recording_may_begin_in_the_middle() -> None:
     check_recording(data)
     assert data["start"]["tables"] and data["start"]["cached"]
     begun = {request["id"]: request["begun"][0] for request in data["requests"] if "begun" in request}
-    words = {"RUNNING": "running", "PREEMPTED": "gave way"}
+    words = {"RUNNING": "running", "PREEMPTED": "preempted"}
     assert begun == {i: words[name] for i, name in status.items() if name in words} and len(set(begun.values())) == 2
     check_against_trace(data, list(engine.trace)[first:])
 
