@@ -15,11 +15,11 @@ from folovllm.course.grading import command
 from folovllm.course.grading.progress import (
     Progress,
     Result,
+    exercise_states,
     load_progress,
     record,
     save_progress,
     sha256_of,
-    standings,
 )
 from folovllm.course.grading.runner import Check, Exercise, Milestone, Report, find_milestones
 from folovllm.entrypoints.cli import app
@@ -94,11 +94,11 @@ GOOD = {"status": "passed", "passed": 1, "checks": 1, "file": "a.py", "sha256": 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "it is no JSON"),
-        (b'{"version": 1, "mil', "it is no JSON"),
-        (b"\xff\xfe\x00", "it is no JSON"),
-        (b"[1, 2]", "it is something else"),
-        (b'{"name": "somebody\'s package"}', "it is something else"),
+        (b"", "it is not JSON"),
+        (b'{"version": 1, "mil', "it is not JSON"),
+        (b"\xff\xfe\x00", "it is not JSON"),
+        (b"[1, 2]", "it has no version"),
+        (b'{"name": "somebody\'s package"}', "it has no version"),
         (b'{"version": 2, "milestones": {}}', "it has version 2, not 1"),
         (b'{"version": 1}', "it is damaged"),
         (b'{"version": 1, "milestones": [3]}', "it is damaged"),
@@ -123,10 +123,10 @@ def test_a_file_that_is_none_is_named_and_nothing_crashes(
     graded(exercise("apply_temperature", 4))
     result = invoke("m1", "--impl", str(answers), "--only", "apply_temperature", columns=300)
     assert result.exit_code == 0 and "apply_temperature  passed" in result.output  # the grade itself stands
-    assert "Not remembered: progress=" in result.output and why in result.output
+    assert "Results not saved: progress=" in result.output and why in result.output
     assert progress.read_bytes() == content
     reset = invoke("--reset", columns=300)
-    assert reset.exit_code == 0 and "A new beginning" in reset.output
+    assert reset.exit_code == 0 and "Started a new progress file" in reset.output
     assert progress.with_name("progress.json.old").read_bytes() == content
     assert invoke().exit_code == 0
 
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_is_a_message(
     progress.parent.write_text("a file where a folder should be")
     graded(exercise("apply_temperature", 4))
     result = invoke("m1", "--impl", str(answers), "--only", "apply_temperature", columns=300)
-    assert result.exit_code == 0 and "Not remembered: " in result.output
+    assert result.exit_code == 0 and "Results not saved: " in result.output
 
 
 # --- what is remembered -----------------------------------------------------------------------------------
@@ -241,7 +241,7 @@ def test_an_answer_that_was_never_checked_is_shown_as_such(tmp_path: Path, monke
     monkeypatch.setattr(Milestone, "exercise_file", property(lambda self: file))
     milestone = MILESTONES["m1"]
     assert milestone.written() == ["apply_temperature"]
-    states = {s.name: s.state for s in standings(milestone, {})}
+    states = {s.name: s.state for s in exercise_states(milestone, {})}
     assert {name for name, state in states.items() if state == "written, not checked"} == {"apply_temperature"}
     file.write_text("def (", encoding="utf-8")
     assert milestone.written() == milestone.exercises()
