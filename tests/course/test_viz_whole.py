@@ -90,7 +90,7 @@ def test_a_bar_shows_what_each_rung_added_and_what_was_lost() -> None:
     assert bars(ax, 2) == [("M0", 0, 8), ("M2", 8, pytest.approx(2000.4))]
     notes = [text for text in texts(ax) if text]
     assert "10.0" in notes and "8.00   x 0.80" in notes and "2,000   x 250.00" in notes
-    assert "x 200.0 in total" in notes and "hf:static" in notes
+    assert "x 200.0 in all" in notes and "hf:static" in notes
     (peer,) = [line for line in ax.lines if line.get_label() == "peer: hf:static"]
     assert list(peer.get_xdata()) == [900.0, 900.0]
 

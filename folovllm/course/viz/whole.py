@@ -125,7 +125,7 @@ def _note_rung(ax: Axes, row: int, rungs: Sequence[Rung], end: float) -> None:
     ax.annotate(text, (end, row), (5, 0), textcoords="offset points", va="center", size=8.5, bbox=paper)
     if last and row:
         whole = rung.speed["median"] / rungs[0].speed["median"]
-        ax.annotate(f"x {whole:.1f} in total", (1, row), xycoords=("axes fraction", "data"), va="center", ha="right",
+        ax.annotate(f"x {whole:.1f} in all", (1, row), xycoords=("axes fraction", "data"), va="center", ha="right",
                     size=8.5, weight="bold")  # fmt: skip
 
 
