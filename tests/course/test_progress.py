@@ -99,7 +99,7 @@ GOOD = {"status": "passed", "passed": 1, "checks": 1, "file": "a.py", "sha256": 
         (b"\xff\xfe\x00", "it is not JSON"),
         (b"[1, 2]", "it has no version"),
         (b'{"name": "somebody\'s package"}', "it has no version"),
-        (b'{"version": 2, "milestones": {}}', "it has version 2, not 1"),
+        (b'{"version": 2, "milestones": {}}', "its version is 2, not 1"),
         (b'{"version": 1}', "it is damaged"),
         (b'{"version": 1, "milestones": [3]}', "it is damaged"),
         (b'{"version": 1, "milestones": {"m1": {"a": 5}}}', "it is damaged"),
@@ -191,13 +191,13 @@ def test_answers_in_the_repository_are_named_from_there(progress: Path) -> None:
 
 
 def test_results_are_forgotten_on_demand(progress: Path, answers: Path, graded: Callable[..., list[object]]) -> None:
-    assert "Forgot 0 results" in invoke("--reset").output
+    assert "Deleted 0 results" in invoke("--reset").output
     graded(exercise("apply_temperature", 4), exercise("causal_mask", 4), exercise("left_pad", 4))
     invoke("m0", "--impl", str(answers))
     invoke("m1", "--impl", str(answers))
-    assert "Forgot 1 result. Your answers are untouched." in invoke("m1", "--reset").output
+    assert "Deleted 1 result. Your answers are unchanged." in invoke("m1", "--reset").output
     assert list(load_progress(progress)) == ["m0"]
-    assert "Forgot 2 results" in invoke("--reset").output
+    assert "Deleted 2 results" in invoke("--reset").output
     assert not progress.exists() and answers.read_text(encoding="utf-8") == RIGHT
     assert invoke("--reset", "--hint", "causal_mask").exit_code == 2
 
@@ -226,7 +226,7 @@ def test_marks_and_counts_say_how_it_went(answers: Path, graded: Callable[..., l
     assert "■ passes" in page and "x fails" in page and "▣" not in page
     answers.write_text(RIGHT + "\n# more\n", encoding="utf-8")
     page = invoke().output
-    assert marks_of(page, "m1")[1] == "▣" and "▣ passed, file changed since" in flat(page)
+    assert marks_of(page, "m1")[1] == "▣" and "▣ passed, changed since" in flat(page)
     assert "changed since the last check: m1. Check: folovllm grade all" in flat(page)
     answers.write_text(RIGHT, encoding="utf-8")
     assert marks_of(invoke().output, "m1")[1] == "■"  # as it was when it passed

@@ -98,7 +98,7 @@ def what_next(milestones: Mapping[str, Milestone], course: Mapping[str, list[Exe
         name, exercise = (required or open_ones)[0]
         parts += [next_exercise(milestones[name], exercise, only_optional=not required)]
     elif not again:
-        parts += ["All exercises pass. Next: a museum of real bugs, folovllm museum"]
+        parts += ["All exercises pass. There is a museum of real bugs as well: folovllm museum"]
     if again:
         parts += ["", Text(f"New or changed since the last check: {', '.join(again)}. Check: folovllm grade all")]
     return Group(*parts)
