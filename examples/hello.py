@@ -1,4 +1,4 @@
-"""Ten lines: a model that came with the package answers a question."""
+"""Ten lines: the bundled model answers a question."""
 
 from folovllm import LLM, SamplingParams
 

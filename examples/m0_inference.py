@@ -6,7 +6,7 @@
 
 The loops are in folovllm/baseline.py. For each prompt: whether the tokens are equal, milliseconds per token
 at the start and at the end of the text, the ratio of times (measured in this run) beside the ratio of FLOPs
-(derived from the model's config), and the bytes that the cache held.
+(derived from the model's config), and the bytes of the cache.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def main() -> None:
     threads = f"{torch.get_num_threads()} CPU threads"
     console.print(f"{source.name}: {dtype} on {device}, {threads}, torch {torch.__version__}", markup=False)
 
-    # A process's first forward passes also pay for what is set up only once: they run before the clock does.
+    # Warm-up: the first forward passes of a process include one-time set-up.
     compare(config, *(generate(model, prompts[0][1], max_new_tokens=2) for _, generate in LOOPS))
 
     for text, prompt in prompts:
@@ -97,7 +97,7 @@ def main() -> None:
 def make_prompts(
     args: argparse.Namespace, tokenizer: PreTrainedTokenizerBase | None, vocab_size: int
 ) -> list[tuple[str, list[int]]]:
-    """What to show and what to feed, for each prompt: a text in the model's chat format, if it has one."""
+    """For each prompt, the text to show and its token ids, in the model's chat format if it has one."""
     if tokenizer is None:
         if args.prompts:
             raise ValueError(f"--prompts: model={args.model!r} has no tokenizer, so it cannot read text")
@@ -124,7 +124,7 @@ def run(
     eos: tuple[int, ...],
     args: argparse.Namespace,
 ) -> BaselineResult:
-    """One loop over one prompt, its text printed while it appears."""
+    """Run one loop on one prompt, and print its text as it is generated."""
     stream = TextStream(console, tokenizer)
     result = generate(model, prompt, args.max_tokens, eos, args.temperature, args.seed, on_token=stream.put)
     stream.end()
@@ -133,7 +133,7 @@ def run(
 
 @dataclass
 class TextStream:
-    """Prints tokens as text while they come. Without a tokenizer it prints their ids."""
+    """Prints tokens as text as they are generated; without a tokenizer, their ids."""
 
     console: Console
     tokenizer: PreTrainedTokenizerBase | None
@@ -142,7 +142,7 @@ class TextStream:
 
     def put(self, token_id: int) -> None:
         self.token_ids.append(token_id)
-        # A character may span several tokens; until the last of them it decodes to U+FFFD and has to wait.
+        # A character may span several tokens. It decodes to U+FFFD until the last of them, so it is held back.
         if not self._text().endswith("\N{REPLACEMENT CHARACTER}"):
             self._print_rest()
 

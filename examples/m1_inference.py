@@ -36,7 +36,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Answer the prompts and show what it took."""
+    """Answer the prompts and print tables of latencies and counts."""
     args = parse_args(argv)
     console = Console()
     with clean_exit(console):

@@ -1,16 +1,16 @@
-"""M2: continuous batching. Requests queue, and at every step a scheduler decides who takes part in it.
+"""M2: continuous batching. Requests queue, and at every step a scheduler decides which of them run.
 
 python examples/m2_inference.py                                              # 8 questions at once, the bundled model
-python examples/m2_inference.py --num-prompts 16 --max-num-seqs 4 --watch    # see them queue, join and leave
-python examples/m2_inference.py --num-prompts 5 --compare-sequential         # beside M1, which runs one at a time
+python examples/m2_inference.py --num-prompts 16 --max-num-seqs 4 --watch    # watch requests wait, run and finish
+python examples/m2_inference.py --num-prompts 5 --compare-sequential         # compare with M1, one request at a time
 python examples/m2_inference.py --prompts "Hello" "How are you?" "Tell me a joke" --max-tokens 50
 
 --compare-sequential runs the same prompts on three engines over the same weights:
   M1         one request at a time.
-  M2 loop    M2's scheduler, and a forward of its own for each request of a step: scheduling without batching.
-             What a step does once, such as calling the sampler, its requests share; the forwards they do not.
-  M2 padded  the same, and the requests of a step share forwards: batching.
-So M2 loop against M1 is what scheduling gives, and M2 padded against M2 loop is what batching gives.
+  M2 loop    M2's scheduler, with a separate forward for each request of a step: scheduling without batching.
+             The requests of a step share everything else, such as the call of the sampler.
+  M2 padded  the same, but the requests of a step share forwards: batching.
+So M2 loop against M1 is the gain of scheduling, and M2 padded against M2 loop is the gain of batching.
 """
 
 from __future__ import annotations
@@ -48,23 +48,23 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--max-tokens", type=int, default=256, help="most tokens per answer")
     add("--temperature", type=float, default=0.0, help="0: always the likeliest token")
     add("--seed", type=int, help="makes drawn tokens repeatable")
-    add("--compare-sequential", action="store_true", help="against M1 and against scheduling without batching")
+    add("--compare-sequential", action="store_true", help="compare with M1 and with scheduling without batching")
     add("--rounds", type=int, default=3, help="how often --compare-sequential measures each engine")
-    add("--watch", action="store_true", help="see every step as it happens")
-    add("--pace", type=float, default=0.1, help="seconds that --watch shows a step at least; 0: full speed")
+    add("--watch", action="store_true", help="show every step as it happens")
+    add("--pace", type=float, default=0.1, help="minimum seconds per step of --watch; 0: full speed")
     add("--max-num-seqs", type=int, help="requests that may run at once")
     add("--max-num-batched-tokens", type=int, help="tokens that one step may compute")
     add("--batching", help="padded: requests share a forward; loop: each has its own")
     add("--scheduling-policy", default="fcfs", help="fcfs, priority or sjf (shortest job first)")
     add("--model", default="folo-tiny", help="bundled name, local folder or hub id")
-    add("--dtype", help="auto, float32, bfloat16 or float16; default: auto, to compare float32")
+    add("--dtype", help="auto, float32, bfloat16 or float16; default: auto, and float32 to compare")
     add("--device", default="auto", help="auto, cpu or cuda")
     add("--load-format", default="auto", help="auto, safetensors or dummy (random weights)")
     return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Answer the prompts and show what it took, or compare three ways to do so."""
+    """Answer the prompts and print tables of latencies and counts, or compare three engines."""
     args = parse_args(argv)
     console = Console()
     with clean_exit(console):
@@ -79,13 +79,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def model_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Which weights, in which numbers, on which device."""
+    """The dtype, the device and the load format."""
     default = "float32" if args.compare_sequential else "auto"
     return {"dtype": args.dtype or default, "device": args.device, "load_format": args.load_format}
 
 
 def scheduler_options(args: argparse.Namespace) -> dict[str, Any]:
-    """How requests share steps."""
+    """The options of the scheduler."""
     return {
         "max_num_seqs": args.max_num_seqs,
         "max_num_batched_tokens": args.max_num_batched_tokens,
@@ -130,7 +130,7 @@ class Round:
 
     @property
     def outside(self) -> float:
-        """Seconds outside of the forwards."""
+        """Seconds outside the forwards."""
         return self.seconds - self.in_forwards
 
     @property
@@ -141,7 +141,7 @@ class Round:
 
 @dataclass
 class Arm:
-    """One of the engines that are compared, and what it did in each round."""
+    """One of the compared engines, and its rounds."""
 
     name: str
     engine: LLMEngine
@@ -152,7 +152,7 @@ class Arm:
         return median(getattr(r, quantity) for r in self.rounds)
 
     def ratios(self, base: Arm) -> list[float]:
-        """Throughput as a multiple of the base's, in each round: neighbours in time share the machine's moods."""
+        """Throughput as a multiple of the base's in the same round, so that both met the same load of the machine."""
         return [mine.speed / its.speed for mine, its in zip(self.rounds, base.rounds, strict=True)]
 
 
@@ -162,10 +162,10 @@ def compare(console: Console, args: argparse.Namespace, params: SamplingParams) 
         raise ValueError("--compare-sequential runs M1 and both ways of batching; allowed: no --watch, no --batching")
     if params.temperature and params.seed is None:
         raise ValueError(
-            f"temperature={params.temperature} without a seed draws other tokens in each run; allowed: --seed"
+            f"temperature={params.temperature} without a seed samples other tokens in each run; allowed: --seed"
         )
     model = model_options(args)
-    configs = {  # before any weight is read: they refuse what cannot work
+    configs = {  # checked before any weight is read
         f"M2 {batching}": EngineConfig.from_kwargs(
             model=args.model, milestone="m2", batching=batching, **model, **scheduler_options(args)
         )
@@ -207,7 +207,7 @@ def measure(arm: Arm, prompts: Sequence[Any], params: SamplingParams) -> list[Re
     seconds = time.perf_counter() - start
     phases = (
         ("forward", "sample") if loaded_model(engine).device.type == "cuda" else ("forward",)
-    )  # there, sampling waits for it
+    )  # on a GPU, sampling waits for the forward
     in_forwards = sum(step.phases[phase][1] - step.phases[phase][0] for step in engine.trace for phase in phases)
     ttft = fmean(output.metrics.ttft or 0.0 for output in outputs)
     e2e = fmean(output.metrics.e2e_latency or 0.0 for output in outputs)
@@ -217,7 +217,7 @@ def measure(arm: Arm, prompts: Sequence[Any], params: SamplingParams) -> list[Re
 
 
 def loaded_model(engine: LLMEngine) -> PreTrainedModel:
-    """The weights an engine runs on."""
+    """The model of an engine."""
     return cast(HFRunner, engine.core.runner).model
 
 
@@ -252,7 +252,7 @@ def comparison_table(arms: Sequence[Arm]) -> Table:
 
 
 def significant(number: float) -> str:
-    """Three digits that matter, and never an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{number:.0f}" if number >= 100 else f"{number:.3g}"
 
 
@@ -262,7 +262,7 @@ def spread(ratios: Sequence[float]) -> str:
 
 
 def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
-    """Whether each engine gave M1's tokens, in every round and for every prompt."""
+    """Whether each engine's tokens are M1's, in every round and for every prompt."""
     base = arms[0].rounds[0].token_ids
     lines = []
     for arm in arms[1:]:
@@ -270,12 +270,12 @@ def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
         verdict = "yes" if all(equal) else "no"
         lines.append(f"{arm.name}: same tokens as M1: {verdict} ({sum(equal)} of {len(equal)})")
     if dtype != "float32":
-        lines.append(f"In {dtype}, sums in another order round to other numbers, so tokens may differ.")
+        lines.append(f"In {dtype}, sums in another order are rounded differently, so tokens may differ.")
     return lines
 
 
 def reading(m1: Arm, loop: Arm, padded: Arm) -> list[str]:
-    """What the numbers say of scheduling and of batching. A change counts if every round shows it."""
+    """The gains of scheduling and of batching in words. A gain counts if every round shows it."""
     parts = {"scheduling": loop.ratios(m1), "batching": padded.ratios(loop)}
     faster = [name for name, ratios in parts.items() if min(ratios) > 1]
     if len(faster) == 2:
@@ -299,7 +299,7 @@ def reading(m1: Arm, loop: Arm, padded: Arm) -> list[str]:
 
 
 def verdict(ratios: Sequence[float]) -> str:
-    """What ratios of throughput, one per round, have in common."""
+    """What all ratios of throughput, one per round, show."""
     if min(ratios) > 1:
         return "made it faster in every round"
     return "made it slower in every round" if max(ratios) < 1 else "made no difference that every round shows"

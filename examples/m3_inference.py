@@ -1,13 +1,13 @@
-"""M3: K/V in blocks. Requests share one pool, take a block when they need one, and are preempted when there is none.
+"""M3: K/V in blocks. Requests share one pool, allocate a block when they need one, and are preempted if none is free.
 
 python examples/m3_inference.py                                                # 8 questions, the bundled model
-python examples/m3_inference.py --watch                                        # see every block of the pool
+python examples/m3_inference.py --watch                                        # show every block of the pool
 python examples/m3_inference.py --watch --num-kv-blocks 24                     # too few: requests are preempted
 python examples/m3_inference.py --watch --num-kv-blocks 24 --preemption-mode swap
 python examples/m3_inference.py --watch --num-prompts 2 --num-samples 4        # samples share their prompt's blocks
 python examples/m3_inference.py --watch --num-prompts 2 --beam-width 4 --max-tokens 32
 
-The answers are those of M1 and M2, whatever the pool is like: blocks change where K/V stands, never what it is. In
+The answers are those of M1 and M2, whatever the pool's size: blocks change where K/V is stored, never its values. In
 float32 (--dtype float32) every token is the same.
 """
 
@@ -31,7 +31,7 @@ from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
 from folovllm.outputs import BeamSearchOutput
 from folovllm.runner.paged_runner import PagedRunner
 
-POOL = 1024  # tokens in the pool by default: in blocks of 16, few enough to see each of them
+POOL = 1024  # tokens in the pool by default: in blocks of 16, few enough to draw every block
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,12 +46,16 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
     add("--temperature", type=float, help="0: always the likeliest token; default: 0, or 0.8 for several samples")
     add("--seed", type=int, help="makes drawn tokens repeatable")
     add("--num-samples", type=int, default=1, help="answers to each prompt, which share its blocks")
-    add("--beam-width", type=int, help="search with that many beams, which share all they have in common")
-    add("--watch", action="store_true", help="see every step, and every block, as it happens")
-    add("--pace", type=float, default=0.1, help="seconds that --watch shows a step at least; 0: full speed")
+    add("--beam-width", type=int, help="beam search with that many beams, which share blocks")
+    add("--watch", action="store_true", help="show every step, and every block, as it happens")
+    add("--pace", type=float, default=0.1, help="minimum seconds per step of --watch; 0: full speed")
     add("--block-size", type=int, default=16, help="tokens per block")
     add("--num-kv-blocks", type=int, help=f"blocks in the pool; default: those of {POOL} tokens")
-    add("--preemption-mode", default="recompute", help="recompute or swap: what becomes of a preempted request")
+    add(
+        "--preemption-mode",
+        default="recompute",
+        help="recompute or swap: what happens to the K/V of a preempted request",
+    )
     add("--swap-space", type=float, default=0.25, help="GiB of host memory for --preemption-mode swap")
     add("--max-num-seqs", type=int, default=16, help="requests that may run at once")
     add("--max-num-batched-tokens", type=int, help="tokens that one step may compute")
@@ -65,16 +69,14 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Answer the prompts, and show what became of the blocks."""
+    """Answer the prompts, and print how the blocks were used."""
     args = parse_args(argv)
     console = Console()
     with clean_exit(console):
         check_int("num_prompts", args.num_prompts, 1)
         check_float("pace", args.pace, 0, 60)
         if args.beam_width is not None and (args.num_samples != 1 or args.temperature):
-            raise ValueError(
-                "beam_width was given with num_samples or a temperature; allowed: one way to get several answers"
-            )
+            raise ValueError("beam_width cannot be combined with num_samples or a temperature; allowed: one of them")
         params = BeamSearchParams(args.beam_width, args.max_tokens) if args.beam_width is not None else sampling(args)
         llm = load(console, args)
         if isinstance(params, BeamSearchParams):
@@ -86,7 +88,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def sampling(args: argparse.Namespace) -> SamplingParams:
-    """How each answer is chosen."""
+    """The sampling parameters of the options."""
     temperature = args.temperature
     if temperature is None:
         temperature = 0.8 if args.num_samples > 1 else 0.0
@@ -150,14 +152,14 @@ def print_beams(console: Console, llm: LLM, title: str, prompt_len: int, output:
         tokenizer = llm.engine.tokenizer
         text = str(ids) if tokenizer is None else tokenizer.decode(ids, skip_special_tokens=True)
         console.print(f"[{beam.score:.3f}] {text}", markup=False, highlight=False)
-    console.print(f"Sharing saved the beams up to {output.kv_saved:.0%} of their K/V.\n", highlight=False)
+    console.print(f"Sharing blocks saved up to {output.kv_saved:.0%} of the beams' K/V.\n", highlight=False)
 
 
-# ---------------------------------------------------------------------- what became of the blocks
+# ---------------------------------------------------------------------- the pool
 
 
 def pool_table(llm: LLM) -> Table:
-    """Where the pool's memory went, summed up from the record of every step."""
+    """How the pool's memory was used, from the trace of every step."""
     engine = llm.engine
     steps = [step for step in engine.trace if step.kv.reserved]
     size, num_blocks = engine.config.cache.block_size, engine.trace[-1].kv.capacity // engine.config.cache.block_size
@@ -171,8 +173,8 @@ def pool_table(llm: LLM) -> Table:
         ("most blocks held at once", f"{most:,}"),
         ("empty slots in held blocks, mean over steps", f"{mean_empty(steps):.1%}"),
         ("K/V saved by sharing, at most", f"{max((s.kv.sharing_saves for s in steps), default=0.0):.1%}"),
-        ("K/V computed again", f"{computed_again(engine.trace):,} tokens"),
-        ("blocks in a region of M1 or M2, for one request", f"{region_blocks(llm):,}"),
+        ("K/V recomputed", f"{computed_again(engine.trace):,} tokens"),
+        ("blocks that M1 or M2 would reserve per request", f"{region_blocks(llm):,}"),
     ]
     for row in rows:
         table.add_row(*row)
@@ -180,23 +182,23 @@ def pool_table(llm: LLM) -> Table:
 
 
 def storage_bytes(llm: LLM) -> int:
-    """Bytes of the pool on the device, its null block included."""
+    """Bytes of the pool on the device, including its null block."""
     return cast(PagedRunner, llm.engine.core.runner).storage.device_pool.nbytes
 
 
 def mean_empty(steps: Sequence[StepTrace]) -> float:
-    """The share of held slots that nothing is written in: what blocks waste."""
+    """The share of held slots without K/V: the waste of blocks."""
     return fmean(1 - step.kv.used / step.kv.reserved for step in steps) if steps else 0.0
 
 
 def region_blocks(llm: LLM) -> int:
-    """Blocks in a region as long as the model allows, which M1 and M2 reserve for each request that runs."""
+    """The model's maximum length in blocks: M1 and M2 reserve that much for each running request."""
     return -(-llm.engine.max_model_len // llm.engine.config.cache.block_size)
 
 
 def computed_again(trace: Iterable[StepTrace]) -> int:
-    """Tokens whose K/V was computed, lost when their request was preempted, and computed once more."""
-    computed: dict[str, int] = {}  # per request, how far it has ever been
+    """Tokens whose K/V was dropped when their request was preempted, and recomputed."""
+    computed: dict[str, int] = {}  # request id -> the most tokens computed so far
     again = 0
     for step in trace:
         for share in step.requests:

@@ -1,22 +1,22 @@
-"""M4: prompts in chunks beside the decodes, and no prefix computed twice. Then the same on M1, M2, M3 and M4.
+"""M4: chunked prefill mixed with decode, and prefix caching. The same requests on M1, M2, M3 and M4.
 
 python examples/m4_inference.py                  # a table of M1 to M4, and whether they agree
-python examples/m4_inference.py --watch          # before it, see the newest one's chunks and cache hits as they happen
+python examples/m4_inference.py --watch          # first show the chunks and cache hits of M4 as they happen
 python examples/m4_inference.py --milestones m4 --watch --num-kv-blocks 212    # a small pool: blocks are evicted
 python examples/m4_inference.py --milestones m4 --watch --max-num-batched-tokens 64
 python examples/m4_inference.py --model Qwen/Qwen3-0.6B --max-tokens 32
 
-All questions have the same system prompt. Some of them are there at the start. While they are being answered, more of
-them come, and among them one with a system prompt that goes on for pages: a long document.
+All questions have the same system prompt. Some of them arrive at the start. While they are being answered, more of them
+arrive, one of which has a much longer system prompt: a document.
 
-    M1  computes every prompt from its first token on, and runs one request at a time.
-    M2  runs all at once. While it computes the document, the others wait, and prompts are padded to its length.
-    M3  does the same without padding, in blocks of K/V.
+    M1  computes every prompt from its first token, and runs one request at a time.
+    M2  runs all requests at once. While it computes the document, the others wait; prompts are padded to its length.
+    M3  does the same without padding, with K/V in blocks.
     M4  computes the document in chunks beside the decodes, and the shared system prompt once.
 
-Their answers are the same, which is checked token by token, in float32 unless --dtype says otherwise. The milestones
-take turns, round by round, and the table has the fastest round of each. If other programs need the processor meanwhile,
-a line below the table says so.
+Their answers are the same, which is checked token by token, in float32 unless --dtype is given. The milestones are
+measured in turn, round by round, and the table has the fastest round of each. If other programs used the processor in
+the meantime, a line below the table says so.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from __future__ import annotations
 import signal
 import sys
 
-if __name__ == "__main__":  # the imports below take seconds, in which Ctrl-C should be one line as well
+if __name__ == "__main__":  # the imports below take seconds; Ctrl-C should print one line then as well
 
     def interrupted(*_: object) -> None:
-        """What `clean_exit` does from then on."""
+        """As `clean_exit`, which handles Ctrl-C later."""
         print("\ninterrupted")
         sys.exit(130)
 
@@ -60,7 +60,7 @@ from folovllm.runner.hf.hf_runner import HFRunner
 
 DOCUMENT = "document"  # the id of the request with the long prompt
 SHARED_IDS, OWN_IDS, DOCUMENT_IDS = 928, 16, 1664  # tokens of random prompts, for a model without a tokenizer
-BUSY = 0.1  # a round is disturbed if it had to wait for a processor for more of its time than this
+BUSY = 0.1  # a round is disturbed if it waited for a processor for a larger share of its time
 
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
@@ -69,21 +69,26 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, usage="%(prog)s [options]"
     )
     add, flag = parser.add_argument, argparse.BooleanOptionalAction
-    add("--milestones", nargs="+", default=list(MILESTONES), metavar="M", help="which ones to compare; default: all")
-    add("--num-prompts", type=int, default=11, help="how many short questions to ask beside the document")
-    add("--late", type=int, default=4, help="how many of them come with the document")
-    add("--late-after", type=int, default=64, help="they come when this many tokens have been generated")
+    add("--milestones", nargs="+", default=list(MILESTONES), metavar="M", help="milestones to compare; default: all")
+    add("--num-prompts", type=int, default=11, help="number of short questions, besides the document")
+    add("--late", type=int, default=4, help="how many of them arrive with the document")
+    add("--late-after", type=int, default=64, help="they arrive when this many tokens have been generated")
     add("--system-paragraphs", type=int, default=12, help="length of the shared system prompt")
     add("--document-paragraphs", type=int, default=32, help="length of the document, the system prompt included")
     add("--max-tokens", type=int, default=256, help="most tokens per answer")
     add("--rounds", type=int, default=3, help="how often to measure each milestone; the table has the fastest round")
-    add("--watch", action="store_true", help="first of all, see every step of the newest milestone")
-    add("--pace", type=float, default=0.05, help="seconds that --watch shows a step at least; 0: full speed")
+    add("--watch", action="store_true", help="first show every step of the newest milestone")
+    add("--pace", type=float, default=0.05, help="minimum seconds per step of --watch; 0: full speed")
     add("--max-num-seqs", type=int, default=16, help="requests that may run at once, from M2 on")
     add("--max-num-batched-tokens", type=int, default=256, help="tokens that one step of M4 may compute")
-    add("--long-prefill-token-threshold", type=int, default=0, help="tokens of one prompt in a step of M4; 0: any")
+    add(
+        "--long-prefill-token-threshold",
+        type=int,
+        default=0,
+        help="maximum tokens of one prompt in a step of M4; 0: no limit",
+    )
     add("--enable-chunked-prefill", action=flag, default=True, help="M4: prompts in chunks")
-    add("--enable-prefix-caching", action=flag, default=True, help="M4: take over K/V of the same beginnings")
+    add("--enable-prefix-caching", action=flag, default=True, help="M4: reuse K/V of shared prefixes")
     add("--block-size", type=int, default=16, help="tokens per block, from M3 on")
     add("--num-kv-blocks", type=int, default=896, help="blocks in the pool, from M3 on")
     add("--max-model-len", type=int, default=4096, help="tokens of prompt and answer together")
@@ -95,7 +100,7 @@ def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Serve the same requests on every milestone, and compare what came of it."""
+    """Serve the same requests on every milestone, and compare the results."""
     args = parse_args(argv)
     console = Console()
     with clean_exit(console):
@@ -109,7 +114,7 @@ def main(argv: list[str] | None = None) -> None:
         for name in args.milestones:
             check_choice("milestones", name, list(MILESTONES))
         params = SamplingParams(temperature=0, max_tokens=args.max_tokens)
-        configs = {  # before any weight is read: what cannot work is refused
+        configs = {  # checked before any weight is read
             name: EngineConfig.from_kwargs(model=args.model, milestone=name, **options(args, name))
             for name in args.milestones
         }
@@ -127,7 +132,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def load(config: EngineConfig, arms: Sequence[Arm]) -> LLMEngine:
-    """The engine of a milestone. M1 and M2 share a Hugging Face model, and it is loaded once."""
+    """The engine of a milestone. M1 and M2 share one Hugging Face model, which is loaded once."""
     runners = [arm.engine.core.runner for arm in arms]
     model = next((runner.model for runner in runners if isinstance(runner, HFRunner)), None)
     return LLMEngine(engine_config=config, parts=build_engine(config, model))
@@ -139,24 +144,24 @@ def newest_of(names: Iterable[str]) -> str:
 
 
 def options(args: argparse.Namespace, milestone: str) -> dict[str, Any]:
-    """What `LLM` is told for a milestone. Each gets what it knows."""
+    """The keywords of `LLM` that a milestone accepts."""
     shared = ("dtype", "device", "load_format", "max_model_len")
     names = [*shared, *(["max_num_seqs"] if milestone != "m1" else [])]
     if MILESTONES[milestone].paged:
         names += ["block_size", "num_kv_blocks"]
     if MILESTONES[milestone].chunked_prefill:
         names += ["enable_chunked_prefill", "enable_prefix_caching"]
-        if args.enable_chunked_prefill:  # else a step must have room for the document
+        if args.enable_chunked_prefill:  # otherwise the document must fit into one step
             names += ["max_num_batched_tokens", "long_prefill_token_threshold"]
     return {name: getattr(args, name) for name in names}
 
 
-# ---------------------------------------------------------------------- what is asked
+# ---------------------------------------------------------------------- requests
 
 
 @dataclass(frozen=True)
 class Ask:
-    """A request. late: it comes while others are being answered."""
+    """A request. late: it arrives while others are running."""
 
     request_id: str
     title: str
@@ -165,7 +170,7 @@ class Ask:
 
 
 def make_asks(llm: LLM, args: argparse.Namespace) -> list[Ask]:
-    """Short questions under the shared system prompt, and one under the document, in the middle of the late ones."""
+    """Short questions with the shared system prompt, and one with the document, in the middle of the late ones."""
     tokenizer, count = llm.engine.tokenizer, args.num_prompts
     if tokenizer is None:
         titles, prompts = random_prompts(llm.engine.vocab_size, count)
@@ -195,7 +200,7 @@ def make_asks(llm: LLM, args: argparse.Namespace) -> list[Ask]:
 
 
 def random_prompts(vocab_size: int, count: int) -> tuple[list[str], list[Prompt]]:
-    """Token ids with the same structure: all prompts begin alike, and the last one is long."""
+    """Random token ids of the same structure: all prompts share a prefix, and the last one is long."""
     generator = torch.Generator().manual_seed(0)
 
     def draw(length: int) -> list[int]:
@@ -208,14 +213,14 @@ def random_prompts(vocab_size: int, count: int) -> tuple[list[str], list[Prompt]
     return [f"{SHARED_IDS} shared and {length} own random token ids" for length in lengths], prompts
 
 
-# ---------------------------------------------------------------------- serving it
+# ---------------------------------------------------------------------- serving
 
 
 @dataclass(frozen=True)
 class Round:
-    """All requests once. Times in seconds; kv_reserved: the most tokens of K/V set aside after any step.
+    """All requests once. Times in seconds; kv_reserved: peak of reserved K/V in tokens.
 
-    waited: how long the engine had work to do and no processor to do it on, because other programs had them.
+    waited: time in which the engine had work to do, but other programs used the processor.
     """
 
     seconds: float
@@ -235,7 +240,7 @@ class Round:
 
 @dataclass
 class Arm:
-    """A milestone: the rounds that were measured, and the outputs of every run, a watched one included."""
+    """A milestone: its measured rounds, and the outputs of every run, including a watched one."""
 
     name: str
     engine: LLMEngine
@@ -244,12 +249,12 @@ class Arm:
 
     @property
     def title(self) -> str:
-        """Its name as it is shown."""
+        """The name to show."""
         return self.name.upper()
 
     @property
     def best(self) -> Round:
-        """The fastest round: the one that other programs disturbed least."""
+        """The fastest round, the one least disturbed by other programs."""
         return min(self.rounds, key=lambda r: r.seconds)
 
 
@@ -260,9 +265,9 @@ def serve(
     late_after: int,
     on_done: Callable[[int], None] = lambda count: None,
 ) -> list[RequestOutput]:
-    """Run all requests to completion; their outputs in order. on_done: is told how many are complete.
+    """Run all requests to completion. Returns their outputs in order. on_done: called with the number of finished ones.
 
-    The late ones come when `late_after` tokens have been generated, or when nothing else is left to do.
+    The late ones arrive when `late_after` tokens have been generated, or when no request is left.
     """
     done: dict[str, RequestOutput] = {}
     late = [ask for ask in asks if ask.late]
@@ -286,7 +291,7 @@ def serve(
 
 
 def watch(console: Console, args: argparse.Namespace, arm: Arm, asks: Sequence[Ask], params: SamplingParams) -> None:
-    """Serve the requests in view."""
+    """Serve the requests and show every step."""
     engine = arm.engine
     fresh(engine)
     with watching(console, engine, {ask.request_id: ask.title for ask in asks}, args.pace):
@@ -297,9 +302,9 @@ def watch(console: Console, args: argparse.Namespace, arm: Arm, asks: Sequence[A
 def measure_all(
     console: Console, args: argparse.Namespace, arms: Sequence[Arm], asks: Sequence[Ask], params: SamplingParams
 ) -> None:
-    """Warm all engines up, and let them take turns: each is measured once in every round.
+    """Warm up all engines, then measure each once per round.
 
-    So what slows the machine down for a while slows all of them, and each gets `rounds` chances to be undisturbed.
+    So a slow phase of the machine affects all of them, and each has `rounds` chances to be undisturbed.
     """
     with console.status("Warming up ...") as status:
         warm_up = SamplingParams(temperature=0, max_tokens=min(4, args.max_tokens))
@@ -315,17 +320,17 @@ def measure_all(
 
 
 def show_progress(status: Status, head: str, total: int, count: int) -> None:
-    """Say how many requests of the running round are complete."""
+    """Show how many requests of the current round are finished."""
     status.update(f"{head}: {count} of {total} answered ...")
 
 
 def measure(
     arm: Arm, asks: Sequence[Ask], params: SamplingParams, late_after: int, on_done: Callable[[int], None]
 ) -> None:
-    """Serve the requests once more, and add to the arm what it took and what came out.
+    """Serve the requests once more, and add the round and the outputs to the arm.
 
-    This thread has work all the time (while a GPU computes, it polls), so whenever it does not run, another program has
-    the processor.
+    This thread always has work (while a GPU computes, it polls), so whenever it does not run, another program uses the
+    processor.
     """
     fresh(arm.engine)
     on_done(0)
@@ -337,14 +342,14 @@ def measure(
 
 
 def fresh(engine: LLMEngine) -> None:
-    """Nothing is cached, counted or recorded."""
+    """Clear the prefix cache, the counts and the trace."""
     engine.core.scheduler.kv.reset_prefix_cache()
     engine.stats.reset()
     engine.trace.clear()
 
 
 def make_round(engine: LLMEngine, outputs: Sequence[RequestOutput], seconds: float, waited: float) -> Round:
-    """What a run took."""
+    """The measurements of a run."""
     return Round(
         seconds,
         waited,
@@ -362,13 +367,13 @@ def tokens_of(outputs: Sequence[RequestOutput]) -> list[list[int]]:
     return [output.outputs[0].token_ids for output in outputs]
 
 
-# ---------------------------------------------------------------------- what came of it
+# ---------------------------------------------------------------------- the report
 
 
 def report(console: Console, args: argparse.Namespace, arms: Sequence[Arm], asks: Sequence[Ask], as_ids: bool) -> None:
-    """The answers, the table, whether its times can be trusted, and whether the milestones agree.
+    """Print the answers, the table, warnings about its times, and whether the milestones agree.
 
-    as_ids: there is no text, only token ids.
+    as_ids: print token ids, for a model without a tokenizer.
     """
     console.print()
     outputs = arms[-1].runs[-1]
@@ -381,7 +386,7 @@ def report(console: Console, args: argparse.Namespace, arms: Sequence[Arm], asks
 
 
 def workload_line(outputs: Sequence[RequestOutput]) -> str:
-    """What was asked, in numbers."""
+    """The workload in one line."""
     lengths = {output.request_id: len(output.prompt_token_ids) for output in outputs}
     document = lengths.pop(DOCUMENT)
     low, high = min(lengths.values()), max(lengths.values())
@@ -389,7 +394,7 @@ def workload_line(outputs: Sequence[RequestOutput]) -> str:
 
 
 def comparison_table(arms: Sequence[Arm]) -> Table:
-    """One row per milestone: its fastest round, from which all numbers of the row are."""
+    """One row per milestone, with all numbers from its fastest round."""
     rounds = len(arms[0].rounds)
     table = new_table("The same requests on every milestone" + f": the best of {rounds} rounds" * (rounds > 1), gap=1)
     table.add_column("", no_wrap=True)
@@ -420,15 +425,15 @@ def with_defaults(args: argparse.Namespace) -> bool:
 
 
 def cautions(arms: Sequence[Arm], defaults: bool) -> list[str]:
-    """What a reader must know before believing the table's times; nothing if they are as they should be.
+    """Warnings about the table's times, if any.
 
-    defaults: see `with_defaults`. Then M4 is the fastest, unless something disturbed it.
+    defaults: see `with_defaults`. Then M4 is the fastest, unless the run was disturbed.
     """
     waited = max(arm.best.waited / arm.best.seconds for arm in arms)
     busy, lines = waited > BUSY, []
     if busy:
         lines.append(
-            f"The machine was busy: other programs had the processor for up to {waited:.0%} of a round. Times are "
+            f"The machine was busy: other programs used the processor for up to {waited:.0%} of a round. Times are "
             "longer than on a quiet machine; compare the counts, such as prompt tokens computed."
         )
     fastest, newest = min(arms, key=lambda arm: arm.best.seconds), newest_of(arm.name for arm in arms)
@@ -436,8 +441,8 @@ def cautions(arms: Sequence[Arm], defaults: bool) -> list[str]:
         first = f"{fastest.title} was faster than M4"
         if busy or defaults:
             lines.append(
-                f"{first}, so this run was disturbed: do not read its times. Close other programs and run it again, or "
-                "with more --rounds. The counts are right in any case."
+                f"{first}, so this run was disturbed: ignore its times. Close other programs and run it again, or use "
+                "more --rounds. The counts are valid in any case."
             )
         else:
             lines.append(f"{first} with these options. With the default options, on a CPU, M4 is the fastest.")
@@ -445,7 +450,7 @@ def cautions(arms: Sequence[Arm], defaults: bool) -> list[str]:
 
 
 def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
-    """Whether every milestone said what the first one said, in every run; and where they part, if not."""
+    """Whether every milestone gave the first one's tokens in every run; and the first difference, if not."""
     said = [[tokens_of(run) for run in arm.runs] for arm in arms]
     base = said[0][-1]
     agree = all(ids == base for runs in said for ids in runs)
@@ -463,7 +468,7 @@ def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
                     f"{arm.name}, request {output.request_id}: token {at} is {ours}, and {theirs} in {arms[0].name}"
                 )
     if dtype != "float32":
-        lines.append(f"In {dtype}, sums in another order round to other numbers, so tokens may differ.")
+        lines.append(f"In {dtype}, sums in another order are rounded differently, so tokens may differ.")
     return lines
 
 

@@ -26,7 +26,7 @@ class BugMuseum(SphinxDirective):
             self.env.note_dependency(str(file))
         try:
             exhibits = load_exhibits(ROOT).values()
-            return [self.room(name, list(group)) for name, group in groupby(exhibits, key=lambda e: e.room)]
+            return [self.room(name, list(group)) for name, group in groupby(exhibits, key=lambda e: e.topic)]
         except (ValueError, LookupError) as error:
             raise self.error(str(error)) from None
 

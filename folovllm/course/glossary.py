@@ -1,6 +1,6 @@
-"""The course's glossary: what the bundled model was trained on, and where example prompts come from.
+"""The course's glossary: the training data of the bundled model, and the source of example prompts.
 
-The texts lie in ``assets/glossary/*.toml`` (questions and answers) and ``assets/prose/*.md`` (plain
+The texts are in ``assets/glossary/*.toml`` (questions and answers) and ``assets/prose/*.md`` (plain
 paragraphs). A glossary file is one topic::
 
     topic = "attention"
@@ -31,8 +31,8 @@ _ENTRY_KEYS = {"term", "question", "answer", "see"}
 class GlossaryEntry:
     """One question and the answer that `folo-tiny` recites for it.
 
-    `see` names the terms of related entries. `listed` is False for entries that are trained on but not
-    offered as example prompts (greetings and the like).
+    `see` names the terms of related entries. `listed` is False for entries that are trained on but are
+    not example prompts, such as greetings.
     """
 
     term: str
@@ -48,7 +48,7 @@ def load_glossary(folder: Traversable | None = None) -> list[GlossaryEntry]:
 
     `folder` is a folder of ``*.toml`` files; None means the bundled one.
     Raises ValueError, naming file and entry, for bad TOML, a missing, unknown, empty or mistyped field,
-    surrounding whitespace, a term or question that occurs twice (case and closing punctuation aside), or a
+    surrounding whitespace, a term or question that occurs twice (ignoring case and closing punctuation), or a
     `see` that names no term.
     """
     folder = _assets("glossary") if folder is None else folder
@@ -60,7 +60,7 @@ def load_glossary(folder: Traversable | None = None) -> list[GlossaryEntry]:
             for kind, text in (("term", entry.term), ("question", entry.question)):
                 key = (kind, text.casefold().rstrip("?!. "))
                 if key in first_seen:
-                    raise ValueError(f"{where}: {kind} {text!r} is already taken by {first_seen[key]}")
+                    raise ValueError(f"{where}: {kind} {text!r} is already used by {first_seen[key]}")
                 first_seen[key] = where
             entries.append(entry)
             places.append(where)
@@ -89,7 +89,7 @@ def load_prose(folder: Traversable | None = None) -> dict[str, str]:
 def default_prompts(n: int) -> list[str]:
     """`n` example questions, the same on every call: one of each topic in turn, then the next of each.
 
-    Only entries that are `listed` are used; when `n` exceeds their number, the sequence starts over.
+    Only `listed` entries are used. If `n` exceeds their number, the sequence starts over.
     Raises ValueError for a negative `n`.
     """
     if n < 0:
@@ -101,7 +101,7 @@ def default_prompts(n: int) -> list[str]:
     longest = max(map(len, by_topic.values()), default=0)
     spread = [questions[i] for i in range(longest) for questions in by_topic.values() if i < len(questions)]
     if n and not spread:
-        raise ValueError("the glossary has no listed entry to make prompts of")
+        raise ValueError("the glossary has no listed entry for prompts")
     return [spread[i % len(spread)] for i in range(n)]
 
 

@@ -36,6 +36,7 @@ from folovllm.kv_cache.interface import (
     SwapOut,
 )
 from folovllm.kv_cache.prefix_cache import CachedBlock, PrefixCache
+from folovllm.math_utils import cdiv
 from folovllm.request import Request
 
 WATERMARK = 0.01  # share of the pool that an admission leaves free: vLLM V0's value; a newer V1 has 0.0
@@ -74,7 +75,7 @@ class BlockManager(KVCacheManager):
 
     def blocks_for(self, num_tokens: int) -> int:
         """Blocks that `num_tokens` tokens take."""
-        return -(-num_tokens // self.block_size)
+        return cdiv(num_tokens, self.block_size)
 
     def why_never_fits(self, request: Request) -> str | None:
         """None, or why the request at its longest needs more blocks than there are."""

@@ -129,11 +129,11 @@ class Answers:
         (None, "a list of pairs"),
         ([("a",)], "a list of pairs"),
         ([("b", 1)], "There is no request 'b'"),
-        ([("a", 0)], "'a' lacks 5 tokens, so its share is from 1 to that many"),
-        ([("a", 6)], "'a' lacks 5 tokens"),
-        ([("a", True)], "'a' lacks 5 tokens"),
-        ([("a", 2), ("a", 1)], "one share of a step"),
-        ([], "the engine stands still"),
+        ([("a", 0)], "'a' has 5 tokens to compute; allowed: 1 to that many"),
+        ([("a", 6)], "'a' has 5 tokens to compute"),
+        ([("a", True)], "'a' has 5 tokens to compute"),
+        ([("a", 2), ("a", 1)], "in a step only once"),
+        ([], "never make progress"),
     ],
 )
 def test_a_plan_that_cannot_be_is_explained(answer: object, words: str) -> None:
@@ -145,7 +145,7 @@ def test_a_plan_that_cannot_be_is_explained(answer: object, words: str) -> None:
 
 def test_who_starves_somebody_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(latency, "MAX_STEPS", 20)
-    with pytest.raises(WrongAnswer, match="After 20 steps these are not done: long. Does somebody starve"):
+    with pytest.raises(WrongAnswer, match="After 20 steps these are not done: long. Do they starve"):
         serve([Arrival("long", 0, 4000, 2)], COST, FixedBudget(3))
 
 

@@ -44,7 +44,7 @@ def test_a_mutant_is_the_engine_but_for_one_line_and_compiles(exhibit: Exhibit) 
 @each_exhibit
 def test_an_exhibit_is_labelled(exhibit: Exhibit) -> None:
     assert re.fullmatch(r"[a-z]+(-[a-z]+)*", exhibit.id)
-    assert exhibit.file.startswith("folovllm/") and exhibit.title and exhibit.room
+    assert exhibit.file.startswith("folovllm/") and exhibit.title and exhibit.topic
     assert min(map(len, (exhibit.symptom, exhibit.seen, exhibit.hint))) > 60
     assert exhibit.killed_by
     for test in exhibit.killed_by:
@@ -53,10 +53,10 @@ def test_an_exhibit_is_labelled(exhibit: Exhibit) -> None:
         assert name in {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}, test
 
 
-def test_the_museum_has_rooms_and_no_two_exhibits_are_one() -> None:
+def test_the_museum_has_topics_and_no_two_exhibits_are_one() -> None:
     assert len(EXHIBITS) >= 12
-    rooms = [exhibit.room for exhibit in EXHIBITS.values()]
-    assert rooms == sorted(rooms, key=rooms.index)  # an exhibit hangs beside the others of its room
+    topics = [exhibit.topic for exhibit in EXHIBITS.values()]
+    assert topics == sorted(topics, key=topics.index)  # the exhibits of a topic are together
     assert len({(e.file, e.new) for e in EXHIBITS.values()}) == len(EXHIBITS)
 
 
@@ -68,16 +68,16 @@ def test_a_line_that_is_not_there_exactly_once_is_an_error(source: str, times: i
 
 
 def test_other_fields_and_other_names_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="there is no museum here"):
+    with pytest.raises(ValueError, match="the museum is not installed"):
         load_exhibits(tmp_path)
     (tmp_path / "folovllm/course/museum").mkdir(parents=True)
-    (tmp_path / "folovllm/course/museum/10_a.toml").write_text('room = "a"\n[one]\ntitle = "x"\nlevel = "3"\n')
+    (tmp_path / "folovllm/course/museum/10_a.toml").write_text('topic = "a"\n[one]\ntitle = "x"\nlevel = "3"\n')
     with pytest.raises(ValueError, match=r"exhibit 'one' has the fields \['level', 'title'\]; allowed: \['file'"):
         load_exhibits(tmp_path)
-    text = 'room = "a"\n[one]\n' + "".join(f'{f} = "x"\n' for f in ("title", "file", "old", "new", "symptom", "seen"))
+    text = 'topic = "a"\n[one]\n' + "".join(f'{f} = "x"\n' for f in ("title", "file", "old", "new", "symptom", "seen"))
     for name in ("10_a", "20_b"):
         (tmp_path / f"folovllm/course/museum/{name}.toml").write_text(text + 'hint = "x"\nkilled_by = ["x"]\n')
-    with pytest.raises(ValueError, match=r"20_b\.toml: \['one'\] hang in another room, too"):
+    with pytest.raises(ValueError, match=r"20_b\.toml: \['one'\] are in another file of the catalogue as well"):
         load_exhibits(tmp_path)
     with pytest.raises(ValueError, match=r"exhibit='nothing' is not in the museum; allowed: first-decode-position"):
         choose_exhibit(EXHIBITS, "nothing")
@@ -309,7 +309,7 @@ def test_the_test_on_the_page_kills_its_mutant_and_that_is_remembered(own_folder
     result = invoke("try", "half-a-character")
     assert result.exit_code == 0, result.output
     assert "Killed: your test passes on the engine and fails on the mutant." in flat(result.output)
-    assert "test_an_emoji_is_never_shown_in_halves failed there" in flat(result.output)
+    assert "test_an_emoji_is_never_shown_in_halves failed on the mutant" in flat(result.output)
     assert museum.load_progress() == {"half-a-character": "killed"}
     museum.save_progress(DETOKENIZER, "survived")
     assert museum.load_progress() == {"half-a-character": "killed"}
@@ -320,10 +320,10 @@ def test_the_test_on_the_page_kills_its_mutant_and_that_is_remembered(own_folder
 @pytest.mark.parametrize(
     ("trial", "words"),
     [
-        (Trial("survived"), "It survives: your test passes on the engine, and on the mutant, too."),
+        (Trial("survived"), "Survived: your test passes on the engine and on the mutant."),
         (
             Trial("fails on the correct engine", "test_it: assert 6 == 7"),
-            "accuse anybody. test_it: assert 6 == 7",
+            "it proves nothing. test_it: assert 6 == 7",
         ),
         (Trial("did not run", "there is no test in the file"), "did not run. there is no test in the file"),
     ],
@@ -342,8 +342,8 @@ def test_every_other_verdict_is_status_1(
     ("args", "words"),
     [
         (["show", "nothing"], "error: exhibit='nothing' is not in the museum; allowed: first-decode-position"),
-        (["try", "salt-ignored"], "test_salt_ignored.py with your test; write it, or name another with --test"),
-        (["try", "salt-ignored", "--test", "nowhere.py"], "there is no file nowhere.py with your test"),
+        (["try", "salt-ignored"], "test_salt_ignored.py with your test does not exist; write it, or use --test"),
+        (["try", "salt-ignored", "--test", "nowhere.py"], "the file nowhere.py with your test does not exist"),
         (["run", "--only", "nothing"], "error: exhibit='nothing' is not in the museum"),
     ],
 )
@@ -396,7 +396,7 @@ def test_the_table_and_the_status_say_what_happened(monkeypatch: pytest.MonkeyPa
     assert result.exit_code == 1 and re.search(r"full-hit +did not run +Python ended with status -9", result.output)
     result = run([bad], [good])
     assert result.exit_code == 1
-    assert "These tests fail on the engine as it is, and prove nothing:\n  tests.m1.test_x: assert 0" in result.output
+    assert "These tests fail on the unchanged engine and prove nothing:\n  tests.m1.test_x: assert 0" in result.output
     many = Hunt(one, [f"tests.m1.test_a.test_{i}[{j}]" for i in range(20) for j in "xy"], [], 1.0)
     monkeypatch.setattr(museum_command, "hunt", lambda *args: ([bad], [many]))
     result = invoke("run", "--all", columns=200)

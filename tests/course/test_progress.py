@@ -15,11 +15,11 @@ from folovllm.course.grading import command
 from folovllm.course.grading.progress import (
     Progress,
     Result,
+    exercise_states,
     load_progress,
     record,
     save_progress,
     sha256_of,
-    standings,
 )
 from folovllm.course.grading.runner import Check, Exercise, Milestone, Report, find_milestones
 from folovllm.entrypoints.cli import app
@@ -94,12 +94,12 @@ GOOD = {"status": "passed", "passed": 1, "checks": 1, "file": "a.py", "sha256": 
 @pytest.mark.parametrize(
     ("content", "why"),
     [
-        (b"", "it is no JSON"),
-        (b'{"version": 1, "mil', "it is no JSON"),
-        (b"\xff\xfe\x00", "it is no JSON"),
-        (b"[1, 2]", "it is something else"),
-        (b'{"name": "somebody\'s package"}', "it is something else"),
-        (b'{"version": 2, "milestones": {}}', "it has version 2, not 1"),
+        (b"", "it is not JSON"),
+        (b'{"version": 1, "mil', "it is not JSON"),
+        (b"\xff\xfe\x00", "it is not JSON"),
+        (b"[1, 2]", "it has no version"),
+        (b'{"name": "somebody\'s package"}', "it has no version"),
+        (b'{"version": 2, "milestones": {}}', "its version is 2, not 1"),
         (b'{"version": 1}', "it is damaged"),
         (b'{"version": 1, "milestones": [3]}', "it is damaged"),
         (b'{"version": 1, "milestones": {"m1": {"a": 5}}}', "it is damaged"),
@@ -123,10 +123,10 @@ def test_a_file_that_is_none_is_named_and_nothing_crashes(
     graded(exercise("apply_temperature", 4))
     result = invoke("m1", "--impl", str(answers), "--only", "apply_temperature", columns=300)
     assert result.exit_code == 0 and "apply_temperature  passed" in result.output  # the grade itself stands
-    assert "Not remembered: progress=" in result.output and why in result.output
+    assert "Results not saved: progress=" in result.output and why in result.output
     assert progress.read_bytes() == content
     reset = invoke("--reset", columns=300)
-    assert reset.exit_code == 0 and "A new beginning" in reset.output
+    assert reset.exit_code == 0 and "Started a new progress file" in reset.output
     assert progress.with_name("progress.json.old").read_bytes() == content
     assert invoke().exit_code == 0
 
@@ -143,7 +143,7 @@ def test_a_file_that_cannot_be_written_is_a_message(
     progress.parent.write_text("a file where a folder should be")
     graded(exercise("apply_temperature", 4))
     result = invoke("m1", "--impl", str(answers), "--only", "apply_temperature", columns=300)
-    assert result.exit_code == 0 and "Not remembered: " in result.output
+    assert result.exit_code == 0 and "Results not saved: " in result.output
 
 
 # --- what is remembered -----------------------------------------------------------------------------------
@@ -191,13 +191,13 @@ def test_answers_in_the_repository_are_named_from_there(progress: Path) -> None:
 
 
 def test_results_are_forgotten_on_demand(progress: Path, answers: Path, graded: Callable[..., list[object]]) -> None:
-    assert "Forgot 0 results" in invoke("--reset").output
+    assert "Deleted 0 results" in invoke("--reset").output
     graded(exercise("apply_temperature", 4), exercise("causal_mask", 4), exercise("left_pad", 4))
     invoke("m0", "--impl", str(answers))
     invoke("m1", "--impl", str(answers))
-    assert "Forgot 1 result. Your answers are untouched." in invoke("m1", "--reset").output
+    assert "Deleted 1 result. Your answers are unchanged." in invoke("m1", "--reset").output
     assert list(load_progress(progress)) == ["m0"]
-    assert "Forgot 2 results" in invoke("--reset").output
+    assert "Deleted 2 results" in invoke("--reset").output
     assert not progress.exists() and answers.read_text(encoding="utf-8") == RIGHT
     assert invoke("--reset", "--hint", "causal_mask").exit_code == 2
 
@@ -226,7 +226,7 @@ def test_marks_and_counts_say_how_it_went(answers: Path, graded: Callable[..., l
     assert "■ passes" in page and "x fails" in page and "▣" not in page
     answers.write_text(RIGHT + "\n# more\n", encoding="utf-8")
     page = invoke().output
-    assert marks_of(page, "m1")[1] == "▣" and "▣ passed, file changed since" in flat(page)
+    assert marks_of(page, "m1")[1] == "▣" and "▣ passed, changed since" in flat(page)
     assert "changed since the last check: m1. Check: folovllm grade all" in flat(page)
     answers.write_text(RIGHT, encoding="utf-8")
     assert marks_of(invoke().output, "m1")[1] == "■"  # as it was when it passed
@@ -241,7 +241,7 @@ def test_an_answer_that_was_never_checked_is_shown_as_such(tmp_path: Path, monke
     monkeypatch.setattr(Milestone, "exercise_file", property(lambda self: file))
     milestone = MILESTONES["m1"]
     assert milestone.written() == ["apply_temperature"]
-    states = {s.name: s.state for s in standings(milestone, {})}
+    states = {s.name: s.state for s in exercise_states(milestone, {})}
     assert {name for name, state in states.items() if state == "written, not checked"} == {"apply_temperature"}
     file.write_text("def (", encoding="utf-8")
     assert milestone.written() == milestone.exercises()

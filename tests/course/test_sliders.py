@@ -236,7 +236,7 @@ def test_chunks_lie_below_each_other_in_one_triangle(size: int, passes: str, rea
     assert ((grid > 0) == np.tri(12, dtype=bool)).all()
     queries, keys = np.nonzero(grid == 2)  # from the cache: in an earlier chunk than the query
     assert (keys // size < queries // size).all()
-    assert note_of("chunk rows", size) == f"{passes}, {read} read again"
+    assert note_of("chunk rows", size) == f"{passes}, {read} from the cache"
 
 
 def test_reuse_is_whole_blocks_and_never_everything() -> None:
@@ -245,4 +245,4 @@ def test_reuse_is_whole_blocks_and_never_everything() -> None:
         assert [int((row == 0).sum()) for row in grid] == found
         assert [int((row == 1).sum()) for row in grid] == [shared - n for n in found]
         labels = [t.get_text() for t in panel_figure("reuse").panel(shared).axes[0].get_yticklabels()]
-        assert labels == [f"{size}: {n} found" for size, n in zip((4, 16, 32), found, strict=True)]
+        assert labels == [f"{size}: {n} hit" for size, n in zip((4, 16, 32), found, strict=True)]

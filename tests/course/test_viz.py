@@ -627,7 +627,7 @@ def test_a_life_in_a_batch_ends_with_the_batch_and_in_an_engine_with_its_request
     assert bars(below, "held") == []
     assert bars(below, "waiting") == [(0, 5, 0), (1, 5, 0), (2, 0, 25)]
     # 20 of 40 + 40 + 20 ms of taken seats.
-    assert top.get_title(loc="left") == "static: all done after 70 ms, 20% of the seats' time held for nothing"
+    assert top.get_title(loc="left") == "static: all done after 70 ms, batch slots idle 20% of the time"
     assert below.get_title(loc="left") == "continuous: all done after 45 ms"
     assert top.get_xlim() == below.get_xlim() == pytest.approx((0, 70.7))
     assert y_labels(top) == ["0", "1", "2"]
@@ -694,8 +694,8 @@ def test_bars_over_steps_stack_the_cells_of_each() -> None:
     heights = [[bar.get_height() for bar in container] for container in top.containers]
     assert heights == arms["static"].T.tolist()
     assert [bar.get_y() for bar in top.containers[2]] == [10, 12, 7, 8]
-    assert top.get_title(loc="left") == "static: 4 steps, 52% of all cells are for nobody"  # 27 of 52
-    assert below.get_title(loc="left") == "continuous: 4 steps, 7% of all cells are for nobody"  # 2 of 28
+    assert top.get_title(loc="left") == "static: 4 steps, 52% of all cells are wasted"  # 27 of 52
+    assert below.get_title(loc="left") == "continuous: 4 steps, 7% of all cells are wasted"  # 2 of 28
     assert top.get_ylim() == below.get_ylim()
     assert top.get_ylim()[0] == 0 < 13 < top.get_ylim()[1]  # no bar is cut off
 
@@ -839,7 +839,7 @@ def test_a_block_map_shows_who_holds_each_block_after_each_step() -> None:
         [0, 0, 2, 2, 2, 0, 0],
     ]
     assert marks(ax, blocks.SHARED) == {(0, 1), (0, 2), (0, 3)}
-    (given_up,) = [c for c in ax.collections if c.get_label() == "gave way"]
+    (given_up,) = [c for c in ax.collections if c.get_label() == "preempted"]
     assert [column for column, _ in np.asarray(given_up.get_offsets()).tolist()] == [2]
     names = [(t.get_text(), round(t.get_position()[0], 1), t.get_position()[1]) for t in ax.texts]
     assert ("a", 1.5, 1) in names and ("b", 2.5, 2) in names and ("c", 4.5, 3) in names
@@ -990,7 +990,7 @@ def test_who_gave_way_is_away_until_it_comes_back() -> None:
         [*first, "prefill", "dropped", "dropped", "again", "again", "decode"],  # its return takes two pieces
     ]
     assert lives(swap)[2] == [*first, "prefill", "host", "host", "decode", "decode", "away"]
-    assert recompute.get_title(loc="left") == "recompute: 7 steps, somebody gave way 1 time"
+    assert recompute.get_title(loc="left") == "recompute: 7 steps, preempted 1 time"
     assert marks(swap, blocks.ON_HOST.label) == {(2, 2), (2, 3)}
     assert legend_labels(figure) == [
         kind.label

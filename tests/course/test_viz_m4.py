@@ -172,7 +172,7 @@ def test_bars_of_steps_stack_to_the_budget() -> None:
     assert line(mixed, "budget")[1].tolist() == [16, 16]
     assert line(mixed, "complete")[0].tolist() == [1]
     assert mixed.get_title(loc="left") == "mixed: 3 steps"
-    assert words.get_title(loc="left") == "a budget in words: 1 step, a budget of 4,096"
+    assert words.get_title(loc="left") == "a budget in words: 1 step, budget 4,096"
     assert [found for found in words.lines if found.get_label() == "budget"] == []
     assert legend_labels(figure)[2] == "prompt tokens found in the cache"
     assert chunks.LOOKS["cached"][0] not in legend_labels(
@@ -287,7 +287,7 @@ def test_the_line_shows_who_filled_what_and_what_is_lost() -> None:
     ]
     in_cells = {(round(t.get_position()[0]), round(t.get_position()[1])): t.get_text() for t in ax.texts}
     assert [in_cells[3, place] for place in (2, 3, 4)] == ["first1", "b1", "first0"]  # b found the first block of a
-    (triangle,) = [c for c in ax.collections if c.get_label() == "lost"]
+    (triangle,) = [c for c in ax.collections if c.get_label() == "evicted"]
     assert np.asarray(triangle.get_offsets())[:, 0].tolist() == [4]
     assert [t.get_text() for t in ax.texts if isinstance(t, Annotation)] == ["first1"]
     assert legend_labels(figure) == ["first", "b", "c", prefix.HELD.label, prefix.EMPTY.label]

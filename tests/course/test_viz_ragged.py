@@ -35,7 +35,7 @@ def test_masks_are_labelled_where_requests_begin() -> None:
     assert (y_labels(one), x_labels(one)) == (["0", "2", "3"], ["0", "2", "5"])
     assert (y_labels(two), x_labels(two)) == (["0", "1", "2"], ["0", "4", "5"])
     (legend,) = figure.legends
-    assert [t.get_text() for t in legend.get_texts()] == ["within a", "within b", "hidden"]
+    assert [t.get_text() for t in legend.get_texts()] == ["within a", "within b", "masked"]
 
 
 def test_padded_and_ragged_are_the_same_texts() -> None:

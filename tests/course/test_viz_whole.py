@@ -14,7 +14,7 @@ from matplotlib.patches import FancyBboxPatch, Rectangle
 
 from folovllm.course.viz import whole
 from folovllm.course.viz.style import GREY, SKY, VERMILLION, WHITE
-from folovllm.course.viz.whole import Agreement, Box, Held, Layer, Rung, bar_pieces
+from folovllm.course.viz.whole import Agreement, Box, Held, Layer, Rung, bar_segments
 from tests.course.test_viz import check_edges, check_labels, spread_of, texts, y_labels
 
 RUNGS = [
@@ -56,23 +56,23 @@ def test_nothing_is_clipped_and_every_label_can_be_read(name: str) -> None:
 
 
 @given(st.lists(st.floats(0.01, 1e4), min_size=1, max_size=8))
-def test_the_pieces_of_a_bar_lie_end_to_end_and_reach_its_value(values: list[float]) -> None:
-    for index, pieces in enumerate(bar_pieces(values)):
-        gains = [piece for piece in pieces if piece.of is not None]
-        assert [piece.start for piece in gains] == [0.0, *(piece.end for piece in gains[:-1])]
+def test_the_segments_of_a_bar_lie_end_to_end_and_reach_its_value(values: list[float]) -> None:
+    for index, segments in enumerate(bar_segments(values)):
+        gains = [segment for segment in segments if segment.of is not None]
+        assert [segment.start for segment in gains] == [0.0, *(segment.end for segment in gains[:-1])]
         assert gains[-1].end == pytest.approx(values[index])
-        owners = [piece.of for piece in gains if piece.of is not None]
+        owners = [segment.of for segment in gains if segment.of is not None]
         assert owners == sorted(set(owners)) and owners[-1] <= index
         if index and values[index] > values[index - 1]:
             assert owners[-1] == index and gains[-1].start == pytest.approx(values[index - 1])
-        lost = [piece for piece in pieces if piece.of is None]
-        assert [(p.start, p.end) for p in lost] == (
+        lost = [segment for segment in segments if segment.of is None]
+        assert [(s.start, s.end) for s in lost] == (
             [(values[index], values[index - 1])] if index and values[index] < values[index - 1] else []
         )
 
 
 def bars(ax: Axes, row: int) -> list[tuple[str, float, float]]:
-    """Label, start and end of each piece of a row's bar."""
+    """Label, start and end of each segment of a row's bar."""
     found = []
     for container in ax.containers:
         for patch in container.patches:  # type: ignore[attr-defined]
@@ -115,7 +115,7 @@ def test_what_is_used_lies_inside_of_what_is_set_aside() -> None:
     (ax,) = whole.memory_waterfall({"w3": HELD}).axes
     for row, held in enumerate(HELD):
         assert bars(ax, row) == [
-            ("set aside", 0, held.reserved / 2**20),
+            ("reserved", 0, held.reserved / 2**20),
             ("used", 0, held.used / 2**20),
         ]
     assert "1.00 MiB, 100% used" in texts(ax) and "600 MiB, 5% used" in texts(ax)
@@ -151,7 +151,7 @@ def test_a_row_or_a_header_of_another_width_is_refused() -> None:
 def test_the_parts_of_a_step_stand_on_each_other_under_one_target() -> None:
     first, second = whole.step_costs({"a budget": COSTS, "by cost": COSTS[:1]}, 42.0).axes
     stacks = {str(c.get_label()): [(p.get_y(), p.get_height()) for p in c.patches] for c in first.containers}  # type: ignore[attr-defined]
-    assert list(stacks) == ["fixed", "for its tokens", "for pairs of a query and a key"]
+    assert list(stacks) == ["fixed", "per token", "per query-key pair"]
     for step, parts in enumerate(COSTS):
         assert [stacks[label][step] for label in stacks] == [(0, parts[0]), (20, parts[1]), (25, parts[2])]
     assert [ax.get_title(loc="left") for ax in (first, second)] == [

@@ -324,5 +324,5 @@ def test_latent_attention_flops_are_refused() -> None:
 def test_flops_are_refused_where_a_text_outgrows_the_sliding_window() -> None:
     config = tiny_config("mistral", sliding_window=8)
     assert generation_flops(config, 5, 4, cached=True).total > 0  # the last query sees 8 keys
-    with pytest.raises(ValueError, match="outgrow sliding_window=8"):
+    with pytest.raises(ValueError, match="exceed sliding_window=8"):
         generation_flops(config, 5, 5, cached=True)

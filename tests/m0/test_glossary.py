@@ -86,10 +86,10 @@ def test_files_are_read_in_name_order_with_their_defaults(tmp_path: Path) -> Non
         (GOOD + ENTRY.format("c") + "see = 1", r"entry 3 \(c\): see must be"),
         (GOOD + ENTRY.format("c") + 'see = [""]', r"entry 3 \(c\): see must be"),
         (GOOD + ENTRY.format("c") + 'see = ["z"]', r"entry 3 \(c\): see names \['z'\], which are not terms"),
-        (GOOD + ENTRY.format("A"), r"entry 3 \(A\): term 'A' is already taken by x\.toml, entry 1 \(a\)"),
+        (GOOD + ENTRY.format("A"), r"entry 3 \(A\): term 'A' is already used by x\.toml, entry 1 \(a\)"),
         (
             GOOD + '[[entry]]\nterm = "c"\nquestion = "what is B"\nanswer = "c."',
-            r"entry 3 \(c\): question 'what is B' is already taken by x\.toml, entry 2 \(b\)",
+            r"entry 3 \(c\): question 'what is B' is already used by x\.toml, entry 2 \(b\)",
         ),
     ],
 )
@@ -99,7 +99,7 @@ def test_errors_name_file_and_entry(tmp_path: Path, text: str, message: str) -> 
 
 
 def test_a_repeat_in_another_file_is_found(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"y\.toml, entry 1 \(b\).*taken by x\.toml, entry 2 \(b\)"):
+    with pytest.raises(ValueError, match=r"y\.toml, entry 1 \(b\).*used by x\.toml, entry 2 \(b\)"):
         load_glossary(write(tmp_path, x=GOOD, y='topic = "T"' + ENTRY.format("b")))
 
 

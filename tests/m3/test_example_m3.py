@@ -64,8 +64,8 @@ POOL_ROWS = (
     "most blocks held at once",
     "empty slots in held blocks, mean over steps",
     "K/V saved by sharing, at most",
-    "K/V computed again",
-    "blocks in a region of M1 or M2, for one request",
+    "K/V recomputed",
+    "blocks that M1 or M2 would reserve per request",
 )
 STATS_ROWS = ("preemptions", "blocks swapped to the host", "blocks swapped back", "blocks copied on write")
 
@@ -92,7 +92,7 @@ def test_in_a_process_of_its_own() -> None:
     assert "3 of 3 finished" in done.stdout and "\x1b" not in done.stdout
     found = rows(done.stdout, POOL_ROWS)
     assert set(found) == set(POOL_ROWS) and found["size"] == "64 blocks of 16 tokens"
-    assert found["K/V saved by sharing, at most"] == "0.0%" and found["K/V computed again"] == "0 tokens"
+    assert found["K/V saved by sharing, at most"] == "0.0%" and found["K/V recomputed"] == "0 tokens"
 
 
 @pytest.mark.parametrize("mode", ["recompute", "swap"])
@@ -110,7 +110,7 @@ def test_too_few_blocks_change_no_answer(example: ModuleType, capsys: pytest.Cap
     assert int(tight_rows["most blocks held at once"]) <= 32 < int(roomy_rows["most blocks held at once"])
     assert tight_rows.get("blocks swapped to the host") == tight_rows.get("blocks swapped back")
     assert ("blocks swapped back" in tight_rows) == (mode == "swap")
-    assert (tight_rows["K/V computed again"] == "0 tokens") == (mode == "swap")
+    assert (tight_rows["K/V recomputed"] == "0 tokens") == (mode == "swap")
 
 
 def test_samples_share_blocks(example: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
@@ -132,7 +132,7 @@ def test_beams_share_blocks(example: ModuleType, capsys: pytest.CaptureFixture[s
     scores = re.findall(r"^\[(-\d+\.\d+)\] ", watched, re.MULTILINE)
     assert len(scores) == 6 and scores == re.findall(r"^\[(-\d+\.\d+)\] ", plain, re.MULTILINE)
     assert all(float(a) >= float(b) for i in (0, 3) for a, b in zip(scores[i:], scores[i + 1 : i + 3], strict=False))
-    assert len(re.findall(r"Sharing saved the beams up to \d+% of their K/V\.", flat(watched))) == 2
+    assert len(re.findall(r"Sharing blocks saved up to \d+% of the beams' K/V\.", flat(watched))) == 2
     assert float(found["K/V saved by sharing, at most"].rstrip("%")) > 10
     for question in default_prompts(2):  # the best beam of a question that it knows by heart
         assert flat(ANSWERS[question])[:20] in flat(watched)

@@ -303,7 +303,7 @@ def test_a_busy_machine_is_told_from_the_time_in_which_this_thread_ran(
     monkeypatch.setattr(example, "time", SimpleNamespace(perf_counter=wall, thread_time=lambda: share * now[0]))
     example.main([*SMALL, "--rounds", "2", "--milestones", "m4"])
     output = flat(capsys.readouterr().out)
-    assert ("The machine was busy: other programs had the processor for up to 40% of a round." in output) == (
+    assert ("The machine was busy: other programs used the processor for up to 40% of a round." in output) == (
         share == 0.6
     )
     assert ("compare the counts" in output) == (share == 0.6) == ("busy" in output)
@@ -321,7 +321,7 @@ def test_a_table_that_says_the_opposite_says_so(example: ModuleType) -> None:
     assert example.cautions(with_rounds(example, m1=[slow], m3=[slow], m4=[fast]), True) == []
     assert example.cautions(with_rounds(example, m1=[fast], m3=[slow]), True) == []  # M3 is not said to be faster
     (line,) = example.cautions(with_rounds(example, m1=[slow], m3=[fast], m4=[slow, slow]), True)
-    assert line.startswith("M3 was faster than M4, so this run was disturbed: do not read its times.")
+    assert line.startswith("M3 was faster than M4, so this run was disturbed: ignore its times.")
     assert "run it again" in line
     for defaults in (True, False):
         lines = example.cautions(with_rounds(example, m4=[waited], m1=[fast]), defaults)

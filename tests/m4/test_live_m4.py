@@ -61,7 +61,7 @@ def test_after_every_step_the_view_is_what_the_books_say(requests, num_blocks, b
         cached_before |= len(manager.cache) > 0
         assert any(line[2:].startswith("cache ") for line in lines) == cached_before
         if cached_before:
-            following = ", next out " + ", ".join(map(str, idle[:MOST_NEXT])) if idle else ""
+            following = "; evict next " + ", ".join(map(str, idle[:MOST_NEXT])) if idle else ""
             told = f"%; {num_evicted} evicted; {len(idle)} free{following}"
             assert re.fullmatch(r"hit rate \d+" + re.escape(told), line_of(lines, "cache"))
         for share in engine.trace[-1].requests:

@@ -68,7 +68,7 @@ EVERY_STEP = """
         .map(({ dataset }) => [dataset.request, dataset.computed, dataset.known]),
       waiting: texts(".queue.waiting .chip"),
       taken: cells.map((cell) => cell.classList.contains("taken")),
-      gaveWay: all(".queue.gave-way .request").map(({ dataset }) => [dataset.request, Number(dataset.computed)]),
+      preempted: all(".queue.preempted .request").map(({ dataset }) => [dataset.request, Number(dataset.computed)]),
       finished: texts(".queue.finished .chip"),
       budget: [Number(byId("budget").dataset.prefill), Number(byId("budget").dataset.decode)],
       fresh: all(".text").map((card) => [card.dataset.request, card.querySelector("mark")?.textContent]),
@@ -138,7 +138,7 @@ def test_every_step_shows_what_the_engine_recorded(kind: str, browse: Callable[.
     assert len(found) == len(trace)
     ids = [request["id"] for request in data["requests"]]
     outputs: dict[str, list[int]] = {}
-    gave_way: set[str] = set()
+    preempted: set[str] = set()
     finished: set[str] = set()
     known: dict[str, int] = {}
     contents = Contents()
@@ -151,13 +151,13 @@ def test_every_step_shows_what_the_engine_recorded(kind: str, browse: Callable[.
         before = evicted
         check_shares(page, step)
         check_words(page, step, contents)
-        gave_way = (gave_way | set(step.preempted)) - {r.request_id for r in step.requests} - set(step.aborted)
+        preempted = (preempted | set(step.preempted)) - {r.request_id for r in step.requests} - set(step.aborted)
         finished |= {*step.finished, *step.aborted}
         check_taken(page, step, trace[index - 1].blocks if index else None)
         assert step.blocks is not None
-        kept = {i: contents.computed[i] if i in step.blocks.host_tables else 0 for i in gave_way}
-        assert dict(page["gaveWay"]) == kept and set(page["finished"]) == finished
-        assert page["waiting"] == [i for i in step.next_in_line if i not in gave_way]
+        kept = {i: contents.computed[i] if i in step.blocks.host_tables else 0 for i in preempted}
+        assert dict(page["preempted"]) == kept and set(page["finished"]) == finished
+        assert page["waiting"] == [i for i in step.next_in_line if i not in preempted]
         for share in step.requests:
             outputs.setdefault(share.request_id, []).extend(share.sampled_ids)
             known[share.request_id] = share.prompt_len + share.num_output
@@ -166,7 +166,7 @@ def test_every_step_shows_what_the_engine_recorded(kind: str, browse: Callable[.
         sampled = {r.request_id: "".join(f"{t} " for t in r.sampled_ids) for r in step.requests if r.sampled_ids}
         assert {i: text for i, text in page["fresh"] if text is not None} == sampled
     assert any(word == "forked + 1" for page in found for word in page["what"])
-    assert gave_way == set() and sum(bool(page["gaveWay"]) for page in found) > 0
+    assert preempted == set() and sum(bool(page["preempted"]) for page in found) > 0
     if kind == "m4":
         assert sum(before) > 0 and any("×3" in page["labels"] for page in found)
     else:
@@ -228,10 +228,10 @@ def check_words(page: dict[str, Any], step: StepTrace, contents: Contents) -> No
             assert "“" not in words
         parent = step.blocks.cached.get(block, 0)
         assert ("the first of a chain" in words) == (parent is None)
-        assert (f"follows that of block {parent}." in words) == bool(parent)
+        assert (f"includes that of block {parent}." in words) == bool(parent)
         if block in idle:
             turn = idle.index(block)
-            assert ("the next of them to be lost" if turn == 0 else f"{turn} are lost before it") in words
+            assert ("the next to be evicted" if turn == 0 else f"{turn} are evicted before it") in words
 
 
 def check_taken(page: dict[str, Any], step: StepTrace, before: BlockSnapshot | None) -> None:
@@ -323,14 +323,14 @@ def test_words_for_a_block_and_for_the_mask(browse: Callable[..., Any]) -> None:
     """
     found = browse(recorder.to_json(), point)
     assert "null block" in found["null"]
-    assert "stands in 2 tables: those of a, b." in found["shared"] and "“7 7 7 7 ”" in found["shared"]
+    assert "is in 2 tables: those of a, b." in found["shared"] and "“7 7 7 7 ”" in found["shared"]
     assert "Block 2 is held by a. 1 of 4 slots are written: tokens 4 to 4 of a, “1 ”." in found["own"]
-    assert "position 4 sees its keys 0 to 4. Key 4, “1 ”: seen; written in this step." in found["seen"]
-    assert "Key 0, “7 ”: seen; found in the cache." in found["found"]
-    assert "position 5 sees its keys 0 to 5. Key 4, “9 ”: seen; written before." in found["later"]
-    assert "Here are keys of a: hidden from it." in found["other"]
-    assert "position 0 sees its keys 0 to 0. Key 4, “1 ”: it comes later, so it is hidden." in found["hidden"]
-    assert "Blocks after 3 are not drawn: this run never takes one." in found["blocks"]
+    assert "position 4 sees its keys 0 to 4. Key 4, “1 ”: visible; written in this step." in found["seen"]
+    assert "Key 0, “7 ”: visible; a cache hit." in found["found"]
+    assert "position 5 sees its keys 0 to 5. Key 4, “9 ”: visible; written before." in found["later"]
+    assert "These are keys of a: masked." in found["other"]
+    assert "position 0 sees its keys 0 to 0. Key 4, “1 ”: a later position, so it is masked." in found["hidden"]
+    assert "Blocks after 3 are not drawn: this run never uses them." in found["blocks"]
     assert found["words"].startswith("6 queries (down) by 10 keys (across)")
     assert "a: 5 queries at 0 to 4, keys 0 to 4, b: 1 query at 4 to 4, keys 0 to 4" in found["label"]
 

@@ -53,12 +53,12 @@ def damaged(data: dict[str, Any], path: str, value: Any) -> dict[str, Any]:
 
 
 DAMAGES = [
-    ("schema", "another", "holds no recording"),
+    ("schema", "another", "has no recording"),
     ("version", 2, "version=2 is not valid; allowed: 1"),
     ("engine", [], r"engine=\[\] is not valid; allowed: an object"),
     ("engine.block_size", 0, "engine.block_size=0"),
     ("engine.num_blocks", 10**30, "engine.num_blocks="),
-    ("engine.model", None, "engine.model is not there"),
+    ("engine.model", None, "engine.model is missing"),
     ("texts", "abc", "texts='abc' is not valid; allowed: a list"),
     ("texts.0", 5, r"texts\[0\]=5"),
     ("prompts.0.0", 10**6, r"prompts\[0\]\[0\]=1000000"),
@@ -122,15 +122,15 @@ def invoke(*args: object) -> Any:
     ("content", "message"),
     [
         (None, "cannot be read: No such file"),
-        (b"not json", "is not JSON, or not all of it is there"),
-        (b'{"traceEvents": [', "is not JSON, or not all of it is there"),
+        (b"not json", "is not JSON, or is truncated"),
+        (b'{"traceEvents": [', "is not JSON, or is truncated"),
         (b"\xff\xfe\x00", "is not JSON"),
         (b"[" * 100_000, "is not JSON"),
-        (b"[1, 2]", "holds no recording; `folovllm generate --trace FILE` makes a file that does"),
-        (b'"text"', "holds no recording"),
-        (b'{"traceEvents": [], "displayTimeUnit": "ms"}', "holds no recording"),
+        (b"[1, 2]", "has no recording; `folovllm generate --trace FILE` writes one"),
+        (b'"text"', "has no recording"),
+        (b'{"traceEvents": [], "displayTimeUnit": "ms"}', "has no recording"),
         (b'{"folovllm": {"schema": "folovllm-recording", "version": 9}}', "version=9 is not valid; allowed: 1"),
-        (b'{"folovllm": {"schema": "folovllm-recording", "version": 1}}', "engine is not there"),
+        (b'{"folovllm": {"schema": "folovllm-recording", "version": 1}}', "engine is missing"),
     ],
 )
 def test_a_bad_trace_is_one_line_and_status_2(tmp_path: Path, content: bytes | None, message: str) -> None:
@@ -151,7 +151,7 @@ def test_a_truncated_trace_is_refused_wherever_it_ends(tmp_path: Path) -> None:
     whole = recorder.save(tmp_path / "whole.json").read_bytes()
     for share in range(1, 20):
         (tmp_path / "cut.json").write_bytes(whole[: share * len(whole) // 20])
-        with pytest.raises(ValueError, match="not all of it is there"):
+        with pytest.raises(ValueError, match="is truncated"):
             load_recording(tmp_path / "cut.json")
 
 

@@ -112,7 +112,7 @@ def test_a_recording_is_what_the_engine_traced(kind: str) -> None:
 
 
 def test_who_comes_back_is_written_out_in_full() -> None:
-    # The page, if it has no blocks to look at, takes all K/V of who gave way for dropped.
+    # The page, if it has no blocks to look at, takes all K/V of preempted requests for dropped.
     data, trace = crowded_run("m3-swap")
     away: set[int] = set()
     for made in data["steps"]:

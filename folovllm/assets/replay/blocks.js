@@ -1,9 +1,9 @@
-// The map of physical blocks: a cell each, in the order of their numbers.
+// The map of physical blocks: a cell for each, in the order of their numbers.
 
-const MOST_CELLS = 4096; // of blocks that a run touched; a page with more would be slow
-const SPACIOUS = 640; // with more cells than that, they are small and say nothing
+const MOST_CELLS = 4096; // a page with more would be slow
+const SPACIOUS = 640; // with more cells, they are small and have no text
 
-// Cells are made once; each step only changes how they look.
+// Cells are created once; a step only changes their style and text.
 function makeCells(replay) {
   const count = Math.min(MOST_CELLS, replay.highest);
   byId("blocks").replaceChildren(...cellsFor(0, count));
@@ -79,7 +79,7 @@ function drawKV(replay) {
   const [reserved, used, unshared] = replay.step.kv;
   const { kv_capacity: capacity, milestone, num_blocks: numBlocks } = replay.engine;
   const amounts =
-    `${number(reserved)} of ${number(capacity)} tokens of K/V are set aside and ${number(used)} are written`;
+    `${number(reserved)} of ${number(capacity)} tokens of K/V are reserved, ${number(used)} are written`;
   const bar = byId("kv");
   bar.hidden = replay.hasBlocks;
   if (replay.hasBlocks) {
@@ -89,7 +89,7 @@ function drawKV(replay) {
     const saved = unshared > reserved ? `; sharing saves ${Math.round(100 * (1 - reserved / unshared))} %` : "";
     const drawn = Math.min(MOST_CELLS, replay.highest);
     const rest = drawn < numBlocks ? ` Blocks after ${number(drawn)} are not drawn` : "";
-    const reason = rest !== "" && drawn === replay.highest ? ": this run never takes one." : rest && ".";
+    const reason = rest !== "" && drawn === replay.highest ? ": this run never uses them." : rest && ".";
     const cachedWords = replay.engine.prefix_caching ? `, ${number(idle)} free but cached` : "";
     byId("blocks-words").textContent =
       `${number(owners.size)} of ${number(numBlocks)} blocks of ${replay.blockSize} tokens held, ` +
@@ -97,7 +97,7 @@ function drawKV(replay) {
     return;
   }
   byId("blocks-words").textContent = numBlocks === null
-    ? `${milestone.toUpperCase()} has no blocks: each request gets room for the longest that it may become. ${amounts}.`
+    ? `${milestone.toUpperCase()} has no blocks: each request reserves K/V for its maximum length. ${amounts}.`
     : `The state of the blocks was not recorded (trace_blocks=True does that). ${amounts}.`;
   const parts = [["used", used], ["reserved", reserved - used]].map(([name, amount]) => {
     const part = make("span", `part ${name}`);
@@ -119,29 +119,29 @@ function drawTables(replay) {
   byId("tables").replaceChildren(...rows);
 }
 
-// ---------------------------------------------------------------- what a block holds, in words
+// ---------------------------------------------------------------- a block in words
 
 function blockWords(replay, block) {
-  if (block === 0) return "Block 0 is the null block: padding points at it, and nobody is given it.";
+  if (block === 0) return "Block 0 is the null block: padding points at it, and no request holds it.";
   const owners = replay.owners().get(block) || [];
   const sentences = [holderWords(replay, block, owners), contentWords(replay, block, owners)];
   const copied = replay.step.ops.find((op) => op[0] === "copy" && op[2] === block);
   if (copied !== undefined) sentences.push(`Copied from block ${copied[1]} in this step, before it was written to.`);
-  else if (replay.taken.has(block)) sentences.push("Taken in this step.");
+  else if (replay.taken.has(block)) sentences.push("Allocated in this step.");
   if (replay.step.blocks !== null && replay.step.blocks.evicted.includes(block)) {
-    sentences.push("What it held before this step is lost to the cache.");
+    sentences.push("Its earlier contents were evicted from the cache in this step.");
   }
   return sentences.filter((sentence) => sentence !== "").join(" ");
 }
 
 function holderWords(replay, block, owners) {
   const ids = owners.map((place) => replay.requests[place].id);
-  if (owners.length > 1) return `Block ${block} stands in ${owners.length} tables: those of ${listed(ids)}.`;
+  if (owners.length > 1) return `Block ${block} is in ${owners.length} tables: those of ${listed(ids)}.`;
   if (owners.length === 1) return `Block ${block} is held by ${ids[0]}.`;
-  const cached = [...replay.line].filter((other) => replay.cached.has(other));
+  const cached = [...replay.free].filter((other) => replay.cached.has(other));
   const turn = cached.indexOf(block);
   if (turn < 0) return `Block ${block} is free.`;
-  const next = turn === 0 ? "the next of them to be lost" : `${number(turn)} are lost before it`;
+  const next = turn === 0 ? "the next to be evicted" : `${number(turn)} are evicted before it`;
   return `Block ${block} is free and in the cache, ${next}.`;
 }
 
@@ -153,15 +153,15 @@ function contentWords(replay, block, owners) {
   const start = filler.index * replay.blockSize;
   const text = replay.textOf(request, start, start + filled).join("");
   const parent = replay.cached.get(block);
-  const chain = parent === undefined ? "" : parent === null ? " Its key is the first of a chain." :
-    ` Its key follows that of block ${parent}.`;
+  const chain = parent === undefined ? "" : parent === null ? " Its hash is the first of a chain." :
+    ` Its hash includes that of block ${parent}.`;
   return `${filled} of ${replay.blockSize} slots are written: tokens ${start} to ${start + filled - 1} of ` +
     `${request.id}, “${text}”.${chain}`;
 }
 
-const BLOCK_HINT = "Point at a block to see whose it is and what it holds.";
+const BLOCK_HINT = "Point at a block to see its owner and its contents.";
 
-// Words for the block under the pointer, which stay while the steps go on.
+// The text about the block under the pointer, updated at every step.
 function watchBlocks(getReplay) {
   let watched = null;
   const show = () => {

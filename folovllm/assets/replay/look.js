@@ -1,8 +1,8 @@
-// What a request looks like everywhere on the page, and small helpers to draw with.
+// The colours of requests, and small helpers to draw with.
 
-// Okabe and Ito's colours stay apart with any kind of colour vision; vermillion is kept for what is lost.
+// Okabe and Ito's colours are distinct for any kind of colour vision; vermillion is reserved for evictions.
 const PALETTE = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#F0E442"];
-const INKS = ["#fff", "#000", "#000", "#000", "#000", "#000"]; // what is readable on each of them
+const INKS = ["#fff", "#000", "#000", "#000", "#000", "#000"]; // readable on each of them
 const CORNER = "#fff 0 5px, transparent 5px";
 const TEXTURES = [ // the next six requests have the same colours with one corner cut off, then with two
   "",
@@ -10,7 +10,7 @@ const TEXTURES = [ // the next six requests have the same colours with one corne
   `linear-gradient(315deg, ${CORNER}), linear-gradient(135deg, ${CORNER})`,
 ];
 
-// A request keeps its colour for good: it is that of its place.
+// A request's colour is that of its place and never changes.
 function colour(place) {
   return PALETTE[place % PALETTE.length];
 }
@@ -19,7 +19,7 @@ function ink(place) {
   return INKS[place % PALETTE.length];
 }
 
-// A CSS background for one request, or bands of several that share something.
+// A CSS background: the colour of one request, or bands of several.
 function background(places) {
   const few = places.slice(0, 4);
   if (few.length === 1) {
@@ -40,7 +40,7 @@ function shortId(id) {
   return [...id].length <= 3 ? id : [...id].slice(0, 3).join("");
 }
 
-// A new element. Text goes in as text only, so that nothing in a prompt can become part of the page.
+// A new element. Text is inserted as text only, so that no prompt can add HTML to the page.
 function make(tag, className = "", text = "") {
   const element = document.createElement(tag);
   if (className !== "") element.className = className;
@@ -77,12 +77,12 @@ function listed(words, most = 8) {
   return words.slice(0, most).join(", ") + (more > 0 ? ` and ${number(more)} more` : "");
 }
 
-// A colour of the page's scheme, for canvases, which know no CSS variables.
+// A colour of the page's scheme, for canvases, which cannot use CSS variables.
 function themeColour(name) {
   return getComputedStyle(document.documentElement).getPropertyValue(`--${name}`).trim();
 }
 
-// A canvas as wide as its place and `height` high, sharp on any screen; its context draws in CSS pixels.
+// A canvas as wide as its parent and `height` high, sharp on any screen; its context draws in CSS pixels.
 function fitCanvas(canvas, height) {
   const width = Math.max(1, Math.floor(canvas.parentElement.clientWidth));
   const ratio = window.devicePixelRatio || 1;
@@ -95,7 +95,7 @@ function fitCanvas(canvas, height) {
   return { context, width, height };
 }
 
-// The end of a text, of at most so many characters; and the beginning and the end of one that is given in tokens.
+// The last characters of a text; and the first and last tokens of a list.
 function tail(text, most) {
   const letters = [...text];
   return letters.length <= most ? text : `… ${letters.slice(-most).join("")}`;

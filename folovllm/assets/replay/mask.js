@@ -7,8 +7,8 @@ const STRIP_HEIGHT = 64;
 
 // ---------------------------------------------------------------- the mask
 
-// Where each request's rectangle lies: its new tokens are rows, all tokens that it has by then are columns.
-// One request attends to nothing of another, so that only these rectangles on the diagonal hold anything.
+// The rectangle of each request: its new tokens are rows, all its tokens so far are columns.
+// Requests do not attend to each other, so only these rectangles on the diagonal have visible keys.
 function maskBands(replay, width) {
   const requests = shareOrder(replay);
   const keys = requests.map((request) => request.computed);
@@ -41,11 +41,11 @@ function drawMask(replay) {
   const rows = bands.reduce((count, band) => count + band.rows, 0);
   const keys = bands.reduce((count, band) => count + band.keys, 0);
   const [, hidden] = replay.step.padding;
-  const padded = hidden > 0 ? ` The padding of this batch, ${number(hidden)} hidden keys, is not drawn.` : "";
+  const padded = hidden > 0 ? ` The padding of this batch, ${number(hidden)} masked keys, is not drawn.` : "";
   byId("mask-words").textContent = rows === 0
     ? "Nothing was computed in this step."
-    : `${counted(rows, "query", "queries")} (down) by ${counted(keys, "key")} (across): each query sees what stands ` +
-      `before it in its own request, and nothing of the others.${padded}`;
+    : `${counted(rows, "query", "queries")} (down) by ${counted(keys, "key")} (across): each query sees the keys of ` +
+      `its own request up to its own position.${padded}`;
   canvas.setAttribute("aria-label", maskLabel(bands));
 }
 
@@ -55,7 +55,7 @@ function maskLabel(bands) {
   return `Attention mask. ${listed(words)}`;
 }
 
-// K/V that was there before is pale, with dots where it was found in the cache; what this step writes is strong.
+// Earlier K/V is pale, with dots for cache hits; K/V that this step writes is strong.
 function drawBand(context, band, width) {
   const { request, x, y, height } = band;
   const perKey = band.width / band.keys;
@@ -104,8 +104,8 @@ function drawStairs(context, { x, y, width, height, rows }, split, perKey, shade
   context.fill();
 }
 
-const MASK_HINT = "Point at the mask to see which query and which key meet there. " +
-  "Strong colour: K/V written in this step. Pale: written before. Dotted: found in the prefix cache.";
+const MASK_HINT = "Point at the mask to see the query and the key of a cell. " +
+  "Strong colour: K/V written in this step. Pale: written before. Dotted: prefix cache hit.";
 
 function watchMask(getReplay) {
   const canvas = byId("mask");
@@ -129,12 +129,12 @@ function maskWords(replay, width, pointX, pointY) {
   const query = `The query of ${id} at position ${number(position)} sees its keys 0 to ${number(position)}.`;
   const column = bands.find(({ x, width: wide }) => pointX >= x && pointX < x + wide);
   if (column === undefined) return query;
-  if (column !== band) return `${query} Here are keys of ${column.request.id}: hidden from it.`;
+  if (column !== band) return `${query} These are keys of ${column.request.id}: masked.`;
   const key = Math.min(band.keys - 1, Math.floor(((pointX - band.x) / band.width) * band.keys));
   const token = replay.textOf(band.request, key, key + 1).join("");
-  const before = key < band.request.found ? "found in the cache" : "written before";
+  const before = key < band.request.found ? "a cache hit" : "written before";
   const origin = key >= share.start ? "written in this step" : before;
-  const verdict = key > position ? "it comes later, so it is hidden" : `seen; ${origin}`;
+  const verdict = key > position ? "a later position, so it is masked" : `visible; ${origin}`;
   return `${query} Key ${number(key)}, “${token}”: ${verdict}.`;
 }
 

@@ -1,4 +1,4 @@
-// The panels of words and bars: this step, the requests, their texts.
+// The panels of text and bars: this step, the requests, their texts.
 
 const PROMPT_SHOWN = 32; // tokens of a prompt
 const OUTPUT_SHOWN = 420; // characters of an output, counted from its end
@@ -12,7 +12,7 @@ function drawStep(replay) {
   drawPhases(replay, step);
 }
 
-// What happened, in words.
+// The step in words.
 function summaryOf(replay) {
   const { step } = replay;
   const ids = (places) => listed(places.map((place) => replay.requests[place].id));
@@ -26,18 +26,18 @@ function summaryOf(replay) {
   const read = shares.filter((request) => request.share.ofPrompt > 0 && !request.share.isFork);
   if (admitted.length > 0) parts.push(`admits ${ids(admitted.map((request) => request.place))}`);
   const reads = read.map(({ id, share }) => `${counted(share.ofPrompt, "token")} of ${id}`);
-  if (reads.length > 0) parts.push(`reads ${listed(reads, 4)}`);
-  if (step.preempted.length > 0) parts.push(`takes the blocks of ${ids(step.preempted)} away`);
-  if (copies > 0) parts.push(`copies ${counted(copies, "block")} before writing`);
-  if (out > 0) parts.push(`moves ${counted(out, "block")} to the host`);
-  if (back > 0) parts.push(`brings ${counted(back, "block")} back`);
+  if (reads.length > 0) parts.push(`prefills ${listed(reads, 4)}`);
+  if (step.preempted.length > 0) parts.push(`preempts ${ids(step.preempted)}`);
+  if (copies > 0) parts.push(`copies ${counted(copies, "block")} on write`);
+  if (out > 0) parts.push(`swaps ${counted(out, "block")} out to the host`);
+  if (back > 0) parts.push(`swaps ${counted(back, "block")} in`);
   if (step.blocks !== null && step.blocks.evicted.length > 0) {
-    parts.push(`loses ${counted(step.blocks.evicted.length, "cached block")}`);
+    parts.push(`evicts ${counted(step.blocks.evicted.length, "cached block")}`);
   }
-  if (step.aborted.length > 0) parts.push(`comes after ${ids(step.aborted)} ended from outside`);
-  if (ended.length > 0) parts.push(`completes ${listed(ended)}`);
-  const who = shares.length === 1 ? shares[0].id : "everybody";
-  const words = parts.length > 0 ? parts.join("; ") : `moves ${who} on by a token`;
+  if (step.aborted.length > 0) parts.push(`comes after the abort of ${ids(step.aborted)}`);
+  if (ended.length > 0) parts.push(`finishes ${listed(ended)}`);
+  const decoding = shares.length === 1 ? shares[0].id : "all running requests";
+  const words = parts.length > 0 ? parts.join("; ") : `decodes one token of ${decoding}`;
   return `Step ${step.step} ${words}.`;
 }
 
@@ -45,7 +45,7 @@ function isDone(request) {
   return !["unseen", "running", "preempted"].includes(request.status);
 }
 
-// The bar is as long as the budget where steps come near it; else as the largest step, or all bars would look empty.
+// A full bar is the budget, or the largest step if the budget is far larger: all bars would look empty.
 function budgetScale(replay) {
   const largest = replay.totals.reduce((most, totals) => Math.max(most, sum(totals)), 1);
   const budget = replay.engine.max_num_batched_tokens;
@@ -72,20 +72,20 @@ function drawBudget(replay, step) {
     bar.append(part);
   }
   const [padded] = step.padding;
-  const padding = padded > 0 ? ` The batch has ${counted(padded, "token")} of padding beside them.` : "";
+  const padding = padded > 0 ? ` The batch also has ${counted(padded, "token")} of padding.` : "";
   const forwards = step.forwards === 1 ? "" : ` In ${counted(step.forwards, "forward")}.`;
   const kinds = [];
-  if (totals.prefill > 0) kinds.push(`${number(totals.prefill)} of prompts (high)`);
-  if (totals.decode > 0) kinds.push(`${number(totals.decode)} of decodes (low)`);
+  if (totals.prefill > 0) kinds.push(`${number(totals.prefill)} prefill (tall)`);
+  if (totals.decode > 0) kinds.push(`${number(totals.decode)} decode (low)`);
   byId("budget-words").textContent =
-    `${counted(sum(totals), "token")} of a budget of ${number(budget)}: ${kinds.join(" and ") || "nothing"}.` +
-    (scale < budget ? ` The bar ends at ${number(scale)}, the largest step.` : "") + padding + forwards;
+    `${counted(sum(totals), "token")} of a budget of ${number(budget)}: ${kinds.join(" and ") || "none"}.` +
+    (scale < budget ? ` A full bar is ${number(scale)}, the largest step.` : "") + padding + forwards;
   bar.setAttribute("aria-label", byId("budget-words").textContent);
   bar.dataset.prefill = totals.prefill;
   bar.dataset.decode = totals.decode;
 }
 
-// Requests with a share of the step, in the order in which the scheduler gave it to them.
+// Requests of the step, in the order of the scheduler.
 function shareOrder(replay) {
   return replay.step.shares.map((row) => replay.requests[typeof row === "number" ? row : row[0]]);
 }
@@ -94,7 +94,7 @@ function drawPhases(replay, step) {
   const bar = byId("phases");
   bar.hidden = step.times.length === 0;
   if (bar.hidden) {
-    byId("phases-words").textContent = "Times were not recorded, so that the same run gives the same page anywhere.";
+    byId("phases-words").textContent = "Times were not recorded, so that the page of a run is reproducible.";
     return;
   }
   const names = replay.recording.phases;
@@ -127,8 +127,8 @@ function drawRequests(replay) {
       rows(running, "running")),
     queue("waiting", `Waiting: ${number(named.length + more)}${policyWords(replay)}`,
       [...rows(named.map((place) => replay.requests[place]), "waiting"), ...unnamed]),
-    queue("gave-way", `Gave way: ${number(replay.gaveWay.length)}`,
-      rows(replay.gaveWay.map((place) => replay.requests[place]), "gave-way")),
+    queue("preempted", `Preempted: ${number(replay.preempted.length)}`,
+      rows(replay.preempted.map((place) => replay.requests[place]), "preempted")),
     queue("finished", `Finished: ${number(done.length)}`, rows(done, "finished")),
   );
 }
@@ -160,21 +160,21 @@ function requestRow(replay, request, kind) {
   computed.style.width = `${(100 * request.computed) / Math.max(1, most)}%`;
   paint(computed, [request.place]);
   bar.append(known, computed);
-  bar.title = `${number(request.computed)} computed of ${number(Number(row.dataset.known))} known tokens; ` +
-    `at most ${number(most)}`;
+  bar.title = `${number(request.computed)} of ${number(Number(row.dataset.known))} tokens computed; ` +
+    `maximum ${number(most)}`;
   row.append(bar, make("span", "counts", `${number(request.computed)} of ${number(Number(row.dataset.known))}`));
   return row;
 }
 
-// The step's work for a request, in a word or two.
+// The step's work for a request, in one or two words.
 function whatHappens(replay, request, kind) {
   if (kind === "waiting") return "";
-  if (kind === "gave-way") return replay.hostTables.has(request.place) ? "on the host" : "K/V dropped";
+  if (kind === "preempted") return replay.hostTables.has(request.place) ? "on the host" : "K/V dropped";
   if (kind === "finished") return request.status;
   const { share } = request;
   if (share === null) return "skipped";
-  const found = share.isFirst && share.found > 0 ? `, ${number(share.found)} found` : "";
-  if (share.scheduled > 1 && request.output > share.sampled) return `${number(share.scheduled)} again${found}`;
+  const found = share.isFirst && share.found > 0 ? `, ${number(share.found)} cached` : "";
+  if (share.scheduled > 1 && request.output > share.sampled) return `recompute ${number(share.scheduled)}${found}`;
   if (share.isFork) return `forked + ${number(share.scheduled)}`;
   if (share.ofPrompt === 0) return "decode";
   const isChunk = request.computed < replay.promptLength(request) || share.start > share.found;

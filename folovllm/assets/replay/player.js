@@ -1,4 +1,4 @@
-// The player: which step is shown, and all that moves it.
+// The player: the step that is shown, and the controls that change it.
 
 const replay = new Replay(JSON.parse(byId("recording").textContent));
 const lastStep = replay.steps.length - 1;
@@ -11,7 +11,7 @@ const showMaskHint = watchMask(() => replay);
 function show(index) {
   replay.seek(Math.max(0, Math.min(lastStep, index)));
   draw();
-  // While it plays, a screen reader is not told of every step, and the address stays as it is.
+  // While it plays, steps are not announced to a screen reader, and the address does not change.
   byId("summary").setAttribute("aria-live", timer === null ? "polite" : "off");
   if (timer === null) rememberStep();
 }
@@ -48,7 +48,7 @@ function describeEngine() {
   byId("settings").textContent = words.join(" · ");
 }
 
-// Marks that this run never needs are not explained.
+// Legend entries that this run does not need are hidden.
 function hideUnused() {
   const any = (test) => replay.steps.some(test);
   const used = {
@@ -93,7 +93,7 @@ function toggle() {
   else pause();
 }
 
-// A step that the reader chose ends the playing.
+// Choosing a step stops the playback.
 function go(index) {
   if (timer !== null) pause();
   show(index);
@@ -114,10 +114,10 @@ const KEYS = {
 function onKey(event) {
   const act = KEYS[event.key];
   const { target } = event;
-  // Menus have keys of their own, and space presses the button that has the focus.
+  // A select has keys of its own, and space presses the focused button.
   const isTaken = target.tagName === "SELECT" || (event.key === " " && ["BUTTON", "SUMMARY"].includes(target.tagName));
   if (act === undefined || isTaken || event.ctrlKey || event.altKey || event.metaKey) return;
-  event.preventDefault(); // or the slider would move once more, and the page would scroll
+  event.preventDefault(); // otherwise the slider would move again and the page would scroll
   act();
 }
 
@@ -137,7 +137,7 @@ function readAddress() {
 
 let remembering = null;
 
-// Browsers allow few changes of the address in a row, so only the step that one stays at gets there.
+// Browsers limit how often the address may change, so it is updated after a pause.
 function rememberStep() {
   clearTimeout(remembering);
   remembering = setTimeout(() => {

@@ -1,5 +1,5 @@
-// The state of the engine after a step, put together from the recording's changes.
-// What each field of the recording means stands in folovllm/engine/recording.py and pool.py.
+// The state of the engine after a step, built from the recording's changes.
+// folovllm/engine/recording.py and pool_changes.py describe the fields of the recording.
 
 class Replay {
   constructor(recording) {
@@ -15,7 +15,7 @@ class Replay {
     this.seek(0);
   }
 
-  // Go to a step, by its place. Changes lead forward only: going back starts again from the beginning.
+  // Go to a step by its index. Changes apply forward only: going back starts again from the first step.
   seek(index) {
     if (index < this.index) this.rewind();
     while (this.index < index) {
@@ -36,25 +36,25 @@ class Replay {
       prompt: request.prompt === null ? null : this.recording.prompts[request.prompt],
       outputTokens: request.output,
       maxOutput: request.max_output,
-      status: "unseen", // then "running", "preempted", or how it ended
-      computed: 0, // tokens that have K/V
+      status: "unseen", // then "running", "preempted", or its finish reason
+      computed: 0, // tokens with K/V
       output: 0, // tokens sampled so far
-      found: 0, // prompt tokens that were found in the cache when it was admitted
-      share: null, // what the step did for it
+      found: 0, // prompt tokens that were cache hits when it was admitted
+      share: null, // its part of the step
     }));
     for (const request of this.requests) this.startWith(request, this.recording.requests[request.place].begun);
-    // Places of those that were preempted and have not come back, the next to come back first.
-    this.gaveWay = this.requests.filter((request) => request.status === "preempted").map((request) => request.place);
+    // Places of the preempted requests, in the order in which they resume.
+    this.preempted = this.requests.filter((request) => request.status === "preempted").map((request) => request.place);
     this.tables = new Map(); // place -> blocks
     this.hostTables = new Map();
-    this.cached = new Map(); // block -> the block before it, or null
-    this.line = new Set(); // the free blocks, the next to be taken first
-    for (let block = 1; block <= this.highest; block += 1) this.line.add(block);
-    this.fillers = new Map(); // block -> whose tokens stand in it, and which of that request's blocks it is
+    this.cached = new Map(); // block -> its parent block, or null
+    this.free = new Set(); // the free queue, the next block to be taken first
+    for (let block = 1; block <= this.highest; block += 1) this.free.add(block);
+    this.fillers = new Map(); // block -> the request that filled it, and the block's index in that request
     this.changeBlocks(allChanges(this.recording.start));
   }
 
-  // A recording may begin when a request is on its way already.
+  // A recording may begin while requests are running or preempted.
   startWith(request, begun) {
     if (begun === undefined) return;
     [request.status, request.computed, request.output] = begun;
@@ -66,13 +66,13 @@ class Replay {
     const back = new Set([...step.aborted, ...step.preempted]);
     for (const request of this.requests) request.share = null;
     for (const row of step.shares) back.add(this.applyShare(row));
-    this.gaveWay = [...[...step.preempted].reverse(), ...this.gaveWay.filter((place) => !back.has(place))];
+    this.preempted = [...[...step.preempted].reverse(), ...this.preempted.filter((place) => !back.has(place))];
     if (step.blocks !== null) this.changeBlocks(step.blocks, step.ops);
-    // Dropped K/V is computed again later; what lies on the host is not.
-    for (const place of this.gaveWay) if (!this.hostTables.has(place)) this.requests[place].computed = 0;
+    // Dropped K/V is recomputed later; K/V on the host is not.
+    for (const place of this.preempted) if (!this.hostTables.has(place)) this.requests[place].computed = 0;
   }
 
-  // A row is a place alone where the step was a plain decode, which most are.
+  // A row is only a place for a plain decode, the most common case.
   applyShare(row) {
     const place = typeof row === "number" ? row : row[0];
     const request = this.requests[place];
@@ -80,7 +80,7 @@ class Replay {
     const [, scheduled, ofPrompt, found, computed, output, reason] = typeof row === "number" ? plain : row;
     const start = computed - scheduled;
     const isFirst = request.status !== "running";
-    const isFork = request.status === "unseen" && start > found; // it has K/V that it neither computed nor found
+    const isFork = request.status === "unseen" && start > found; // it has K/V from its parent
     request.share = { scheduled, ofPrompt, found, start, isFirst, isFork, sampled: output - request.output };
     if (isFirst) request.found = found;
     Object.assign(request, { computed, output, status: reason === undefined ? "running" : reason });
@@ -89,8 +89,8 @@ class Replay {
 
   changeBlocks(changes, ops = []) {
     const before = new Map(this.tables);
-    for (const block of changes.taken) this.line.delete(block);
-    for (const block of changes.freed) this.line.add(block); // a Set keeps the order in which things joined it
+    for (const block of changes.taken) this.free.delete(block);
+    for (const block of changes.freed) this.free.add(block); // a Set keeps the order of insertion
     applyTables(this.tables, changes.tables);
     applyTables(this.hostTables, changes.host);
     for (const block of changes.uncached) this.cached.delete(block);
@@ -103,7 +103,7 @@ class Replay {
     this.forgetFillers([...changes.evicted, ...changes.cached.map(([block]) => block)]);
   }
 
-  // Who came and went within one step left no table behind: nobody knows what stands in its blocks.
+  // A request that was admitted and finished in one step left no table, so the contents of its blocks are unknown.
   forgetFillers(blocks) {
     const held = new Set([...this.tables.values()].flat());
     for (const block of blocks) {
@@ -114,7 +114,7 @@ class Replay {
     }
   }
 
-  // A block is in a table where it was not: it was taken for new tokens, or found with tokens in it.
+  // A block is new in a table: it was allocated for new tokens, or it was a cache hit.
   note(place, index, block, before, copies) {
     const share = this.requests[place].share;
     const isNewTable = !before.has(place) && share !== null;
@@ -136,7 +136,7 @@ class Replay {
     return owners;
   }
 
-  // Slots of a block that hold K/V: as many as the furthest of its owners has written.
+  // Slots of a block with K/V: the maximum over its owners.
   filled(block, owners) {
     if (owners.length === 0) return this.cached.has(block) ? this.blockSize : 0;
     const written = owners.map((place) => {
@@ -146,14 +146,14 @@ class Replay {
     return Math.max(0, Math.min(this.blockSize, Math.max(...written)));
   }
 
-  // Requests that wait for their first step, in line; and how many more there are than the recording names.
+  // Requests that wait for their first step, in the order of the queue, and the number that the recording does not name.
   waiting() {
-    const away = new Set(this.gaveWay);
+    const away = new Set(this.preempted);
     const named = this.step.line.filter((place) => !away.has(place));
-    return { named, more: Math.max(0, this.step.waiting - this.gaveWay.length - named.length) };
+    return { named, more: Math.max(0, this.step.waiting - this.preempted.length - named.length) };
   }
 
-  // The texts of a request's tokens from one position to another; of the output, no more than is there by now.
+  // The texts of a request's tokens from start to end, without output tokens that are not sampled yet.
   textOf(request, start, end) {
     const prompt = request.prompt || [];
     const output = request.outputTokens.slice(0, request.output);
@@ -165,7 +165,7 @@ class Replay {
   }
 }
 
-// Tokens that a step computes for requests that read their prompts, and for all others.
+// Tokens that a step computes for requests in prefill, and for all others.
 function totalsOf(step) {
   const totals = { prefill: 0, decode: 0 };
   for (const row of step.shares) {
@@ -175,7 +175,7 @@ function totalsOf(step) {
   return totals;
 }
 
-// What a step leaves out is as in most steps.
+// Fields that a step leaves out have these values.
 function withDefaults(step) {
   const usual = { shares: [], line: [], ops: [], preempted: [], aborted: [], padding: [0, 0], forwards: 1, times: [] };
   return { ...usual, ...step, blocks: step.blocks === undefined ? null : allChanges(step.blocks) };
@@ -197,7 +197,7 @@ function tailsOf(changes) {
   return changes.flatMap(([, , tail]) => tail);
 }
 
-// A pool may be far larger than what a run ever touches, and only that is drawn.
+// Only blocks that the run uses are drawn; a pool may be much larger.
 function highestBlock(recording, blocksOf) {
   let highest = 0;
   for (const changes of [recording.start, ...recording.steps.map((step) => step.blocks || {})]) {

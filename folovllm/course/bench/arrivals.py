@@ -1,16 +1,17 @@
-"""Who comes when, and which batches are formed of those who have come.
+"""When requests arrive, and how request-level batching forms batches of them.
 
-Requests come at their `arrival`, in seconds after the start: all at 0, or one by one as a Poisson process has it. One
-kind comes by progress instead: when those that were there from the start have `start_after` output tokens each.
+Requests arrive at their `arrival`, in seconds after the start: all at 0, or as a Poisson process. A request with
+`start_after` arrives by progress instead: when the requests that were there from the start have that many output tokens
+each.
 
-An engine with iteration-level scheduling takes a request at the next step. A server of batches has to decide when a
-batch is worth starting, and until it is done nobody joins:
+An engine with iteration-level scheduling admits a request at the next step. A server of batches has to decide when to
+start a batch, and admits no request until the batch is done:
 
-    static batching    wait until `batch_size` have come, or no more will come
-    dynamic batching   the same, but never longer than `window` seconds after the first of them came
+    static batching    wait until `batch_size` requests have arrived, or no more will arrive
+    dynamic batching   the same, but at most `window` seconds after the first of them arrived
 
-The window bounds the wait for a batch to form. Neither bounds the wait for its longest request, which iteration-level
-scheduling removes.
+The window bounds the wait for a batch to form. Neither bounds the wait for its longest request; iteration-level
+scheduling does.
 """
 
 from __future__ import annotations
@@ -23,11 +24,11 @@ from folovllm.course.bench.workloads import BenchRequest
 
 
 class Arrivals:
-    """The requests that have not come yet. Times are seconds after the start.
+    """The requests that have not arrived yet. Times are seconds after the start.
 
-    A request with `start_after` comes once all others have that many output tokens each. A system that cannot run them
-    all at once never has them at that point together. For it the rule is that they have as many tokens in all,
-    `start_after` times their number, so that the same work is done by then.
+    A request with `start_after` arrives once all others have that many output tokens each. A system that cannot run
+    them all at once may never reach that point; for it, the total of their output tokens counts instead (`start_after`
+    times their number), so that the same work is done by then.
     """
 
     def __init__(self, requests: Sequence[BenchRequest], max_num_seqs: int | None = None) -> None:
@@ -38,15 +39,15 @@ class Arrivals:
         for i, start_after in self.late.items():
             if start_after > fewest:
                 raise ValueError(
-                    f"requests[{i}].start_after={start_after} is not valid; allowed: at most {fewest}, which all "
-                    "requests that do not wait for others reach"
+                    f"requests[{i}].start_after={start_after} is not valid; allowed: at most {fewest}, the fewest "
+                    "output tokens of the requests that are there from the start"
                 )
         self.progress = dict.fromkeys(self.first, 0)  # request -> output tokens
         self.rule = "together" if max_num_seqs is not None and max_num_seqs < len(self.first) else "each"
         self.note = {"arrival_rule": self.rule} if self.late else {}
 
     def due(self, now: float) -> list[int]:
-        """The requests whose time has come, in order of arrival; each is named once."""
+        """The requests that have arrived since the last call, in order of arrival."""
         due = [i for i, arrival in self.timed.items() if arrival <= now]
         if self.late:
             counts = [self.progress[i] for i in self.first]
@@ -58,36 +59,36 @@ class Arrivals:
         return due
 
     def wait(self, now: float) -> float:
-        """Seconds until the next request comes by the clock; infinity if none does."""
+        """Seconds until the next arrival by the clock; infinity if there is none."""
         return next(iter(self.timed.values()), math.inf) - now
 
 
 def by_arrival(requests: Sequence[BenchRequest]) -> list[int]:
-    """Indices of the requests in the order in which they come; those that come together in their own order."""
+    """Indices of the requests in order of arrival; equal arrivals keep their order."""
     return sorted(range(len(requests)), key=lambda i: requests[i].arrival)
 
 
 class Batch(NamedTuple):
-    """The next batch: the first `size` of those that wait, at `start`."""
+    """The next batch: the first `size` waiting requests, started at `start`."""
 
     size: int
     start: float
 
 
 FormBatch = Callable[[Sequence[float], float], Batch]
-"""Makes the next batch of the arrivals of all requests that are not done, in order, and of when the machine is free."""
+"""Forms the next batch from the sorted arrivals of all requests not yet served, and the time the machine is free."""
 
 
 def static_batch(arrivals: Sequence[float], free: float, batch_size: int) -> Batch:
-    """Static batching: `batch_size` requests, or all that are left, once the last of them has come."""
+    """Static batching: `batch_size` requests, or all that are left, once the last of them has arrived."""
     size = min(batch_size, len(arrivals))
     return Batch(size, max(free, arrivals[size - 1]))
 
 
 def dynamic_batch(arrivals: Sequence[float], free: float, batch_size: int, window: float) -> Batch:
-    """Dynamic batching: once `batch_size` have come, or `window` seconds after the first came; whoever is there then.
+    """Dynamic batching: starts once `batch_size` requests have arrived, or `window` seconds after the first arrival.
 
-    Unlike `static_batch` it cannot know that no more will come: a last batch that is not full waits its window.
+    Unlike `static_batch` it does not know that no more will arrive: a last batch that is not full waits its window.
     """
     full = arrivals[batch_size - 1] if batch_size <= len(arrivals) else math.inf
     start = max(free, min(full, arrivals[0] + window))

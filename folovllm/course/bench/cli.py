@@ -1,4 +1,4 @@
-"""`folovllm bench`: everything that the course says about speed comes from this command."""
+"""`folovllm bench`: the source of every speed that the course quotes."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Bench:
-    """A checked bench: what runs, what it is compared with, and what the report says of it besides numbers."""
+    """A checked bench: the plan, the base of the ratios, and the report's settings."""
 
     plan: Plan
     base: str
@@ -73,7 +73,7 @@ def bench(
         str,
         typer.Option(
             help=f"Comma-separated: {', '.join(MILESTONES)}, or all. A variant follows a colon "
-            f"({', '.join(BATCHINGS)}, where a milestone has them), a limit of requests at once an @: "
+            f"({', '.join(BATCHINGS)}, where a milestone has them), max_num_seqs an @: "
             "m2:padded@1,m2:padded@4 measures two batch sizes side by side, m4:budget=256,m4:budget=4096 two token "
             "budgets."
         ),
@@ -81,7 +81,7 @@ def bench(
     peers: Annotated[
         str,
         typer.Option(
-            help=f"Hugging Face's ways to serve, comma-separated: {', '.join(PEERS)}, all (of these), or ''. "
+            help=f"Hugging Face systems to compare with, comma-separated: {', '.join(PEERS)}, all (of these), or ''. "
             + "; ".join(f"{name}: {about}" for name, about in BATCHED_PEERS.items())
             + ", for example static:4,dynamic:4:0.25."
         ),
@@ -92,7 +92,7 @@ def bench(
     ] = Options.workloads,
     rounds: Annotated[int, typer.Option(help="How often every system runs.")] = Options.rounds,
     base: Annotated[
-        str | None, typer.Option(help="The system that ratios are taken to. None: the first peer, else the first.")
+        str | None, typer.Option(help="The base of all ratios. None: the first peer, else the first system.")
     ] = Options.base,
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = Options.dtype,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")] = Options.device,
@@ -101,32 +101,32 @@ def bench(
     ] = Options.load_format,
     max_num_seqs: Annotated[
         int | None,
-        typer.Option(help="Requests at once, for milestones without an @. None: as many as a workload has. m1: one."),
+        typer.Option(help="max_num_seqs of milestones without an @. None: as many as a workload has. m1: always 1."),
     ] = Options.max_num_seqs,
     max_num_batched_tokens: Annotated[
-        int | None, typer.Option(help="Token budget of a step, for milestones that can split a prompt.")
+        int | None, typer.Option(help="Token budget of a step, for milestones with chunked prefill.")
     ] = Options.max_num_batched_tokens,
-    seed: Annotated[int, typer.Option(help="Of the workloads: other lengths and other tokens.")] = Options.seed,
+    seed: Annotated[int, typer.Option(help="Seed of the workloads' lengths and tokens.")] = Options.seed,
     scale: Annotated[
-        float, typer.Option(help="Shrinks every length, for a quick look. Never compare results of two scales.")
+        float, typer.Option(help="Multiplies every length, for a quick run. Do not compare results of two scales.")
     ] = Options.scale,
     arrival_rate: Annotated[
         float | None,
-        typer.Option(help="Requests per second of a Poisson process. None: all are there from the start."),
+        typer.Option(help="Requests per second of a Poisson process. None: all arrive at the start."),
     ] = Options.arrival_rate,
     out: Annotated[
         Path | None,
-        typer.Option(help="Where the JSON goes, and a plot beside it. None: results/bench-MODEL-DTYPE-DEVICE.json."),
+        typer.Option(help="Path of the JSON, with a plot beside it. None: results/bench-MODEL-DTYPE-DEVICE.json."),
     ] = Options.out,
 ) -> None:
-    """Measure milestones and Hugging Face peers side by side, and the machine with them.
+    """Measure milestones, Hugging Face peers and the machine itself, side by side.
 
-    Every run has a process of its own. Systems are interleaved over several rounds, ratios are taken inside a round.
+    Every run has its own process. Systems are interleaved over several rounds; ratios are taken within a round.
     results/README.md says what each number means.
     """
     console = Console()
     if console.width < TABLE_WIDTH:
-        console = Console(width=TABLE_WIDTH)  # a wrapped line can be read, a cut number cannot
+        console = Console(width=TABLE_WIDTH)  # a terminal wraps long lines, where rich would cut numbers
     options = Options(
         model, milestones, peers, workloads, rounds, base, dtype, device, load_format, max_num_seqs,
         max_num_batched_tokens, seed, scale, arrival_rate, out,
@@ -153,7 +153,7 @@ def bench(
 
 
 def check(options: Options) -> Bench:
-    """Everything that can be wrong, before anything runs. Raises ValueError that names the option and what it takes."""
+    """Check all options before anything runs. Raises ValueError that names the option and the allowed values."""
     check_int("rounds", options.rounds, 1)
     check_int("seed", options.seed, 0)
     if options.max_num_seqs is not None:
@@ -226,7 +226,7 @@ def check(options: Options) -> Bench:
 
 
 def command_line(options: Options, model_name: str) -> str:
-    """The command with the options that differ from their defaults; folders are left out of names."""
+    """The command with the options that differ from their defaults, without folder names."""
     shown = {"model": model_name, "out": options.out.name if options.out else None}
     words = ["python", "-m", "folovllm.course.bench"]
     for name, default in vars(Options()).items():
@@ -236,7 +236,7 @@ def command_line(options: Options, model_name: str) -> str:
 
 
 def measure(console: Console, checked: Bench) -> Measurements:
-    """Run all rounds, with a line per run and a bar over all of them."""
+    """Run all rounds, with a line per run and a progress bar."""
     plan = checked.plan
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console, transient=True) as progress:
@@ -259,7 +259,7 @@ def measure(console: Console, checked: Bench) -> Measurements:
 
 
 def report_of(checked: Bench, measurements: Measurements) -> dict[str, Any]:
-    """The report of what was measured."""
+    """The report of the measurements."""
     reason = add_roofline(measurements.rounds, checked.config, checked.dtype.itemsize, checked.requests)
     header = {**checked.header, "roofline_left_out": reason}
     return build_report(header, measurements, [s.name for s in checked.plan.systems], checked.base)

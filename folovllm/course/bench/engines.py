@@ -17,16 +17,16 @@ from folovllm.entrypoints.llm import LLM
 from folovllm.outputs import RequestOutput
 from folovllm.sampling_params import SamplingParams
 
-TRACE_STEPS = 1_000_000  # more than any workload takes: a dropped step would be missing from the sums
+TRACE_STEPS = 1_000_000  # more than any workload takes: the sums need every step
 
 
 def engine_kwargs(
     system: System, requests: Sequence[BenchRequest], max_num_batched_tokens: int | None = None
 ) -> dict[str, Any]:
-    """The keywords of `LLM` that this milestone takes for this workload.
+    """The keywords of `LLM` for this milestone and workload.
 
-    Room for all requests at once unless the system names a limit or the milestone has one, and the model length that
-    they need. A token budget is given to milestones that can split a prompt; to others it would only refuse long ones.
+    All requests fit at once unless the system or the milestone has a limit, and max_model_len is what they need. Only
+    milestones with chunked prefill get a token budget; others would refuse prompts longer than it.
     """
     if system.milestone is None:
         raise ValueError(f"system={system.name!r} is not valid; allowed: a milestone")
@@ -47,7 +47,7 @@ def engine_kwargs(
 
 
 class EngineServer:
-    """An `LLM` that serves workloads; what it did is read from its own trace afterwards."""
+    """An `LLM` that serves workloads, measured from its own trace."""
 
     def __init__(self, llm: LLM, device_type: str, sleep: Callable[[float], None] = time.sleep) -> None:
         self.llm = llm
@@ -55,12 +55,12 @@ class EngineServer:
         self.sleep = sleep
 
     def run(self, requests: Sequence[BenchRequest]) -> Measured:
-        """Serve the requests, from an empty prefix cache and with a clean record. See `Measured`.
+        """Serve the requests with an empty prefix cache and an empty trace. See `Measured`.
 
-        Those that are due join before a step; where nothing is left to run, the next arrival is slept for.
+        Due requests are added before each step. With nothing to run, it sleeps until the next arrival.
         """
         engine = self.llm.engine
-        reset_prefix_cache = getattr(self.llm, "reset_prefix_cache", None)  # where the milestone has such a cache
+        reset_prefix_cache = getattr(self.llm, "reset_prefix_cache", None)  # if the milestone has one
         if reset_prefix_cache is not None:
             reset_prefix_cache()
         engine.trace.clear()
@@ -75,7 +75,7 @@ class EngineServer:
         while len(outputs) < len(requests):
             now = clock()
             for i in arrivals.due(now - start):
-                # One that came while a step was running has waited since then.
+                # A request that arrived during a step has been waiting since then.
                 came[i] = now if requests[i].start_after else start + requests[i].arrival
                 self._add(i, requests[i])
                 unfinished.add(str(i))
@@ -116,18 +116,18 @@ class EngineServer:
 
 
 def from_trace(trace: Trace, device_type: str) -> dict[str, Any]:
-    """What an engine's own record says of K/V, padding and time, under the names of `Measured`.
+    """K/V, padding and times from an engine's trace, under the names of `Measured`.
 
-    On a GPU the forward only starts kernels and "sample" waits for them, so there both count as the forward.
+    On a GPU the forward only launches kernels and "sample" waits for them, so both count as the forward.
     Raises RuntimeError for a trace that is empty or has lost steps.
     """
     if trace.dropped or not len(trace):
-        raise RuntimeError(f"a trace of {len(trace)} steps that lost {trace.dropped} cannot be summed")
+        raise RuntimeError(f"a trace of {len(trace)} steps with {trace.dropped} dropped cannot be summed")
     phase_s = {name: sum(s.phases[name][1] - s.phases[name][0] for s in trace) for name in PHASES}
     padding = sum(s.padding_tokens for s in trace)
     computed = sum(s.num_scheduled_tokens for s in trace)
     kv_padding = sum(s.padding_kv_tokens for s in trace)
-    kv_seen = sum(r.num_computed for s in trace for r in s.requests)  # a row's own K/V, its new tokens' included
+    kv_seen = sum(r.num_computed for s in trace for r in s.requests)  # the new tokens' K/V included
     return {
         "kv_capacity_tokens": max(s.kv.capacity for s in trace),
         "kv_reserved_tokens": max(s.kv.reserved for s in trace),

@@ -1,4 +1,4 @@
-"""What a result was measured on: hardware, versions, the state of the source, and how fast memory and GEMMs are."""
+"""The machine of a result: hardware, versions, the state of the source, and the speed of memory and GEMMs."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ import torch
 
 import folovllm
 
-NO_COMMIT = "The package was imported from outside of a git repository: the result will not say which commit it is of."
+NO_COMMIT = "The package was imported from outside a git repository: the result will not record a commit."
 PACKAGES = ("torch", "transformers", "triton")
 GEMM_ROWS = (1, 8, 64, 512)
 GEMM_ROWS_GPU = (*GEMM_ROWS, 4096)  # 512 rows do not fill a large GPU
 GEMM_SIZE = 2048  # the matrices are [m, 2048] x [2048, 2048]; 4096 on a GPU
 
-# Larger than the caches, so that what is read comes from memory.
+# Larger than the caches, so that reads come from memory.
 READ_BYTES = {"cpu": 512 * 2**20, "cuda": 4 * 2**30}
 MIN_REPEATS, MIN_SECONDS, MEASUREMENT_SECONDS = 5, 0.25, 0.02
 
 
-# ------------------------------------------------------------------ what it is
+# ------------------------------------------------------------------ hardware and source
 
 
 def hardware(device: torch.device) -> dict[str, Any]:
@@ -51,7 +51,7 @@ def hardware(device: torch.device) -> dict[str, Any]:
 
 
 def cpu_model() -> str:
-    """The processor's name, or its architecture where the system does not tell."""
+    """The processor's name, or its architecture if the name is unknown."""
     try:
         if sys.platform.startswith("linux"):
             lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -66,7 +66,7 @@ def cpu_model() -> str:
 
 
 def ram_bytes() -> int | None:
-    """Main memory; None where the system does not tell."""
+    """Main memory; None if unknown."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (AttributeError, OSError, ValueError):
@@ -74,7 +74,7 @@ def ram_bytes() -> int | None:
 
 
 def versions() -> dict[str, str | None]:
-    """Python and the packages that matter; None for one that is not installed."""
+    """Python and the packages that affect speed; None for a package that is not installed."""
     found: dict[str, str | None] = {"python": platform.python_version(), "folovllm": folovllm.__version__}
     for package in PACKAGES:
         try:
@@ -85,10 +85,10 @@ def versions() -> dict[str, str | None]:
 
 
 def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
-    """Commit of the source and whether files differ from it (results aside); None for what git does not tell.
+    """Commit of the source and whether files differ from it (results aside); None where unknown.
 
-    The source is where this package was imported from. A copy of the files alone, without their `.git`, has no commit,
-    wherever the command is typed: measure from a clone or a worktree.
+    The source is the folder that this package was imported from. A copy without its `.git` has no commit, whatever the
+    working directory: measure from a clone or a worktree.
     """
     where = Path(__file__).resolve().parent if folder is None else folder
     git = ("git", "-C", str(where), "--no-optional-locks")
@@ -97,13 +97,13 @@ def git_state(folder: Path | None = None) -> dict[str, str | bool | None]:
         state["commit"] = _output(*git, "rev-parse", "--verify", "--quiet", "HEAD")
         state["dirty"] = bool(_output(*git, "status", "--porcelain", "--", ":/", ":(top,exclude)results"))
     except (OSError, subprocess.SubprocessError):
-        pass  # no git, no repository, or one that git will not read for this user
+        pass  # no git, no repository, or a repository that git refuses to read as this user
     return state
 
 
 @dataclass(frozen=True)
 class CpuTime:
-    """CPU seconds since some start: of the whole machine, and of this process with all its threads."""
+    """Counters of CPU seconds: of the whole machine, and of this process with all its threads."""
 
     everything: float
     own: float
@@ -111,17 +111,17 @@ class CpuTime:
 
     @classmethod
     def now(cls) -> CpuTime | None:
-        """The counters as they stand; None where the system does not keep them (outside of Linux)."""
+        """The current counters; None on systems without them (not Linux)."""
         try:
             fields = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()[1:9]
         except OSError:
             return None
         user, nice, system, _, _, irq, softirq, steal = map(int, fields)
-        ticks = user + nice + system + irq + softirq + steal  # stolen by other guests of the same host: others too
+        ticks = user + nice + system + irq + softirq + steal  # steal: time of other virtual machines
         return cls(ticks / os.sysconf("SC_CLK_TCK"), time.process_time(), time.perf_counter())
 
     def share_of_others(self, later: CpuTime, cores: int) -> float:
-        """Of all CPU time from this moment to `later`, the share that other processes used."""
+        """The share of all CPU time between this reading and `later` that other processes used."""
         others = (later.everything - self.everything) - (later.own - self.own)
         return max(0.0, others / (cores * (later.wall - self.wall)))
 
@@ -131,16 +131,15 @@ def _output(*command: str) -> str:
     return done.stdout.strip()
 
 
-# ------------------------------------------------------------------ how fast it is
+# ------------------------------------------------------------------ speed
 
 
 def probe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Ceilings of this machine at this moment, with torch's own kernels and as many threads as the runs have.
+    """Ceilings of this machine, with torch's own kernels and as many threads as the runs have.
 
-    read_bytes_per_s: the best rate at which a sum, a maximum or a matrix-vector product went through memory.
-    gemm_flops_per_s: for each number of rows m, of [m, n] x [n, n] in `dtype`, with more such matrices in turn than fit
-    the caches, which is how a model's weights are met. The best of several measurements counts: a ceiling is what can
-    be reached.
+    read_bytes_per_s: the best rate of a sum, a maximum or a matrix-vector product over memory. gemm_flops_per_s: for
+    each number of rows m, of [m, n] x [n, n] in `dtype`, cycling through more matrices than fit the caches, as with a
+    model's weights. The best of several measurements counts: a ceiling is what can be reached.
     """
     read_bytes = READ_BYTES[device.type]
     on_gpu = device.type == "cuda"
@@ -157,13 +156,13 @@ def probe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     for m in GEMM_ROWS_GPU if on_gpu else GEMM_ROWS:
         x = torch.randn(m, n, device=device).to(dtype)  # [m, n]
         gemm[str(m)] = 2 * m * n * n / _best_seconds(_Cycle(x, weights), device)
-    # A product with one row reads every weight once, so its rate is a read bandwidth too, should it be the best.
+    # A product with one row reads every weight once, so its rate is a read bandwidth too.
     weights_per_s = gemm["1"] / 2 * dtype.itemsize
     return {"read_bytes_per_s": max(read, weights_per_s), "gemm_flops_per_s": gemm, "gemm_size": n}
 
 
 class _Cycle:
-    """x times the next weight in turn."""
+    """x times the weights in turn, one per call."""
 
     def __init__(self, x: torch.Tensor, weights: list[torch.Tensor]) -> None:
         self.x, self.weights, self.turn = x, weights, 0
@@ -176,8 +175,8 @@ class _Cycle:
 def _best_seconds(work: Callable[[], object], device: torch.device) -> float:
     """The shortest time of one call, over at least `MIN_REPEATS` measurements and `MIN_SECONDS`.
 
-    A measurement is the mean of as many calls as fill `MEASUREMENT_SECONDS`: a single short one says more about luck
-    than about a ceiling, and on a GPU about launching.
+    A measurement is the mean over as many calls as fill `MEASUREMENT_SECONDS`: a single short call is noise, and on a
+    GPU mostly launch overhead.
     """
 
     def mean_seconds(calls: int) -> float:

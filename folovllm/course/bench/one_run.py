@@ -1,8 +1,8 @@
-"""The process of one measurement: a system on a workload, or a look at the machine. A job in, a result out, as JSON.
+"""The process of one measurement: a system on a workload, or a probe of the machine. A job in, a result out, as JSON.
 
-A process of its own gives every run the same start: an empty heap, untouched weights, no compiled or cached leftovers
-of another system. `python -m folovllm.course.bench.one_run JOB RESULT` reads the job from one file and writes the
-result to another, so that whatever libraries print cannot come between.
+Every run has its own process, so that it starts with an empty heap, unmodified weights, and nothing compiled or cached
+by another system. `python -m folovllm.course.bench.one_run JOB RESULT` reads the job from one file and writes the
+result to another, so that the output of libraries cannot corrupt it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from folovllm.entrypoints.llm import LLM
 from folovllm.kv_cache.formulas import kv_bytes_per_token
 from folovllm.models.loader import load_config, load_hf_model, resolve_device, resolve_dtype, resolve_model
 
-USAGE_ERROR = 2  # exit status: the job cannot work, and `error` in the result says why
+USAGE_ERROR = 2  # exit status: the job is not valid; `error` in the result says why
 
 
 @dataclass(frozen=True)
@@ -60,16 +60,16 @@ class Job:
 
 
 class Run(Protocol):
-    """Serves requests and tells how it went."""
+    """Serves requests and measures the run."""
 
     def __call__(self, requests: list[BenchRequest]) -> Measured:
-        """Serve all of them."""
+        """Serve all requests."""
 
 
 def run_job(job: Job) -> dict[str, Any]:
-    """Do what the job says and return its result as plain data.
+    """Run a job and return its result as plain data.
 
-    Raises ValueError for a model, device, dtype or workload that cannot work.
+    Raises ValueError for a model, device, dtype or workload that is not valid.
     """
     source = resolve_model(job.model)
     config = load_config(source)
@@ -114,14 +114,14 @@ def run_job(job: Job) -> dict[str, Any]:
 
 
 def check_complete(requests: list[BenchRequest], measured: Measured) -> None:
-    """Raise RuntimeError unless every request got exactly the tokens it asked for: no rate counts absent ones."""
+    """Raise RuntimeError unless every request got exactly `max_tokens` tokens: rates must not count missing tokens."""
     for i, (request, ids) in enumerate(zip(requests, measured.token_ids, strict=True)):
         if len(ids) != request.max_tokens:
             raise RuntimeError(f"request {i} asked for {request.max_tokens} tokens and got {len(ids)}")
 
 
 def start_peak_memory(device: torch.device) -> bool:
-    """Forget the peak so far. False where the system cannot: then the peak is that of the whole process."""
+    """Reset the peak. Returns False where the system cannot: the peak is then that of the whole process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return True
@@ -133,7 +133,7 @@ def start_peak_memory(device: torch.device) -> bool:
 
 
 def peak_memory(device: torch.device, reset: bool) -> dict[str, Any]:
-    """Peak memory in bytes and what it is a peak of: tensors on the GPU, or resident memory of the process."""
+    """Peak memory in bytes and its kind: tensors on the GPU, or resident memory of the process."""
     if device.type == "cuda":
         return {"peak_memory_bytes": torch.cuda.max_memory_allocated(device), "peak_memory_of": "GPU tensors, run"}
     if reset:
@@ -157,7 +157,7 @@ def _kv_bytes_per_token(config: Any, dtype: torch.dtype) -> int | None:
 
 
 def main(job_path: str, result_path: str) -> int:
-    """Run a job from its file; the exit status. A mistake of the user's is written down instead of a traceback."""
+    """Run a job from its file. Returns the exit status. A usage error goes to the result, without a traceback."""
     result = Path(result_path)
     try:
         data = run_job(Job.load(Path(job_path)))

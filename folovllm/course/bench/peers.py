@@ -2,13 +2,13 @@
 
 - sequential: `generate` for one request after the other.
 - static: one `generate` for all, left-padded to the longest prompt. The batch runs until its longest output is done;
-  what a row produces beyond its own request's length is work, but not output. Or, as the model servers before Orca had
-  it, batch after batch of a fixed size.
+  tokens of a row beyond its own request's length are work, but not output. With a batch size: batch after batch, as in
+  the model servers before Orca.
 - dynamic: the same, with a limit on how long a batch waits to be full.
 - continuous: the manager behind `generate_batch`, with a `max_new_tokens` per request.
 
-All are greedy, without an EOS, and get token ids. Times are those at which a token reaches the host: the streamer of
-`generate` is called with each step's tokens; the manager stamps each token if asked to.
+All are greedy, without EOS, on token ids. A token's time is when it reaches the host: `generate` calls the streamer
+with each step's tokens; the manager can record a timestamp per token.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ from folovllm.course.bench.record import Measured
 from folovllm.course.bench.systems import System
 from folovllm.course.bench.workloads import BenchRequest
 
-# The manager's own defaults look for memory to fill, which takes 10 s or more on a CPU. These two were the fastest of
-# 16 and 256 tokens per page, 256 and 2048 tokens per step, on w2.
+# The manager's defaults profile memory, which takes 10 s or more on a CPU. These two values were the fastest of 16 and
+# 256 tokens per page, 256 and 2048 tokens per step, on w2.
 CPU_PAGE_SIZE = 16
 CPU_MAX_BATCH_TOKENS = 256
 
 
 class TokenClock(BaseStreamer):
-    """A streamer that notes each step's tokens and when they came."""
+    """A streamer that records each step's tokens and their time."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -57,7 +57,7 @@ class TokenClock(BaseStreamer):
 
 
 def greedy_config(max_new_tokens: int | None = None) -> GenerationConfig:
-    """Greedy, never stopped by an EOS."""
+    """Greedy, without EOS."""
     return GenerationConfig(do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=None, pad_token_id=0)
 
 
@@ -68,7 +68,7 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_t
     input_ids = torch.tensor([[0] * (width - len(p)) + list(p) for p in prompts], device=device)  # [B, L]
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=device)  # [B, L]
     clock = TokenClock()
-    # `generate` fills what a passed config leaves unset from the model's own, an EOS included: put that aside.
+    # `generate` fills fields that a passed config leaves unset from the model's config, EOS included: remove it here.
     own = model.generation_config
     settings = greedy_config(max_new_tokens)
     model.generation_config = settings
@@ -81,16 +81,16 @@ def generate(model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_t
 
 @dataclass(frozen=True)
 class BatchWork:
-    """What `generate` computes for a left-padded batch, and how much of it belongs to a token that was asked for."""
+    """What `generate` computes for a left-padded batch, and how much of it is needed."""
 
-    rows: int  # tokens through the model; in the end the batch holds K/V of as many
+    rows: int  # tokens through the model, and tokens of K/V in the batch at its end
     rows_needed: int
-    kv_columns: int  # K/V that the rows attend over, summed over the forwards
+    kv_columns: int  # columns of K/V that the rows attend over, summed over the forwards
     kv_columns_needed: int
 
 
 def batch_work(requests: Sequence[BenchRequest]) -> BatchWork:
-    """Every row is as wide as the longest prompt and runs as long as the longest output; the last token is not fed."""
+    """Every row has the longest prompt's width and runs as long as the longest output. The last token is not fed."""
     count, width = len(requests), max(r.num_prompt_tokens for r in requests)
     steps = max(r.max_tokens for r in requests)
     return BatchWork(
@@ -107,10 +107,10 @@ def run_sequential(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> 
 
 
 def run_static(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_size: int | None = None) -> Measured:
-    """Padded batches of `batch_size` requests in order of arrival, each begun once all of them have come.
+    """Padded batches of `batch_size` requests in order of arrival, each started once all of them have arrived.
 
-    None: all requests in one batch. `extra["batches"]` says which requests (indices) were in which batch, and when it
-    began and ended, on the clock of the token times. Raises ValueError for a batch size below 1.
+    None: all requests in one batch. `extra["batches"]` lists each batch's requests (indices), start and end, on the
+    clock of the token times. Raises ValueError for a batch size below 1.
     """
     size = len(requests) if batch_size is None else batch_size
     check_int("batch_size", size, 1)
@@ -118,10 +118,10 @@ def run_static(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_s
 
 
 def run_dynamic(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_size: int, window: float) -> Measured:
-    """As `run_static`, but a batch is not waited for longer than `window` seconds after its first request came.
+    """As `run_static`, but a batch that is not full starts `window` seconds after its first request arrived.
 
-    Then it begins with those who are there, as soon as the machine is free. Raises ValueError for a batch size below 1
-    and for a window that is not a number of seconds >= 0.
+    It starts later if the machine is busy. Raises ValueError for a batch size below 1 and for a window that is not a
+    number of seconds >= 0.
     """
     check_int("batch_size", batch_size, 1)
     if not 0 <= window < math.inf:
@@ -130,7 +130,7 @@ def run_dynamic(model: PreTrainedModel, requests: Sequence[BenchRequest], batch_
 
 
 def _run_batches(model: PreTrainedModel, requests: Sequence[BenchRequest], form_batch: FormBatch) -> Measured:
-    """Batch after batch, each one `generate` that nobody joins and nobody leaves."""
+    """Batch after batch, one `generate` call each: no request joins or leaves a running batch."""
     for i, request in enumerate(requests):
         if request.start_after:
             raise ValueError(
@@ -174,13 +174,13 @@ def _run_batches(model: PreTrainedModel, requests: Sequence[BenchRequest], form_
 
 
 def sleep_until(moment: float) -> None:
-    """Return once `time.perf_counter` has reached `moment`; at once if it has."""
+    """Return once `time.perf_counter` has reached `moment`."""
     while (left := moment - time.perf_counter()) > 0:
         time.sleep(left)
 
 
 def continuous_config(device_type: str, requests: Sequence[BenchRequest]) -> ContinuousBatchingConfig:
-    """On a CPU a pool that holds all requests at their longest; on a GPU what the manager finds best."""
+    """On a CPU a pool for all requests at their final length; on a GPU the manager's defaults."""
     if device_type != "cpu":
         return ContinuousBatchingConfig()
     known = {f.name for f in fields(ContinuousBatchingConfig)}
@@ -196,11 +196,10 @@ def continuous_config(device_type: str, requests: Sequence[BenchRequest]) -> Con
 
 
 def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
-    """A new manager, and so a new prefix cache; its set-up is not timed. See `Measured`.
+    """Serve with a new manager, which has an empty prefix cache. Its set-up is not timed. See `Measured`.
 
-    Requests are added at their arrival; late ones when the tokens streamed so far say so, and without such ones nothing
-    is streamed. The manager does not say how much of its pool requests hold, how much it pads, how long its forwards
-    take, or how long it is idle.
+    Requests are added at their arrival, late ones according to the tokens streamed so far; without late ones nothing is
+    streamed. The manager does not report held blocks, padding, forward time or idle time.
     Raises RuntimeError if the manager fails or loses a request.
     """
     settings = greedy_config()
@@ -237,7 +236,7 @@ def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> 
         pool = manager.continuous_batching_config.num_blocks
     done = [outputs[i] for i in range(len(requests))]
     times = [o.timestamps for o in done]
-    # A request that was preempted starts a new list of stamps: then there are no honest ones for all tokens.
+    # A preempted request starts a new list of timestamps, so the times of its first tokens are lost.
     complete = all(t is not None and len(t) == r.max_tokens for t, r in zip(times, requests, strict=True))
     return Measured(
         arrivals=[came[i] for i in range(len(requests))],
@@ -250,7 +249,7 @@ def run_continuous(model: PreTrainedModel, requests: Sequence[BenchRequest]) -> 
 
 
 def run_peer(system: System, model: PreTrainedModel, requests: Sequence[BenchRequest]) -> Measured:
-    """Serve the requests as the system's name says. Raises ValueError for a system that is no peer."""
+    """Serve the requests with a peer. Raises ValueError for a system that is not a peer."""
     if system.peer == "sequential":
         return run_sequential(model, requests)
     if system.peer == "static":

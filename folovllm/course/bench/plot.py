@@ -1,4 +1,4 @@
-"""A report as a picture: what each system delivers, and what a user of it waits for."""
+"""A report as a figure: throughput and latencies of each system."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is kept of one run, and the numbers that follow from it."""
+"""The record of one run, and the numbers derived from it."""
 
 from __future__ import annotations
 
@@ -14,32 +14,29 @@ from typing import Any
 class Measured:
     """One system's run of one workload, on one clock (`time.perf_counter`). One list entry per request, in order."""
 
-    arrivals: list[float]  # when each request came, whether or not anybody was free to take it
+    arrivals: list[float]  # when each request arrived, whether or not the system could admit it
     finished: float
     token_ids: list[list[int]]
-    # When each output token was known; None where the system does not say. kv_*_tokens: peaks, in tokens of K/V: room
-    # in all, set aside for requests, holding K/V that a request needs; None where unknown.
-    token_times: list[list[float]] | None
-    kv_capacity_tokens: int | None = None
-    kv_reserved_tokens: int | None = None
-    kv_used_tokens: int | None = None
-    # Of all token rows that the model computed, those that belong to no token anybody asked for
-    padding_share: float | None = None
-    # Of all columns of K/V that stood in a forward's batch, summed over the forwards, those that no such token needed
-    kv_padding_share: float | None = None
-    forward_seconds: float | None = None  # spent inside the model's forward; None where unknown
-    idle_seconds: float | None = 0.0  # spent waiting for requests to come; None where unknown
-    # Anything else; "batches" are a list of {"requests": indices, "start": s, "end": s} on the token times' clock
+    # None where unknown, here and below
+    token_times: list[list[float]] | None  # when each output token reached the host
+    kv_capacity_tokens: int | None = None  # size of the KV memory in tokens
+    kv_reserved_tokens: int | None = None  # peak of K/V reserved for requests, in tokens
+    kv_used_tokens: int | None = None  # peak of K/V that requests need, in tokens
+    padding_share: float | None = None  # of the token rows that the model computed: padding and unneeded tokens
+    kv_padding_share: float | None = None  # the same of the columns of K/V in the batches, summed over the forwards
+    forward_seconds: float | None = None  # spent inside the model's forward
+    idle_seconds: float | None = 0.0  # spent waiting for arrivals
+    # Other data; "batches" is a list of {"requests": indices, "start": s, "end": s} on the clock of the token times
     extra: dict[str, Any] = field(default_factory=dict)
 
     @property
     def wall_seconds(self) -> float:
-        """First arrival to last token."""
+        """Seconds from the first arrival to the last token."""
         return self.finished - min(self.arrivals)
 
     @property
     def output_tokens(self) -> int:
-        """Tokens that somebody asked for."""
+        """Output tokens that requests asked for."""
         return sum(map(len, self.token_ids))
 
     @property
@@ -58,7 +55,7 @@ class Measured:
 
     @property
     def overhead_share(self) -> float | None:
-        """Of the time that was not spent waiting for requests, the share that was not the model's forward."""
+        """The share of the busy time (wall time without idle time) outside the model's forward."""
         if self.forward_seconds is None:
             return None
         return 1 - self.forward_seconds / (self.wall_seconds - (self.idle_seconds or 0.0))
@@ -66,7 +63,7 @@ class Measured:
     def to_json(self, kv_bytes_per_token: int | None) -> dict[str, Any]:
         """The run as plain data: times in seconds, K/V in bytes (None without `kv_bytes_per_token`).
 
-        Moments, which only the batches have, are seconds after the first arrival.
+        Start and end of batches are seconds after the first arrival.
         """
 
         def kv_bytes(tokens: int | None) -> int | None:
@@ -95,12 +92,12 @@ class Measured:
 
 
 def token_hash(token_ids: Sequence[int]) -> str:
-    """16 hexadecimal digits that tell two outputs apart."""
+    """16 hexadecimal digits of a hash of an output."""
     return hashlib.sha256(",".join(map(str, token_ids)).encode()).hexdigest()[:16]
 
 
 def distribution(values: Sequence[float] | None) -> dict[str, float] | None:
-    """p50, p99 and max; None for None and for no values."""
+    """p50, p99 and max; None without values."""
     if not values:
         return None
     return {"p50": percentile(values, 50), "p99": percentile(values, 99), "max": max(values)}

@@ -1,4 +1,4 @@
-"""From rounds to what is said about them: medians, spreads, ratios, and the file that keeps it all.
+"""From rounds to a report: medians, spreads, ratios, and the JSON file.
 
 See `rounds`. The share of the roofline, too, is taken inside each round, against ceilings that the round measured.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 SCHEMA = 1  # of the JSON; results/README.md describes it
 
-# Numbers of a run that are summarised as they are: name -> where to find it.
+# Numbers of a run that are summarised unchanged: name -> path in the run's data.
 PLAIN = {
     "output_tokens_per_s": ("output_tokens_per_s",),
     "wall_s": ("wall_s",),
@@ -39,7 +39,7 @@ PLAIN = {
 def add_roofline(
     rounds: Sequence[Round], config: PretrainedConfig, itemsize: int, requests: Mapping[str, Sequence[BenchRequest]]
 ) -> str | None:
-    """Give each run its `least_s` and `roofline_share`, on its own round's ceilings; None, or why they are None."""
+    """Add `least_s` and `roofline_share` to each run, from its own round's ceilings. Returns a reason if impossible."""
     reason = None
     for current in rounds:
         bytes_per_s = current.machine["read_bytes_per_s"]
@@ -58,8 +58,8 @@ def add_roofline(
 def summarize(rounds: Sequence[Round], systems: Sequence[str], base: str) -> dict[str, dict[str, dict[str, Any]]]:
     """workload -> system -> number -> `spread` over the rounds.
 
-    ratio_to_base is output_tokens_per_s over the base's, taken round by round. same_tokens_as_base counts requests
-    whose tokens are the base's, in the first round that has both, as [same, all]; None where the base has not run.
+    ratio_to_base is output_tokens_per_s over the base's, round by round. same_tokens_as_base is [requests with the
+    base's tokens, requests] in the first round that has both; None if the base has not run.
     """
     workloads = dict.fromkeys(name for current in rounds for name in current.runs)
     return {
@@ -98,7 +98,7 @@ def _at(run: dict[str, Any], where: Sequence[str]) -> float | None:
 def build_report(
     header: dict[str, Any], measurements: Measurements, systems: Sequence[str], base: str
 ) -> dict[str, Any]:
-    """Everything that is kept of a bench, as plain data: see results/README.md."""
+    """The report of a bench as plain data: see results/README.md."""
     return {
         "schema": SCHEMA,
         **header,
@@ -118,7 +118,7 @@ def build_report(
 
 
 def save_report(report: dict[str, Any], path: Path) -> None:
-    """Write JSON. The file appears whole or not at all: an interrupt leaves an older one as it was."""
+    """Write JSON atomically: an interrupt leaves an older file unchanged."""
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(path.name + ".part")
     draft.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -1,25 +1,24 @@
 """The least time a workload could take on a machine: its roofline.
 
-An ideal engine is assumed. It wastes no step, no row and no byte:
+An ideal engine is assumed, without wasted steps, rows or bytes:
 
-1. All prompts that are there are computed in one pass; a prefix that they share is computed and stored once.
-2. Then every step feeds one token of each request that is not done, all in one pass. A request that arrives later is
-   computed whole in the pass in which it arrives, beside the others' tokens.
+1. All prompts that are there at the start are computed in one pass; a shared prefix is computed and stored once.
+2. Then every pass feeds one token of each unfinished request. The prompt of a request that arrives later is computed
+   whole in one such pass.
 3. A pass reads every weight of the linear layers and of the LM head once, and the rows of the embedding table that its
    tokens need. It writes K and V of its tokens, and reads for each request the K and V that earlier passes wrote for
-   it. A shared prefix is stored once and read by each request for itself: an attention that reads it once for all of
-   them could do with less.
-4. It computes 2 FLOPs per linear weight and token, 2 per LM-head weight and request, and attention over the keys that
-   the causal mask leaves.
+   it. A shared prefix is stored once but read once per request; cascade attention would read less.
+4. It computes 2 FLOPs per linear weight and token, 2 per LM-head weight and request, and attention over the unmasked
+   keys.
 
-A pass takes at least as long as its bytes at the read bandwidth, and at least as long as its FLOPs at the best GEMM
-rate; perfect overlap is assumed, so the longer of the two counts (Williams et al. 2009, "Roofline"). Norms, biases,
-activations and softmax are left out, as are logits. The share of the roofline is this least time over the measured.
+A pass takes the longer of its bytes at the read bandwidth and its FLOPs at the best GEMM rate: perfect overlap is
+assumed (Williams et al. 2009, "Roofline"). Norms, biases, activations, softmax and logits are not counted. The share of
+the roofline is this least time over the measured time.
 
-All requests have to be there from the start (or to come by progress): where they come at times of their own, a run
-takes as long as they take to come, however fast the machine is.
+All requests must be there from the start or arrive by progress: with arrivals spread over time, a run takes at least as
+long as the arrivals, however fast the machine is.
 
-The bandwidth is that of memory. A model that fits the processor's caches may do better than its roofline.
+The bandwidth is that of memory. A model that fits the processor's caches may be faster than its roofline.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Work:
-    """What passes cost."""
+    """The bytes and FLOPs of passes."""
 
     weight_bytes: int = 0
     kv_bytes: int = 0
@@ -65,7 +64,7 @@ class Work:
 
     @property
     def bytes(self) -> int:
-        """All bytes that move."""
+        """All bytes moved."""
         return self.weight_bytes + self.kv_bytes
 
     def seconds(self, bytes_per_s: float, flops_per_s: float) -> float:
@@ -74,12 +73,12 @@ class Work:
 
 
 def ideal_passes(requests: Sequence[BenchRequest]) -> list[list[Row]]:
-    """The passes of the ideal engine, each a row per request that takes part.
+    """The passes of the ideal engine, each a list with a row per request.
 
-    Raises ValueError if a late request would come after the others are done, and for arrivals spread over time.
+    Raises ValueError if a late request would arrive after the others are done, and for arrivals spread over time.
     """
     if any(r.arrival for r in requests):
-        raise ValueError("the requests come one by one, so that their arrivals too set how long a run takes")
+        raise ValueError("the requests arrive over time, so their arrivals bound the time of a run as well")
     at_start = [r for r in requests if r.start_after == 0]
     prefix = shared_prefix_len(at_start)
     last = max(r.start_after + r.max_tokens for r in requests)
@@ -89,7 +88,7 @@ def ideal_passes(requests: Sequence[BenchRequest]) -> list[list[Row]]:
         for request in requests:
             age = step - request.start_after  # output tokens it has before this pass
             if age == 0:
-                # The first of those that share a prefix computes it; the K/V stays on chip for this pass.
+                # The first request with the shared prefix computes it; its K/V stays on chip for this pass.
                 shared = prefix if request.start_after == 0 and request is not at_start[0] else 0
                 rows.append(Row(shared, request.num_prompt_tokens - shared, 0))
             elif 0 < age < request.max_tokens:
@@ -102,15 +101,15 @@ def ideal_passes(requests: Sequence[BenchRequest]) -> list[list[Row]]:
 
 
 def pass_work(config: PretrainedConfig, rows: Sequence[Row], itemsize: int) -> Work:
-    """Bytes and FLOPs of one pass. `itemsize`: bytes of a weight, and of a number in K and V.
+    """Bytes and FLOPs of one pass. itemsize: bytes of a weight, and of an element of K and V.
 
-    Raises ValueError for a model whose layers the formulas do not describe, and for a text past a sliding window.
+    Raises ValueError for a model whose layers the formulas do not describe, and for a text beyond a sliding window.
     """
     text = config.get_text_config(decoder=True)
     window = getattr(text, "sliding_window", None)
     longest = max(row.start + row.num_tokens for row in rows)
     if window is not None and longest > window:
-        raise ValueError(f"a text of {longest} tokens outgrows sliding_window={window}, which no formula here covers")
+        raise ValueError(f"a text of {longest} tokens exceeds sliding_window={window}: no formula here covers that")
     tokens = sum(row.num_tokens for row in rows)
     # Token j (from 0) of a text attends to j + 1 keys.
     pairs = sum(row.num_tokens * row.start + row.num_tokens * (row.num_tokens + 1) // 2 for row in rows)

@@ -1,14 +1,14 @@
-"""Who runs: the milestones of this engine and Hugging Face's ways to serve, by names that say everything about them.
+"""The systems of a bench: milestones of this engine and Hugging Face peers. A name has all of a system's options.
 
-    m2                    a milestone, with room for all requests of the workload at once
-    m2:loop               a variant of it: its `batching`
-    m2:padded@4           at most 4 requests at once (`max_num_seqs`)
-    m4:budget=256         a step computes at most 256 tokens, where prompts can be split (`max_num_batched_tokens`)
+    m2                    a milestone; max_num_seqs is the number of requests of the workload
+    m2:loop               with `batching` "loop"
+    m2:padded@4           with `max_num_seqs` 4
+    m4:budget=256         with `max_num_batched_tokens` 256, for milestones with chunked prefill
     hf:sequential         a peer
-    hf:static:4           a peer that forms batches: at most 4 requests each
-    hf:dynamic:4:0.25     and starts a batch 0.25 s after its first request came, full or not
+    hf:static:4           a peer that forms batches of at most 4 requests
+    hf:dynamic:4:0.25     the same, but starts a batch at the latest 0.25 s after its first request arrived
 
-So throughput against batch size is one bench, in which all sizes take turns in the same rounds:
+So throughput over batch size is one bench, in which all sizes are interleaved in the same rounds:
 
     folovllm bench --workloads w2 --milestones m2:padded@1,m2:padded@2,m2:padded@4,m2:padded@8,m2:padded@16 --peers ''
 """
@@ -28,8 +28,8 @@ PEERS: dict[str, str] = {
     "continuous": "`generate_batch`'s manager, a length per request",
 }
 BATCHED_PEERS: dict[str, str] = {
-    "static:N": "`generate`, batches of N that wait until N requests have come",
-    "dynamic:N:S": "`generate`, batches of N that wait S seconds at most",
+    "static:N": "`generate`, batches of N that wait for N requests",
+    "dynamic:N:S": "`generate`, batches of N that wait at most S seconds",
 }
 BUDGET = "budget="
 _PEERS_ALLOWED = ", ".join([*PEERS, *BATCHED_PEERS])
@@ -37,14 +37,14 @@ _PEERS_ALLOWED = ", ".join([*PEERS, *BATCHED_PEERS])
 
 @dataclass(frozen=True)
 class System:
-    """One competitor. Exactly one of `milestone` and `peer` is set."""
+    """A system that is measured. Exactly one of `milestone` and `peer` is set."""
 
     name: str
     milestone: str | None = None
     variant: str | None = None  # the milestone's `batching`
-    max_num_batched_tokens: int | None = None  # of the milestone; None is the bench's
-    # Of the milestone; None is as many as the workload has requests. batch_size and window (seconds): of a peer that
-    # forms batches.
+    max_num_batched_tokens: int | None = None  # of the milestone; None: the bench's
+    # max_num_seqs: of the milestone; None: the workload's number of requests. batch_size, window (seconds): of a peer
+    # that forms batches.
     max_num_seqs: int | None = None
     peer: str | None = None
     batch_size: int | None = None
@@ -87,7 +87,7 @@ def _milestone(name: str) -> System:
 def parse_peers(text: str) -> list[System]:
     """Systems from "sequential,static:4,dynamic:4:0.25"; "all" is every peer that needs no numbers, "" none.
 
-    Raises ValueError for a peer or a number that cannot be; the message says what can.
+    Raises ValueError for a peer or a number that is not valid; the message says what is allowed.
     """
     names = list(PEERS) if text.strip() == "all" else [n.removeprefix("hf:") for n in _names(text)]
     return [_peer(name) for name in names]
@@ -125,7 +125,7 @@ def _seconds(what: str, text: str) -> float:
 
 
 def with_max_num_seqs(systems: Sequence[System], max_num_seqs: int | None) -> list[System]:
-    """The systems, those of them limited that are milestones, can run several requests and name no limit themselves."""
+    """The systems, with this limit on each milestone that runs several requests and has no limit in its name."""
 
     def takes_it(system: System) -> bool:
         preset = MILESTONES.get(system.milestone or "")
@@ -135,12 +135,12 @@ def with_max_num_seqs(systems: Sequence[System], max_num_seqs: int | None) -> li
 
 
 def variants_of(milestone: str) -> tuple[str, ...]:
-    """The values of `batching` that the milestone tells apart; () where there is nothing to choose."""
+    """The values of `batching` that the milestone accepts; () if it has no such option."""
     return MILESTONES[milestone].batchings
 
 
 def choose_base(name: str | None, systems: Sequence[System]) -> str:
-    """The system that ratios are taken to: the one named, else the first peer, else the first system.
+    """The base of the ratios: the named system, else the first peer, else the first system.
 
     Raises ValueError for no systems, for two of one name, and for a name that is not among them.
     """

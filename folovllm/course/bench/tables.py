@@ -11,13 +11,13 @@ from rich.table import Table
 from rich.text import Text
 
 MIB = 2**20
-BUSY = 0.1  # a share of the CPU in other hands from which on a time is doubtful
+BUSY = 0.1  # if other programs use a larger share of the CPU, times are not reliable
 TABLE_WIDTH = 100  # columns that the tables need
 NAME_WIDTH = 13  # of a system's name: "hf:continuous"
 
 
 def tables(report: dict[str, Any]) -> RenderableType:
-    """The machine in a line, then one table per workload, then what was left out and why."""
+    """The machine in a line, one table per workload, and what was not measured, with the reason."""
     return Group(*_parts(report))
 
 
@@ -55,7 +55,7 @@ def machine_line(report: dict[str, Any]) -> str:
 
 
 def processor(report: dict[str, Any]) -> str:
-    """What it ran on."""
+    """The processor, or the GPU."""
     hardware = report["hardware"]
     if hardware["gpu"]:
         return str(hardware["gpu"])
@@ -63,7 +63,7 @@ def processor(report: dict[str, Any]) -> str:
 
 
 def workload_table(report: dict[str, Any], workload: str, rows: dict[str, dict[str, Any]]) -> Table:
-    """One row per system; stacked in a cell: the median and, below it, the least and the greatest of the rounds."""
+    """One row per system. A cell has the median and, below it, the least and the greatest of the rounds."""
     scale = "" if report["scale"] == 1 else f" (lengths x {report['scale']:g})"
     table = Table(
         title=f"{workload}: {report['workloads'][workload]['about']}{scale}",
@@ -104,7 +104,7 @@ def workload_table(report: dict[str, Any], workload: str, rows: dict[str, dict[s
 
 
 def _two_lines(system: str) -> str:
-    """A long name with its last part below, as "hf:dynamic:4:0.25" would take too many columns."""
+    """A long name on two lines: "hf:dynamic:4:0.25" would take too many columns."""
     if len(system) <= NAME_WIDTH:
         return system
     cut = max(system.rfind(":", 0, NAME_WIDTH + 1), system.rfind("@", 0, NAME_WIDTH + 1))
@@ -131,7 +131,7 @@ def _lines(row: dict[str, Any], names: tuple[str, ...], form: Any) -> str:
     return "\n".join(_median(row[name], form) for name in names)
 
 
-# ------------------------------------------------------------------ numbers with the digits that matter
+# ------------------------------------------------------------------ numbers with significant digits
 
 
 def count(how_many: int, what: str) -> str:
@@ -140,7 +140,7 @@ def count(how_many: int, what: str) -> str:
 
 
 def number(value: float) -> str:
-    """Three digits that matter, never an exponent."""
+    """Three significant digits, without an exponent."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.1f}" if value >= 10 else f"{value:.2f}"
 
 

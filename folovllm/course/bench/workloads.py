@@ -1,8 +1,8 @@
-"""What is asked: seeded requests as token ids, greedy, EOS ignored, so that every system does the same work.
+"""Workloads: seeded requests as token ids, greedy, EOS ignored, so that every system does the same work.
 
-A workload is data (`Workload`); `draw` turns it into requests. The lengths depend on the workload's name and the seed
-alone, the token ids on the vocabulary too, so a run can be repeated anywhere. Requests are there at the start, unless
-an arrival rate is asked for: then they come as a Poisson process has it, with exponential gaps.
+A workload is data (`Workload`); `draw` turns it into requests. The lengths depend only on the workload's name and the
+seed, the token ids on the vocabulary too, so a run can be repeated anywhere. Requests arrive at the start, or, with an
+arrival rate, as a Poisson process with exponential gaps.
 """
 
 from __future__ import annotations
@@ -20,12 +20,11 @@ class BenchRequest:
 
     prompt_token_ids: list[int]
     max_tokens: int
-    start_after: int = 0  # n > 0 comes when the others have n output tokens each
-    arrival: float = 0.0  # else it comes that many seconds after the start
+    start_after: int = 0  # n > 0: it arrives when the others have n output tokens each
+    arrival: float = 0.0  # else: it arrives that many seconds after the start
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Tokens in the prompt."""
         return len(self.prompt_token_ids)
 
 
@@ -40,7 +39,7 @@ class Late:
 
 @dataclass(frozen=True)
 class Workload:
-    """A set of requests in numbers. Lengths are drawn uniformly from (low, high), both ends included."""
+    """The parameters of a set of requests. Lengths are drawn uniformly from (low, high), both ends included."""
 
     name: str
     about: str
@@ -52,11 +51,11 @@ class Workload:
 
     @property
     def max_requests(self) -> int:
-        """Requests that could run at once."""
+        """The number of requests."""
         return self.num_requests + (self.late is not None)
 
     def describe(self, arrival_rate: float | None = None) -> str:
-        """The workload in a line; with a rate, requests that would be there at once come one by one."""
+        """The workload in one line; with a rate, "at once" becomes "arriving at RATE/s"."""
         return self.about if arrival_rate is None else self.about.replace("at once", f"arriving at {arrival_rate:g}/s")
 
 
@@ -80,7 +79,7 @@ WORKLOADS: dict[str, Workload] = {
 
 
 def get_workload(name: str) -> Workload:
-    """The workload of that name. Raises ValueError that lists the names there are."""
+    """The workload of that name. Raises ValueError that lists the names."""
     if name not in WORKLOADS:
         raise ValueError(f"workload={name!r} is not valid; allowed: {', '.join(WORKLOADS)}")
     return WORKLOADS[name]
@@ -96,11 +95,11 @@ def draw(
 ) -> list[BenchRequest]:
     """The workload's requests in order of arrival, the late one last.
 
-    scale: multiplies every length, for a quick look; never below one token (two of output, so that an ITL exists).
-    warm_up: the same prompt lengths with other token ids and at most 4 output tokens, all there from the start.
-    arrival_rate: requests per second of a Poisson process; the first comes at 0, each other one an exponential gap of
-    mean 1 / arrival_rate after the one before. None: all are there from the start.
-    Raises ValueError for a scale, vocabulary or rate that gives no requests.
+    scale: multiplies every length; at least one token is left (two of output, so that there is an ITL).
+    warm_up: the same prompt lengths with other token ids and at most 4 output tokens, all arriving at the start.
+    arrival_rate: requests per second of a Poisson process; the first arrives at 0, each later one after an exponential
+    gap of mean 1 / arrival_rate. None: all arrive at the start.
+    Raises ValueError for a scale, vocabulary or rate that is not valid.
     """
     if not 0 < scale <= 1:
         raise ValueError(f"scale={scale!r} is not valid; allowed: a number > 0 and <= 1")
@@ -140,7 +139,7 @@ def draw(
 
 
 def longest(requests: Sequence[BenchRequest]) -> int:
-    """Tokens of prompt and output of the longest request: the `max_model_len` that the workload needs."""
+    """Prompt and output tokens of the longest request: the `max_model_len` that the workload needs."""
     return max(r.num_prompt_tokens + r.max_tokens for r in requests)
 
 

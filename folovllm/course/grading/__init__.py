@@ -1,1 +1,1 @@
-"""The grader of the course's exercises: it needs the repository's `milestones` folder and the `test` extra."""
+"""The grader of the course's exercises. It needs the repository's `milestones` folder and the `test` extra."""

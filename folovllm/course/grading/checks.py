@@ -1,4 +1,4 @@
-"""Checks that fail in plain words: what was called, what came back, what was expected, and why.
+"""Checks whose failure shows the call, the returned value, the expected value, and the reason.
 
 The graded tests in `milestones/` are written with them. Needs no pytest.
 """
@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 import torch
 
-MAX_SHOWN = 96  # elements of a tensor, or characters of an argument, beyond which only its size is shown
+MAX_SHOWN = 96  # a tensor with more elements is shown as its shape; texts are cut at 4 times as many characters
 
 
 class WrongAnswer(AssertionError):
@@ -23,22 +23,22 @@ class Call:
 
     def __init__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
         given = [show_argument(a) for a in args] + [f"{name}={show_argument(a)}" for name, a in kwargs.items()]
-        self.text = f"{getattr(function, '__name__', 'call')}({', '.join(given)})"  # before the call can change them
+        self.text = f"{getattr(function, '__name__', 'call')}({', '.join(given)})"  # before the call changes them
         self._make = lambda: function(*args, **kwargs)
 
     def result(self) -> Any:
-        """Make the call; what it returns, for checks that look at it themselves."""
+        """Make the call and return its result."""
         return self._make()
 
     def must_return(self, want: Any, why: str = "") -> None:
-        """The call returns `want`: same shape and type for tensors, same to rounding for floats."""
+        """The call returns `want`: the same shape and type for tensors, equal up to rounding for floats."""
         got = self._make()
         problem = difference(got, want)
         if problem is not None:
             self.fail(got, want, why, problem)
 
     def must_be_tensor(self, shape: Sequence[int], dtype: torch.dtype, why: str = "") -> torch.Tensor:
-        """The call returns a tensor of this shape and type, whose values the check will look at."""
+        """The call returns a tensor of this shape and type, which is returned for further checks."""
         got = self._make()
         problem = _tensor_form(got, list(shape), dtype)
         if problem is not None:
@@ -76,7 +76,7 @@ class Call:
 
 
 def difference(got: Any, want: Any) -> str | None:
-    """None if `got` is as good as `want`, else where they differ: "" where the values themselves say it."""
+    """None if `got` equals `want`, else a sentence on where they differ, "" if the values show it."""
     if isinstance(want, torch.Tensor):
         return _tensor_form(got, list(want.shape), want.dtype) or _tensor_values(got, want)
     if isinstance(want, tuple):
@@ -117,7 +117,7 @@ def _tensor_values(got: torch.Tensor, want: torch.Tensor) -> str | None:
 
 
 def show(value: Any) -> str:
-    """A value as a learner reads it: booleans of tensors as T and F, one line per row of a matrix."""
+    """A value for a learner: booleans of tensors as T and F, one line per row of a matrix."""
     if isinstance(value, torch.Tensor):
         if value.numel() > MAX_SHOWN or value.dim() > 2:
             return f"a tensor of shape {list(value.shape)}"
@@ -136,7 +136,7 @@ def show(value: Any) -> str:
 
 
 def show_argument(value: Any) -> str:
-    """A value inside a call: on one line."""
+    """A value on one line, for the arguments of a call."""
     if isinstance(value, torch.Tensor):
         if value.numel() > MAX_SHOWN // 2:
             return f"<tensor {list(value.shape)}>"
@@ -149,7 +149,7 @@ def show_argument(value: Any) -> str:
 
 
 def _block(name: str, value: Any) -> str:
-    """`name` and the value beside it, its further lines aligned."""
+    """`name` and the value beside it, all lines aligned."""
     return f"{name}  " + show(value).replace("\n", "\n" + " " * (len(name) + 2))
 
 

@@ -1,4 +1,4 @@
-"""`folovllm grade`: how far the answers to a milestone's exercises are, and what the first wrong one gets wrong."""
+"""`folovllm grade`: check the answers to a milestone's exercises and show the first failure."""
 
 from __future__ import annotations
 
@@ -12,44 +12,42 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from folovllm.course.grading.progress import load_progress, progress_file, record, reset, standings
+from folovllm.course.grading.progress import exercise_states, load_progress, progress_file, record, reset
 from folovllm.course.grading.progress_page import bar, near, progress_page
 from folovllm.course.grading.runner import Check, Exercise, Milestone, Report, find_milestones, run_checks
 
 COLOURS = {"passed": "green", "failed": "red", "not started": "dim", "not reached": "yellow"}
-PRINTED_LINES = 8  # of what an answer printed in a failed check
+PRINTED_LINES = 8  # shown of the output of an answer in a failed check
 
 
 def grade(
     milestone: Annotated[
         str | None,
-        typer.Argument(help="m0, m1, ..., or all: every one with new answers. Without one: your progress."),
+        typer.Argument(help="m0, m1, ..., or all: every milestone with new answers. Default: show your progress."),
     ] = None,
     impl: Annotated[
-        Path | None, typer.Option(help="The file with your answers; the milestone's exercise.py if not given.")
+        Path | None, typer.Option(help="The file with your answers. Default: the milestone's exercise.py.")
     ] = None,
-    only: Annotated[
-        list[str] | None, typer.Option(help="Check this exercise alone. May be given more than once.")
-    ] = None,
-    hint: Annotated[str | None, typer.Option(help="Show the hint for this exercise, and check nothing.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Check only this exercise. Can be repeated.")] = None,
+    hint: Annotated[str | None, typer.Option(help="Show the hint for this exercise, without checking it.")] = None,
     time_limit: Annotated[float, typer.Option(help="Seconds after which a check is stopped.")] = 20.0,
     forget: Annotated[
         bool, typer.Option("--reset", help="Forget the results so far (of one milestone, if named), not the answers.")
     ] = False,
 ) -> None:
-    """Check your answers to the exercises of a milestone, or see how far you are.
+    """Check your answers to the exercises of a milestone, or show your progress.
 
-    Write them in `milestones/mN_*/exercise.py`, or in a copy of it that you name with `--impl`. The status is 0 if all
-    exercises pass, 1 if not, and 2 if something about the command is wrong. An optional exercise may be left alone.
+    Write them in `milestones/mN_*/exercise.py`, or in a copy of it that you name with `--impl`. The exit status is 0 if
+    all exercises pass, 1 if not, and 2 for a usage error. Optional exercises may be skipped.
 
-    Results are remembered in `.folovllm/progress.json` in the repository; FOLOVLLM_PROGRESS names another file.
+    Results are saved in `.folovllm/progress.json` in the repository; FOLOVLLM_PROGRESS names another file.
     """
     console = Console()
     try:
         found = find_milestones()
         if forget:
             if impl is not None or only or hint is not None:
-                raise ValueError("--impl, --only and --hint mean nothing beside --reset")
+                raise ValueError("--impl, --only and --hint cannot be combined with --reset")
             console.print(reset(progress_file(), None if milestone is None else choose(found, milestone).name))
             return
         if milestone is None or milestone == "all":
@@ -79,18 +77,18 @@ def grade(
 
 
 def remember(console: Console, milestone: Milestone, path: Path, report: Report) -> None:
-    """Write the results down, or say why that cannot be done: the grade itself stands."""
+    """Save the results. If that fails, print the reason: the grade is still valid."""
     try:
         record(milestone, path, report.exercises, progress_file())
     except (ValueError, OSError) as error:
-        console.print(Text(f"Not remembered: {error}", "yellow"), highlight=False)
+        console.print(Text(f"Results not saved: {error}", "yellow"), highlight=False)
 
 
 def check_what_is_new(console: Console, found: dict[str, Milestone], time_limit: float) -> None:
-    """Grade every milestone with answers that are new or have changed since they were checked."""
+    """Grade every milestone with new answers, or answers changed since the last check."""
     progress = load_progress(progress_file())
     for milestone in found.values():
-        own = standings(milestone, progress.get(milestone.name, {}))
+        own = exercise_states(milestone, progress.get(milestone.name, {}))
         for path in dict.fromkeys(s.file for s in own if s.is_new):
             only = [s.name for s in own if s.file == path]
             with console.status(Text(f"Checking {near(path)} ...")):
@@ -109,7 +107,7 @@ def choose(found: dict[str, Milestone], name: str) -> Milestone:
 
 
 def report_view(milestone: Milestone, path: Path, report: Report, whole: bool = True) -> RenderableType:
-    """The result of a run: a row per exercise, the first failure in full, and where to go from here.
+    """The result of a run: a row per exercise, the first failure in full, and what to do next.
 
     whole: all exercises of the milestone were checked.
     """
@@ -126,14 +124,14 @@ def report_view(milestone: Milestone, path: Path, report: Report, whole: bool = 
 
 
 def exercise_table(exercises: list[Exercise]) -> Table:
-    """One row per exercise: how it stands, and what its first failing check wanted."""
+    """One row per exercise: its state, and the title of its first failing check."""
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     table.add_column("exercise", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("checks", justify="right", no_wrap=True)
     some_fail = any(e.status == "failed" for e in exercises)
     if some_fail:
-        table.add_column("what fails first")
+        table.add_column("first failing check")
     for exercise in exercises:
         name = Text(exercise.name)
         if exercise.optional:
@@ -151,14 +149,14 @@ def exercise_table(exercises: list[Exercise]) -> Table:
 
 
 def failure_view(title: str, check: Check, path: Path) -> Panel:
-    """A failed check in plain words."""
+    """The details of a failed check."""
     parts: list[RenderableType] = []
     if check.title:
         parts += [Text(check.title, "bold"), ""]
     if check.kind == "too slow":
-        parts.append(Text(f"Your answer was {check.message}. Does a loop never end?"))
+        parts.append(Text(f"Your answer was {check.message}. Is there an infinite loop?"))
     elif check.kind == "not started":
-        parts.append(Text("Some of it is written, and this case still raises NotImplementedError."))
+        parts.append(Text("The answer is not complete: this case raises NotImplementedError."))
     else:
         parts.append(Text(check.message))
     if check.line is not None and check.kind != "wrong":
@@ -167,12 +165,12 @@ def failure_view(title: str, check: Check, path: Path) -> Panel:
             parts.append(Text("    " + check.source.replace("\n", "\n    "), "cyan"))
     printed = check.printed.rstrip().splitlines()[-PRINTED_LINES:]
     if printed:
-        parts.append(Text("What it printed, the last lines:\n    " + "\n    ".join(printed), "dim"))
+        parts.append(Text("The last lines that it printed:\n    " + "\n    ".join(printed), "dim"))
     return Panel(Group(*parts), title=Text(title), title_align="left", border_style="red")
 
 
 def progress_line(exercises: list[Exercise]) -> Text:
-    """A bar over the exercises that are not optional, and the count in words."""
+    """A progress bar over the exercises that are not optional, and their count."""
     required = [e for e in exercises if not e.optional] or exercises
     passed = sum(e.status == "passed" for e in required)
     extra = sum(e.status == "passed" for e in exercises if e.optional and e not in required)

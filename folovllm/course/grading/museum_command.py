@@ -1,4 +1,4 @@
-"""`folovllm museum`: look at real bugs, write tests that find them, and see whether ours do."""
+"""`folovllm museum`: show real bugs, try the learner's tests on them, and run our own."""
 
 from __future__ import annotations
 
@@ -47,11 +47,11 @@ from folovllm.entrypoints.terminal import clean_exit
 COLOURS = {KILLED: "green", SURVIVED: "red", WRONG_ON_THE_ENGINE: "red", NOT_RUN: "yellow"}
 WORDS = {
     KILLED: "Killed: your test passes on the engine and fails on the mutant.",
-    SURVIVED: "It survives: your test passes on the engine, and on the mutant, too.",
-    WRONG_ON_THE_ENGINE: "Your test fails on the correct engine, so it would accuse anybody.",
+    SURVIVED: "Survived: your test passes on the engine and on the mutant.",
+    WRONG_ON_THE_ENGINE: "Your test fails on the correct engine, so it proves nothing.",
     NOT_RUN: "Your test did not run.",
 }
-SHOWN_KILLERS = 8  # of those that `run --all` finds for an exhibit
+SHOWN_KILLERS = 8  # tests listed per exhibit
 
 HELP = """Real bugs of small engines, each as one changed line of this one: write the test that finds it.
 
@@ -63,7 +63,7 @@ ExhibitName = Annotated[str, typer.Argument(metavar="EXHIBIT", help="The exhibit
 
 @contextmanager
 def ends_in_order() -> Iterator[None]:
-    """A request to end the process (SIGTERM) ends it like Ctrl-C: what was begun is cleaned up."""
+    """Handle SIGTERM like Ctrl-C, so that processes and temporary files are cleaned up."""
 
     def end(signum: int, frame: object) -> None:
         sys.exit(128 + signum)
@@ -77,14 +77,14 @@ def ends_in_order() -> Iterator[None]:
 
 @museum.callback(invoke_without_command=True, help=HELP)
 def enter(context: typer.Context) -> None:
-    """Without a subcommand: the list."""
+    """Without a subcommand: list the exhibits."""
     if context.invoked_subcommand is None:
         show_all()
 
 
 @museum.command("list")
 def show_all() -> None:
-    """All exhibits, and which of them your tests have killed so far."""
+    """List all exhibits, and which of them your tests have killed so far."""
     console = Console()
     with clean_exit(console):
         console.print(overview(list(load_exhibits().values()), load_progress()))
@@ -93,10 +93,10 @@ def show_all() -> None:
 @museum.command()
 def show(
     exhibit: ExhibitName,
-    hint: Annotated[bool, typer.Option("--hint", help="How a test could find it.")] = False,
-    answer: Annotated[bool, typer.Option("--answer", help="Which tests of ours find it.")] = False,
+    hint: Annotated[bool, typer.Option("--hint", help="Show how a test could find it.")] = False,
+    answer: Annotated[bool, typer.Option("--answer", help="Show which of our tests find it.")] = False,
 ) -> None:
-    """One exhibit: the line, and what a user would notice."""
+    """Show one exhibit: the changed line, and what a user would notice."""
     console = Console()
     with clean_exit(console):
         console.print(exhibit_view(choose_exhibit(load_exhibits(), exhibit), hint, answer))
@@ -107,19 +107,19 @@ def try_(
     exhibit: ExhibitName,
     test: Annotated[
         Path | None,
-        typer.Option(help="The file with your test; folovllm/course/museum/answers/test_EXHIBIT.py if not given."),
+        typer.Option(help="The file with your test. Default: folovllm/course/museum/answers/test_EXHIBIT.py."),
     ] = None,
 ) -> None:
     """Run your test on the engine, where it must pass, and on the mutant, where it must fail.
 
-    The status is 0 if the mutant is killed, 1 if not, and 2 if something about the command is wrong.
+    The exit status is 0 if the mutant is killed, 1 if not, and 2 for a usage error.
     """
     console = Console()
     with clean_exit(console):
         chosen = choose_exhibit(load_exhibits(), exhibit)
         file = answer_file(chosen) if test is None else test
         if not file.is_file():
-            raise ValueError(f"there is no file {near(file)} with your test; write it, or name another with --test")
+            raise ValueError(f"the file {near(file)} with your test does not exist; write it, or use --test")
         status = Text(f"Running {near(file)} on the engine and on the mutant ...")
         with ends_in_order(), console.status(status):
             trial = try_test(chosen, file)
@@ -130,17 +130,17 @@ def try_(
 
 @museum.command()
 def run(
-    only: Annotated[list[str] | None, typer.Option(help="Try this exhibit alone. May be given more than once.")] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Try only this exhibit. Can be repeated.")] = None,
     whole_suite: Annotated[
         bool,
-        typer.Option("--all", help="Find every test of M0 to M4 that sees a mistake. Takes minutes per exhibit."),
+        typer.Option("--all", help="Find every test of M0 to M4 that fails on a mutant. Takes minutes per exhibit."),
     ] = False,
-    jobs: Annotated[int, typer.Option(min=1, help="Processes that run at a time.")] = min(2, os.cpu_count() or 1),
+    jobs: Annotated[int, typer.Option(min=1, help="Number of parallel processes.")] = min(2, os.cpu_count() or 1),
 ) -> None:
-    """Run our own tests on every mutant: each of them has to be killed by each test that the catalogue names for it.
+    """Run our own tests on every mutant. Each test that the catalogue names must kill its mutant.
 
-    The status is 0 if all are, 1 if one survives or a test fails on the engine as it is, and 2 if something about the
-    command is wrong.
+    The exit status is 0 if all mutants are killed, 1 if one survives or a test fails on the unchanged engine, and 2 for
+    a usage error.
     """
     console = Console()
     with clean_exit(console):
@@ -155,7 +155,7 @@ def run(
     raise typer.Exit(0 if all(h.killed for h in hunts) and (whole_suite or not failing) else 1)
 
 
-# --- what is shown ----------------------------------------------------------------------------------------------
+# --- views ------------------------------------------------------------------------------------------------------
 
 
 def plain_table() -> Table:
@@ -164,13 +164,13 @@ def plain_table() -> Table:
 
 
 def overview(exhibits: list[Exhibit], progress: dict[str, str]) -> RenderableType:
-    """The rooms and what hangs in them, and how far the learner is."""
+    """The exhibits by topic, and the learner's progress."""
     table = plain_table()
     table.add_column("exhibit", no_wrap=True)
     table.add_column("title")
     table.add_column("your test", no_wrap=True)
-    for room, group in groupby(exhibits, key=lambda e: e.room):
-        table.add_row(Text(room, "bold"), "", "")
+    for topic, group in groupby(exhibits, key=lambda e: e.topic):
+        table.add_row(Text(topic, "bold"), "", "")
         for exhibit in group:
             verdict = progress.get(exhibit.id, "")
             table.add_row(f"  {exhibit.id}", exhibit.title, Text(verdict, COLOURS.get(verdict, "dim")))
@@ -180,7 +180,7 @@ def overview(exhibits: list[Exhibit], progress: dict[str, str]) -> RenderableTyp
 
 
 def exhibit_view(exhibit: Exhibit, hint: bool = False, answer: bool = False) -> RenderableType:
-    """The label beside an exhibit."""
+    """The description of an exhibit."""
     line = exhibit.line_in(exhibit.source())
     parts: list[RenderableType] = [
         Text.assemble((exhibit.title, "bold"), f"  ({exhibit.id})"),
@@ -195,7 +195,7 @@ def exhibit_view(exhibit: Exhibit, hint: bool = False, answer: bool = False) -> 
     if hint:
         parts.append(Panel(Markdown(exhibit.hint), title="Hint", title_align="left"))
     if answer:
-        parts.append(Panel(Text("\n".join(exhibit.killed_by)), title="Tests of ours that find it", title_align="left"))
+        parts.append(Panel(Text("\n".join(exhibit.killed_by)), title="Our tests that find it", title_align="left"))
     file = near(answer_file(exhibit))
     parts.append(Text(f"Write your test in {file}, then: folovllm museum try {exhibit.id}", "dim"))
     if not hint:
@@ -204,10 +204,10 @@ def exhibit_view(exhibit: Exhibit, hint: bool = False, answer: bool = False) -> 
 
 
 def trial_view(exhibit: Exhibit, trial: Trial) -> RenderableType:
-    """The verdict on the learner's test, and what comes next."""
+    """The verdict on the learner's test, and the next command."""
     lines = [Text(WORDS[trial.verdict], f"bold {COLOURS[trial.verdict]}")]
     if trial.test:
-        lines.append(Text(f"{trial.test} failed there:"))
+        lines.append(Text(f"{trial.test} failed on the mutant:"))
     if trial.reason:
         lines.append(Text(trial.reason))
     if trial.verdict == KILLED:
@@ -218,7 +218,7 @@ def trial_view(exhibit: Exhibit, trial: Trial) -> RenderableType:
 
 
 def hunt_view(failing: list[Ran], hunts: list[Hunt], seconds: float, whole_suite: bool) -> RenderableType:
-    """A row per mutant with the tests that kill it, and what is wrong."""
+    """A row per mutant with the tests that kill it, and any problems."""
     table = plain_table()
     table.add_column("mutant", no_wrap=True)
     table.add_column("state", no_wrap=True)
@@ -229,15 +229,15 @@ def hunt_view(failing: list[Ran], hunts: list[Hunt], seconds: float, whole_suite
     parts: list[RenderableType] = [table, ""]
     if failing:
         names = "\n".join(f"  {test.name}: {test.message}" for test in failing)
-        parts.append(Text(f"These tests fail on the engine as it is, and prove nothing:\n{names}", "red"))
+        parts.append(Text(f"These tests fail on the unchanged engine and prove nothing:\n{names}", "red"))
     killed = sum(h.killed for h in hunts)
-    words = f"{killed} of {len(hunts)} mutants are killed by every test that is named for them, in {seconds:.0f} s."
+    words = f"{killed} of {len(hunts)} mutants are killed by all tests named for them, in {seconds:.0f} s."
     parts.append(Text(words, "green" if killed == len(hunts) else "red"))
     return Group(*parts)
 
 
 def killer_lines(h: Hunt, whole_suite: bool) -> list[str]:
-    """What stands in a mutant's row: the tests that kill it, and those that should have."""
+    """The cell of a mutant's row: the tests that kill it, and the named tests that do not."""
     if h.broke_off is not None:
         return [h.broke_off]
     killers = h.killers if whole_suite else [test for test in h.exhibit.killed_by if test not in h.silent]
@@ -248,6 +248,6 @@ def killer_lines(h: Hunt, whole_suite: bool) -> list[str]:
 
 
 def in_words(test: str) -> str:
-    """A test's file and what its name says: lines of it can be broken between words."""
+    """A test's file and name with spaces for underscores, so that lines can wrap."""
     file, _, name = dotted(test).partition("[")[0].rpartition(".")
     return f"{file.removeprefix('tests.').replace('.', '/')}: {name.removeprefix('test_').replace('_', ' ')}"

@@ -1,4 +1,4 @@
-"""What stands in for Triton where it is not installed (macOS, Windows): kernels can be written down, not launched.
+"""A stub of Triton for systems without it (macOS, Windows): kernels can be defined, but not launched.
 
 So a file with kernels and plain functions can be loaded everywhere, and its plain functions can be graded.
 """
@@ -15,7 +15,7 @@ MISSING = (
 
 
 class Kernel:
-    """A kernel that refuses to be launched."""
+    """A kernel that cannot be launched."""
 
     def __init__(self, fn: Callable[..., Any]) -> None:
         self.fn, self.__name__, self.__doc__ = fn, fn.__name__, fn.__doc__
@@ -29,11 +29,11 @@ class Kernel:
         raise RuntimeError(MISSING)
 
 
-class triton:  # named as the module that it stands for
-    """`triton`, as far as a file of kernels needs it to be loaded."""
+class triton:  # named as the module that it replaces
+    """The part of `triton` that a file of kernels uses at import."""
 
     jit = Kernel
 
 
-class tl:  # named as the module that it stands for
-    """`triton.language`: its names are used only inside of kernels."""
+class tl:  # named as the module that it replaces
+    """`triton.language`: its names are used only inside kernels."""

@@ -1,13 +1,13 @@
-"""What `folovllm grade` remembers from run to run: how each exercise went, and with which state of the answers.
+"""The results that `folovllm grade` saves: the state of each exercise, and the hash of the file with the answers.
 
-It is one small file, `.folovllm/progress.json` in the repository (or the file that `FOLOVLLM_PROGRESS` names)::
+They are in one small file, `.folovllm/progress.json` in the repository (or the file that `FOLOVLLM_PROGRESS` names)::
 
     {"version": 1,
      "milestones": {"m1": {"apply_top_k": {"status": "failed", "passed": 2, "checks": 6,
                                            "file": "milestones/m1_engine/exercise.py", "sha256": "9f86d0..."}}}}
 
-A result counts as long as the file is what it was: once it has changed, what passed is marked as changed since, because
-an exercise may use what stands anywhere else in the file.
+A result is valid for the file with that hash. If the file has changed, passed exercises are marked as changed since,
+because an exercise may use any other part of the file.
 """
 
 from __future__ import annotations
@@ -27,19 +27,18 @@ VERSION = 1
 VARIABLE = "FOLOVLLM_PROGRESS"
 STATUSES = ("passed", "failed", "not started")
 
-# How an exercise stands today.
+# The state of an exercise now.
 PASSED, CHANGED, FAILED, WRITTEN, LEFT = "passed", "changed since it passed", "tried", "written, not checked", "left"
 
 
 @dataclass(frozen=True)
 class Result:
-    """How an exercise went."""
+    """The result of an exercise."""
 
     status: str
-    # passed, checks: counts
-    passed: int
-    checks: int
-    file: str  # the answers, from the repository
+    passed: int  # checks that passed
+    checks: int  # all checks
+    file: str  # the answers' path, relative to the repository
     sha256: str  # of that file
 
 
@@ -47,15 +46,15 @@ Progress = dict[str, dict[str, Result]]  # milestone -> exercise -> its newest r
 
 
 def progress_file() -> Path:
-    """Where results are remembered."""
+    """The path of the saved results."""
     return Path(os.environ.get(VARIABLE) or ROOT / ".folovllm" / "progress.json")
 
 
 def load_progress(path: Path) -> Progress:
-    """Everything that is remembered; nothing if there is no file.
+    """The saved results; {} if there is no file.
 
-    Raises ValueError, with a way out, for a file that cannot be read, is not JSON, has another version, or holds
-    anything that this module has not written.
+    Raises ValueError, with the way to fix it, for a file that cannot be read, is not JSON, has another version, or was
+    not written by this module.
     """
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
@@ -63,12 +62,12 @@ def load_progress(path: Path) -> Progress:
         return {}
     except OSError as error:
         raise _unreadable(path, error.strerror or type(error).__name__) from None
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise _unreadable(path, f"it is no JSON ({error})") from None
+    except ValueError as error:  # not JSON, or not UTF-8
+        raise _unreadable(path, f"it is not JSON ({error})") from None
     if not isinstance(content, dict) or "version" not in content:
-        raise _unreadable(path, "it is something else")
+        raise _unreadable(path, "it has no version")
     if content["version"] != VERSION:
-        raise _unreadable(path, f"it has version {content['version']!r}, not {VERSION}")
+        raise _unreadable(path, f"its version is {content['version']!r}, not {VERSION}")
     try:
         return {m: {e: _result(r) for e, r in results.items()} for m, results in content["milestones"].items()}
     except (KeyError, TypeError, AttributeError, ValueError) as error:
@@ -77,8 +76,8 @@ def load_progress(path: Path) -> Progress:
 
 def _unreadable(path: Path, why: str) -> ValueError:
     return ValueError(
-        f"progress={os.fspath(path)!r} is not a progress file of folovllm: {why}. `folovllm grade --reset` begins a "
-        "new one and keeps the old one beside it; your answers are not in there"
+        f"progress={os.fspath(path)!r} is not a progress file of folovllm: {why}. `folovllm grade --reset` starts a "
+        "new one and keeps the old one beside it; your answers are in other files"
     )
 
 
@@ -93,7 +92,7 @@ def _result(record: dict[str, Any]) -> Result:
 
 
 def save_progress(progress: Progress, path: Path) -> None:
-    """Write everything in one move: whoever is interrupted keeps the old file. Raises OSError."""
+    """Write the file atomically: an interrupt leaves the old file unchanged. Raises OSError."""
     milestones = {m: {e: asdict(r) for e, r in results.items()} for m, results in progress.items()}
     path.parent.mkdir(parents=True, exist_ok=True)
     new = path.with_name(f"{path.name}.{os.getpid()}.new")
@@ -105,8 +104,8 @@ def save_progress(progress: Progress, path: Path) -> None:
 
 
 def record(milestone: Milestone, answers: Path, exercises: Sequence[Exercise], path: Path) -> None:
-    """Remember a run. What it did not reach keeps its older result, and grading the milestone's `solution.py` is no
-    progress. Raises ValueError for a progress file that cannot be read, OSError for one that cannot be written."""
+    """Save the results of a run. Exercises that it did not reach keep their older result. A run on the milestone's
+    `solution.py` is not saved. Raises ValueError for an unreadable progress file, OSError if it cannot be written."""
     if answers.resolve() == (milestone.folder / "solution.py").resolve():
         return
     progress, digest = load_progress(path), sha256_of(answers)
@@ -120,9 +119,9 @@ def record(milestone: Milestone, answers: Path, exercises: Sequence[Exercise], p
 
 
 def reset(path: Path, milestone: str | None = None) -> str:
-    """Forget all results, or those of one milestone; what was done, in words. Answers are not touched.
+    """Delete all results, or those of one milestone. Returns a message. Answers are not touched.
 
-    A file that is none of ours is kept under another name. Raises OSError.
+    A file that is not a progress file is kept under another name. Raises OSError.
     """
     try:
         progress = load_progress(path)
@@ -131,7 +130,7 @@ def reset(path: Path, milestone: str | None = None) -> str:
             raise
         kept = path.with_name(f"{path.name}.old")
         path.replace(kept)
-        return f"A new beginning. What was there is now {kept}."
+        return f"Started a new progress file. The old file is now {kept}."
     known = progress if milestone is None else {milestone: progress.get(milestone, {})}
     count = sum(map(len, known.values()))
     if milestone is None:
@@ -139,11 +138,11 @@ def reset(path: Path, milestone: str | None = None) -> str:
     elif count:
         del progress[milestone]
         save_progress(progress, path)
-    return f"Forgot {count} result{'s' * (count != 1)}. Your answers are untouched."
+    return f"Deleted {count} result{'s' * (count != 1)}. Your answers are unchanged."
 
 
 def sha256_of(file: Path) -> str:
-    """The digest of a file, or "" where there is none."""
+    """The digest of a file, or "" if it cannot be read."""
     try:
         return hashlib.sha256(file.read_bytes()).hexdigest()
     except OSError:
@@ -151,36 +150,36 @@ def sha256_of(file: Path) -> str:
 
 
 def _name_of(file: Path) -> str:
-    """A file inside of the repository by its path from there, any other by its whole path."""
+    """The path relative to the repository, or the absolute path of a file outside it."""
     file = file.resolve()
     return file.relative_to(ROOT).as_posix() if file.is_relative_to(ROOT) else os.fspath(file)
 
 
-# --- how things stand -----------------------------------------------------------------------------------------
+# --- states of exercises --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Standing:
-    """An exercise today."""
+class ExerciseState:
+    """The state of an exercise now."""
 
     name: str
     state: str  # one of the five above
     optional: bool
-    file: Path  # where its answer is, or belongs
+    file: Path  # of its answer
     result: Result | None
 
     @property
     def is_new(self) -> bool:
-        """Whether the answer, or the file around it, has changed since it was last checked, if it ever was."""
+        """Whether the file of the answer has changed since the last check, or the answer was never checked."""
         if self.result is None or self.result.status == "not started":
             return self.state == WRITTEN
         return self.result.sha256 != sha256_of(self.file) != ""
 
 
-def standings(milestone: Milestone, results: dict[str, Result]) -> list[Standing]:
+def exercise_states(milestone: Milestone, results: dict[str, Result]) -> list[ExerciseState]:
     """Every exercise of a milestone, in the order of its page."""
     files = {result.file for result in results.values()}
-    usual = ROOT / files.pop() if len(files) == 1 else milestone.exercise_file  # where the next answer belongs
+    usual = ROOT / files.pop() if len(files) == 1 else milestone.exercise_file  # of answers without a result
     optional, written, found = milestone.optional(), milestone.written(usual), []
     for name in milestone.exercises():
         result = results.get(name)
@@ -190,5 +189,5 @@ def standings(milestone: Milestone, results: dict[str, Result]) -> list[Standing
             state = {"passed": PASSED, "failed": FAILED, "not started": LEFT}[result.status]
         elif result is not None and result.status != "not started":
             state = CHANGED if result.status == "passed" else FAILED
-        found.append(Standing(name, state, name in optional, file, result))
+        found.append(ExerciseState(name, state, name in optional, file, result))
     return found

@@ -1,7 +1,7 @@
-"""Runs the graded tests of a milestone on a learner's file, in a process of its own, and reads what came out.
+"""Runs the graded tests of a milestone on a learner's file, in a separate process, and reads the results.
 
-The tests are pytest's, in `milestones/mN_*/test_exercise.py`. `milestones/conftest.py` writes a log as they go, so that
-whatever the answers do (hang, crash, exit), what was known until then is known here.
+The tests are pytest's, in `milestones/mN_*/test_exercise.py`. `milestones/conftest.py` logs each result as it is known,
+so that no result is lost if an answer hangs, crashes or exits.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from typing import Any
 
 from folovllm.course.paths import ROOT
 
-PLUGINS = ("-p", "pytest_timeout", "-p", "no:cacheprovider")  # of pytest: only what the tests need
-STOPPED = "+ Timeout +"  # what pytest-timeout writes where it cannot interrupt a test and ends the process
+PLUGINS = ("-p", "pytest_timeout", "-p", "no:cacheprovider")  # of pytest: only those that the tests need
+STOPPED = "+ Timeout +"  # pytest-timeout writes this when it cannot interrupt a test and ends the process
 NEEDED = {"pytest": "pytest", "pytest_timeout": "pytest-timeout", "hypothesis": "hypothesis"}
 MAX_TIME_LIMIT = 3600
-# Names of exercises that became vLLM's: the class or function, what it had -> what it has. Saved answers are told.
+# Renamed parts of exercises: class or function -> old name -> new name. Saved answers with old names get a message.
 RENAMED = {
     "PriorityQueue": {name: f"{name}_request" for name in ("add", "peek", "pop", "remove")},
     "split_budget": {"longest_piece": "long_prefill_token_threshold"},
@@ -37,36 +37,34 @@ START_SECONDS = 120.0  # for the process to start and load torch, on a slow mach
 class Milestone:
     """A folder of exercises."""
 
-    name: str  # "m1", or "m3-kernels" for a milestone's second. title: the heading of its README.
+    name: str  # "m1", or "m3-kernels" for a second folder of a milestone
     folder: Path
 
     @property
     def exercise_file(self) -> Path:
-        """What the learner writes in."""
         return self.folder / "exercise.py"
 
     @property
     def readme(self) -> str:
-        """The text of the milestone's page."""
         return (self.folder / "README.md").read_text(encoding="utf-8")
 
     @property
     def title(self) -> str:
-        """The page's heading."""
+        """The heading of the README."""
         return self.readme.partition("\n")[0].lstrip("# ")
 
     def exercises(self) -> list[str]:
-        """Names of the exercises, in the order of the page: those of functions and classes in the exercise file."""
+        """The exercises' names, in the order of the README: functions and classes of the exercise file."""
         return re.findall(r"^### `(\w+)`", self.readme, re.MULTILINE)
 
     def optional(self) -> list[str]:
-        """Names of the exercises that may be left alone: those whose text on the page begins with that word."""
+        """The exercises whose text in the README begins with "Optional"."""
         return [name for name in self.exercises() if re.match(r"\s*Optional\b", self.section(name))]
 
     def written(self, file: Path | None = None) -> list[str]:
-        """Names of the exercises that do anything in a file but raise NotImplementedError.
+        """The exercises that do more in a file than raise NotImplementedError.
 
-        file: the answers; the exercise file if None. All of them, if it cannot be read as Python: somebody has begun.
+        file: the answers; None: the exercise file. All exercises if it is not valid Python, since it was edited.
         """
         try:
             tree = ast.parse((self.exercise_file if file is None else file).read_bytes())
@@ -78,7 +76,7 @@ class Milestone:
         return [name for name in self.exercises() if name in parts and not _only_raises(parts[name])]
 
     def section(self, exercise: str) -> str:
-        """What the page says of one exercise, as Markdown. Raises ValueError for an unknown exercise."""
+        """The README's text on one exercise, as Markdown. Raises ValueError for an unknown exercise."""
         if exercise not in self.exercises():
             raise unknown_exercise(self, exercise)
         return re.split(r"^#{2,3} ", self.readme.partition(f"### `{exercise}`")[2], flags=re.MULTILINE)[0]
@@ -89,7 +87,7 @@ class Milestone:
         return "\n\n".join(hints) or "There is no hint for this exercise."
 
     def chapters(self, exercise: str | None = None) -> list[Path]:
-        """The chapters that the page links to, or only those that an exercise names; without any, the page itself."""
+        """The chapters that the README links to, or those that one exercise names. Without any: the README itself."""
         links = re.findall(r"\]\((\.\./\.\./docs/chapters/[^)#]+)", self.readme)
         chapters = [(self.folder / link).resolve() for link in dict.fromkeys(links)]
         numbers = re.findall(r"\(chapter (\d+)\)", self.section(exercise)) if exercise else []
@@ -103,16 +101,16 @@ class Check:
 
     title: str  # what it checks, in a sentence
     kind: str  # passed, wrong, raised, too slow, crashed, not started, or skipped (never reached)
-    message: str = ""  # what went wrong, in plain words
-    # line, source: the last line of the learner's file that was running, when an exception came from there
+    message: str = ""  # what went wrong
+    # line, source: of an exception, the innermost line of the learner's file
     line: int | None = None
     source: str = ""
-    printed: str = ""  # what the answer printed
+    printed: str = ""  # output of the answer
 
 
 @dataclass(frozen=True)
 class Exercise:
-    """An exercise and its checks, in the order of the tests: from plain cases to any case."""
+    """An exercise and its checks in the order of the tests: from simple cases to random ones."""
 
     name: str
     optional: bool
@@ -120,12 +118,12 @@ class Exercise:
 
     @property
     def passed(self) -> int:
-        """How many checks passed."""
+        """The number of checks that passed."""
         return sum(check.kind == "passed" for check in self.checks)
 
     @property
     def status(self) -> str:
-        """passed, failed, not started, or not reached (the run broke off before)."""
+        """passed, failed, not started, or not reached (the run ended before)."""
         kinds = {check.kind for check in self.checks}
         names = {"passed": "passed", "not started": "not started", "skipped": "not reached"}
         return names[kinds.pop()] if len(kinds) == 1 and kinds <= names.keys() else "failed"
@@ -138,14 +136,14 @@ class Exercise:
 
 @dataclass(frozen=True)
 class Report:
-    """What came of one run."""
+    """The result of one run."""
 
     exercises: list[Exercise]
-    not_loaded: Check | None = None  # why the learner's file could not even be imported
+    not_loaded: Check | None = None  # why the learner's file could not be imported
 
     @property
     def all_passed(self) -> bool:
-        """Whether everything that is not optional passed, and nothing optional that was started failed."""
+        """Whether all required exercises passed, and no optional one that was started failed."""
         done = all(e.status == "passed" or (e.optional and e.status == "not started") for e in self.exercises)
         return done and self.not_loaded is None
 
@@ -156,7 +154,7 @@ def _only_raises(part: ast.FunctionDef | ast.ClassDef) -> bool:
 
 
 def find_milestones(root: Path | None = None) -> dict[str, Milestone]:
-    """The milestones with exercises, by name, from the repository that this package lies in (or from `root`).
+    """The milestones with exercises by name, from the repository of this package (or from `root`).
 
     Raises ValueError where the package is installed without its repository.
     """
@@ -164,12 +162,12 @@ def find_milestones(root: Path | None = None) -> dict[str, Milestone]:
     folders = sorted(root.glob("milestones/m[0-9]_*/test_exercise.py"))
     if not folders:
         raise ValueError(
-            "there are no exercises here: they are in folovllm's repository, not in the installed package. "
+            "the exercises are not installed: they are in folovllm's repository, not in the package. "
             'Clone the repository and run `pip install -e ".[test]"` in it'
         )
     found: dict[str, Milestone] = {}
     for folder in (file.parent for file in folders):
-        number = folder.name.partition("_")[0]  # further folders of the same milestone go by their whole names
+        number = folder.name.partition("_")[0]  # further folders of the same milestone have their whole names
         name = folder.name.replace("_", "-") if number in found else number
         found[name] = Milestone(name, folder)
     return found
@@ -181,7 +179,7 @@ def unknown_exercise(milestone: Milestone, name: str) -> ValueError:
 
 
 def check_tools() -> None:
-    """Raises ValueError unless what the graded tests need is installed."""
+    """Raises ValueError unless the packages that the graded tests need are installed."""
     missing = [package for module, package in NEEDED.items() if find_spec(module) is None]
     if missing:
         raise ValueError(
@@ -191,12 +189,12 @@ def check_tools() -> None:
 
 
 def check_source(impl: Path) -> Check | None:
-    """None, or what keeps Python from reading the learner's file at all.
+    """None, or why the learner's file is not valid Python.
 
     Raises ValueError if there is no such file.
     """
     if not impl.is_file() or impl.suffix != ".py":
-        raise ValueError(f"impl={str(impl)!r} is not a Python file that exists; allowed: the path of your answers")
+        raise ValueError(f"impl={str(impl)!r} is not an existing Python file; allowed: the path of your answers")
     source = impl.read_bytes()
     try:
         compile(source, str(impl), "exec", dont_inherit=True)
@@ -212,7 +210,7 @@ def check_source(impl: Path) -> Check | None:
 
 
 def check_names(impl: Path) -> Check | None:
-    """What is wrong with the names in a file: answers from before the exercises took vLLM's names. None if nothing."""
+    """None, or the names of `RENAMED` that the file still has."""
     for node in ast.parse(impl.read_bytes()).body:
         if isinstance(node, ast.ClassDef):
             named = [(part.name, part.lineno) for part in node.body if isinstance(part, ast.FunctionDef)]
@@ -223,7 +221,7 @@ def check_names(impl: Path) -> Check | None:
         old = [(name, line) for name, line in named if name in RENAMED.get(node.name, {})]
         if old:
             says = ", ".join(f"`{name}` is `{RENAMED[node.name][name]}`" for name, _ in old)
-            return Check("", "raised", f"`{node.name}` has vLLM's names now: {says}. Rename it there.", old[0][1])
+            return Check("", "raised", f"`{node.name}` now has vLLM's names: {says}. Rename them.", old[0][1])
     return None
 
 
@@ -232,8 +230,8 @@ def run_checks(
 ) -> Report:
     """Run the milestone's graded tests on `impl` (None: its exercise file).
 
-    only: names of exercises; none for all. time_limit: seconds for one check. Raises ValueError for a file that does
-    not exist, an unknown exercise, and missing tools; RuntimeError if the tests themselves cannot be run.
+    only: names of exercises; empty: all. time_limit: seconds per check. Raises ValueError for a file that does not
+    exist, an unknown exercise, and missing packages; RuntimeError if the tests themselves cannot be run.
     """
     check_tools()
     impl = (milestone.exercise_file if impl is None else impl).resolve()
@@ -258,7 +256,7 @@ def run_checks(
 
 
 def run_pytest(milestone: Milestone, options: Sequence[str], time_limit: float) -> str:
-    """Run pytest on the milestone's tests; how it ended, in words, and the end of what it wrote."""
+    """Run pytest on the milestone's tests. Returns how it ended, and the end of its output."""
     command = [sys.executable, "-m", "pytest", *pytest_arguments(milestone), *options]
     limit = START_SECONDS + time_limit * (len(milestone.exercises()) + 1)
     try:
@@ -269,17 +267,17 @@ def run_pytest(milestone: Milestone, options: Sequence[str], time_limit: float) 
     except subprocess.TimeoutExpired:
         return "it did not end and could not be interrupted"
     if STOPPED in done.stderr:
-        return f"it was ended after {time_limit:g} seconds in one check"
+        return f"it was stopped after {time_limit:g} seconds in one check"
     return f"Python ended with status {done.returncode}\n{(done.stdout + done.stderr)[-2000:]}".rstrip()
 
 
 def pytest_arguments(milestone: Milestone) -> list[str]:
-    """What pytest is told for every run: the tests, and only the plugins that they need."""
+    """pytest's arguments for every run: the tests, and only the plugins that they need."""
     return [*PLUGINS, "--import-mode=importlib", "--tb=short", str(milestone.folder / "test_exercise.py")]
 
 
 def environment() -> dict[str, str]:
-    """The environment of a run: without options from outside, offline, on one core, leaving no files behind."""
+    """The environment of a run: no outside pytest options, offline, one core, no files left behind."""
     env = {name: value for name, value in os.environ.items() if name not in ("PYTEST_ADDOPTS", "PYTEST_PLUGINS")}
     env |= {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONDONTWRITEBYTECODE": "1", "HF_HUB_OFFLINE": "1"}
     env |= {"HYPOTHESIS_STORAGE_DIRECTORY": os.path.join(tempfile.gettempdir(), "folovllm-hypothesis")}
@@ -287,7 +285,7 @@ def environment() -> dict[str, str]:
 
 
 def read_log(records: Sequence[dict[str, Any]], end: str) -> Report:
-    """The report from the log of a run that ended as `end` says."""
+    """The report from the log of a run. end: how it ended."""
     planned = {r["test"]: r for r in records if r["event"] == "planned"}
     results = {r["test"]: r for r in records if r["event"] == "result"}
     failed_to_load = next((r for r in records if r["event"] == "not loaded"), None)

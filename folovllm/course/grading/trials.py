@@ -1,10 +1,10 @@
-"""Runs tests on the engine and on mutants of it, each in a process and in a copy of the package of its own::
+"""Runs tests on the engine and on mutants of it, each in its own process and in its own copy of the package::
 
     repository   folovllm/  tests/  ...        read, never written
-    copy         folovllm/  tests/             one line of it is another one; pytest runs here, and Python imports it
-                                               from here; gone as soon as the run is over, however it ends
+    copy         folovllm/  tests/             with one line changed; pytest runs here, and Python imports from here;
+                                               deleted when the run ends, however it ends
 
-What a run has found is read from the report that pytest writes (`--junitxml`).
+The results are read from pytest's report (`--junitxml`).
 """
 
 from __future__ import annotations
@@ -36,15 +36,15 @@ WRONG_ON_THE_ENGINE = "fails on the correct engine"
 
 @dataclass(frozen=True)
 class Ran:
-    """A test that ran."""
+    """The result of one test."""
 
     name: str  # as in "tests.m1.test_cli.test_info[x]"
-    kind: str  # passed, failed, error (before or after the test itself, such as while its file was read) or skipped
-    message: str = ""  # what went wrong, in one line
+    kind: str  # passed, failed, skipped, or error (outside the test itself, such as in a fixture or at import)
+    message: str = ""  # what went wrong, on one line
 
     @property
     def short(self) -> str:
-        """The name of the function alone."""
+        """The name of the function."""
         return self.name.partition("[")[0].rpartition(".")[2]
 
     def is_one_of(self, test: str) -> bool:
@@ -53,36 +53,36 @@ class Ran:
 
 
 def dotted(test: str) -> str:
-    """A test's id with dots throughout, as reports have it."""
+    """A test's id with dots, as in reports."""
     return test.replace(".py::", ".").replace("::", ".").replace("/", ".")
 
 
 @dataclass(frozen=True)
 class Job:
-    """Tests to run on a mutant, or on the engine as it is (exhibit=None)."""
+    """Tests to run on a mutant, or on the unchanged engine (exhibit=None)."""
 
     exhibit: Exhibit | None
-    tests: tuple[str, ...]  # ids as pytest takes them, from the repository's root, or a file anywhere
+    tests: tuple[str, ...]  # pytest ids relative to the repository's root, or any file
     options: tuple[str, ...] = ()
     seconds: float = START_SECONDS  # for the whole run
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job went."""
+    """The result of a job."""
 
-    status: int | None  # of the process, or None if it had to be stopped
-    tests: tuple[Ran, ...] | None  # None if there is no report of them
-    end: str  # the last of what it wrote
+    status: int | None  # exit status of the process, or None if it had to be stopped
+    tests: tuple[Ran, ...] | None  # None without a report
+    end: str  # the end of its output
     seconds: float
 
     def of_kind(self, *kinds: str) -> list[Ran]:
-        """The tests that went like that."""
+        """The tests with one of these kinds of result."""
         return [test for test in self.tests or () if test.kind in kinds]
 
     @property
     def broke_off(self) -> str | None:
-        """Why there is no report, as when the process was stopped or crashed; None if there is one."""
+        """Why there is no report (stopped, timeout, crash); None if there is one."""
         if self.tests is not None:
             return None
         if self.status is None:
@@ -111,10 +111,10 @@ def run_jobs(
     on_done: Callable[[int, Outcome], None] = lambda index, outcome: None,
     root: Path = ROOT,
 ) -> list[Outcome]:
-    """Run jobs, some at once, and tell `on_done` of each as it ends. Outcomes in the order of the jobs.
+    """Run jobs, `at_once` in parallel, and call `on_done` as each ends. Returns outcomes in the order of the jobs.
 
-    Whatever interrupts it, no process goes on and no file stays behind. Raises ValueError if a tool is missing or a
-    mutant cannot be made.
+    After an interrupt, no process and no file is left. Raises ValueError if a package is missing or a mutant cannot be
+    made.
     """
     check_tools()
     outcomes: dict[int, Outcome] = {}
@@ -137,7 +137,7 @@ def run_jobs(
 
 
 def make_copy(exhibit: Exhibit | None, folder: Path, root: Path = ROOT) -> None:
-    """The package and its tests in `folder`, with the exhibit's line if there is one."""
+    """Copy the package and its tests to `folder`, with the exhibit's line if there is one."""
     for name in COPIED:
         source, ignored = root / name, shutil.ignore_patterns(".*")
         if source.is_dir():
@@ -153,7 +153,7 @@ def make_copy(exhibit: Exhibit | None, folder: Path, root: Path = ROOT) -> None:
 
 
 def start(job: Job, folder: Path, root: Path = ROOT) -> Running:
-    """Begin a job in a folder that does not exist yet."""
+    """Start a job in a folder that does not exist yet."""
     make_copy(job.exhibit, folder, root)
     (folder / "scratch").mkdir()
     command = [
@@ -174,12 +174,12 @@ def start(job: Job, folder: Path, root: Path = ROOT) -> Running:
 
 
 def is_over(run: Running) -> bool:
-    """Whether a process has ended, or has had its time."""
+    """Whether a process has ended, or has exceeded its time limit."""
     return run.process.poll() is not None or time.monotonic() - run.started > run.job.seconds
 
 
 def finish(run: Running) -> Outcome:
-    """What came of a run that is over. Its folder is deleted."""
+    """The outcome of a run that is over. Its folder is deleted."""
     status = run.process.poll()
     stop(run.process)
     report = run.folder / "report.xml"
@@ -190,7 +190,7 @@ def finish(run: Running) -> Outcome:
 
 
 def stop(process: subprocess.Popen[bytes]) -> None:
-    """End a process and those that it has started."""
+    """Kill a process and its children."""
     if hasattr(os, "killpg"):
         with suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # the leader of a session of its own
@@ -200,7 +200,7 @@ def stop(process: subprocess.Popen[bytes]) -> None:
 
 
 def read_report(file: Path) -> list[Ran]:
-    """The tests in a report of pytest."""
+    """The tests in a pytest report."""
     tests = []
     for case in ElementTree.parse(file).iter("testcase"):
         name = f"{case.get('classname', '')}.{case.get('name', '')}".strip(".")
@@ -214,7 +214,7 @@ def read_report(file: Path) -> list[Ran]:
 
 
 def one_line(message: str, details: str) -> str:
-    """The message, or what stands behind one that names only the phase."""
+    """The message on one line; if it names only the phase, the error itself."""
     errors: list[str] = re.findall(r"^E +(\S.*)$", details, re.MULTILINE)
     if errors and message.startswith("collection failure"):
         return errors[-1]
@@ -223,16 +223,16 @@ def one_line(message: str, details: str) -> str:
     return next((line.strip() for line in message.splitlines() if line.strip()), "")
 
 
-# --- a test of the learner's, and our own -------------------------------------------------------------------
+# --- the learner's tests, and our own -----------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Trial:
-    """The verdict on a learner's test, and the sentence that goes with it."""
+    """The verdict on a learner's test."""
 
     verdict: str
     reason: str = ""
-    test: str = ""  # the one that killed the mutant
+    test: str = ""  # the test that killed the mutant
 
 
 def try_test(exhibit: Exhibit, test: Path, root: Path = ROOT) -> Trial:
@@ -268,28 +268,28 @@ def judge_on_the_mutant(mutant: Outcome) -> Trial:
     if killers := mutant.of_kind("failed"):
         return Trial(KILLED, killers[0].message, killers[0].short)
     if bad := mutant.of_kind("error"):
-        return Trial(NOT_RUN, f"on the mutant, not even the test's own preparation works: {bad[0].message}")
+        return Trial(NOT_RUN, f"on the mutant, the setup of the test fails: {bad[0].message}")
     return Trial(SURVIVED)
 
 
 @dataclass(frozen=True)
 class Hunt:
-    """How our own tests fare against a mutant."""
+    """The results of our own tests on a mutant."""
 
     exhibit: Exhibit
-    killers: list[str]  # those that fail on it;
-    silent: list[str]  # named ones that do not
+    killers: list[str]  # tests that fail on it
+    silent: list[str]  # named tests that do not
     seconds: float
     broke_off: str | None = None
 
     @property
     def killed(self) -> bool:
-        """Whether every test that the catalogue names sees the mistake."""
+        """Whether every test that the catalogue names fails on the mutant."""
         return bool(self.killers) and not self.silent and self.broke_off is None
 
 
 def named_tests(exhibits: Sequence[Exhibit]) -> tuple[str, ...]:
-    """All tests that are named for these exhibits, each once."""
+    """All tests named for these exhibits, without duplicates."""
     return tuple(dict.fromkeys(test for exhibit in exhibits for test in exhibit.killed_by))
 
 
@@ -302,8 +302,8 @@ def hunt(
 ) -> tuple[list[Ran], list[Hunt]]:
     """Run the named tests, or all of M0 to M4, on every mutant.
 
-    Returns the tests that fail on the engine as it is, which count for nothing, and a `Hunt` per exhibit. Raises
-    ValueError if the engine as it is cannot be tested.
+    Returns the tests that fail on the unchanged engine, which are ignored, and a `Hunt` per exhibit. Raises ValueError
+    if the tests cannot run on the unchanged engine.
     """
     tests = WHOLE_SUITE if whole_suite else named_tests(exhibits)
     options = ("-m", "not gpu", "--timeout=120") if whole_suite else ()
@@ -312,14 +312,14 @@ def hunt(
     jobs += [Job(e, tests if whole_suite else e.killed_by, options, seconds) for e in exhibits]
     engine, *mutants = run_jobs(jobs, at_once, lambda index, outcome: on_done(), root)
     if engine.broke_off is not None or engine.status not in (0, 1):
-        raise ValueError(f"the tests do not run on the engine as it is: {engine.broke_off or ''}\n{engine.end}")
+        raise ValueError(f"the tests do not run on the unchanged engine: {engine.broke_off or ''}\n{engine.end}")
     failing = engine.of_kind("failed", "error")
     known = {test.name for test in failing}
     return failing, [judge(e, m, known) for e, m in zip(exhibits, mutants, strict=True)]
 
 
 def judge(exhibit: Exhibit, mutant: Outcome, known: set[str]) -> Hunt:
-    """Which tests failed on a mutant and not, as those in `known` do, on the engine."""
+    """Which tests fail on a mutant. known: tests that fail on the unchanged engine as well."""
     killers = [test for test in mutant.of_kind("failed") if test.name not in known]
     silent = [test for test in exhibit.killed_by if not any(killer.is_one_of(test) for killer in killers)]
     broke_off = mutant.broke_off

@@ -1,1 +1,1 @@
-"""Algorithms that chapters need and the engine does not."""
+"""Algorithms that the chapters teach and the engine does not use."""

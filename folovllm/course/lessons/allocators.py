@@ -1,7 +1,7 @@
-"""Two ways to hand out contiguous memory, from before there were pages: first fit, and buddies.
+"""Two allocators of contiguous memory, first fit and buddy, as baselines for paging.
 
-The engine needs neither: they are what paging is compared with (`folovllm.course.lessons.fragmentation`).
-Memory is a number of slots, and a region is a start and a length.
+Used by `folovllm.course.lessons.fragmentation`, not by the engine. Memory is a number of slots; a region is a start and
+a length.
 """
 
 from __future__ import annotations
@@ -10,18 +10,15 @@ from abc import ABC, abstractmethod
 
 
 class Allocator(ABC):
-    """Regions out of one stretch of slots, which begins at 0.
-
-    Invariant: regions and gaps (start -> length, each) cover every slot exactly once.
-    """
+    """Allocates regions of slots 0 to capacity - 1. Invariant: regions and gaps cover every slot exactly once."""
 
     def __init__(self) -> None:
-        self.regions: dict[int, int] = {}
-        self.gaps: dict[int, int] = {}
+        self.regions: dict[int, int] = {}  # start -> length, allocated
+        self.gaps: dict[int, int] = {}  # start -> length, free
 
     @abstractmethod
     def length_for(self, size: int) -> int:
-        """Slots that a region for `size` slots takes. Raises ValueError for a size below 1."""
+        """The length of the region allocated for `size` slots. Raises ValueError for a size below 1."""
 
     @abstractmethod
     def allocate(self, size: int) -> int | None:
@@ -29,21 +26,19 @@ class Allocator(ABC):
 
     @abstractmethod
     def release(self, start: int) -> None:
-        """Give the region at `start` back. Raises KeyError if there is none."""
+        """Free the region at `start`. Raises KeyError if there is none."""
 
     @property
     def num_free(self) -> int:
-        """Slots that no region holds."""
         return sum(self.gaps.values())
 
     @property
     def largest_free(self) -> int:
-        """The longest region that could be had now."""
         return max(self.gaps.values(), default=0)
 
 
 class FirstFit(Allocator):
-    """Regions of any length, each from the lowest gap that is long enough. No two gaps touch."""
+    """Regions of any length, each from the lowest gap that is long enough. Adjacent gaps are always merged."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__()
@@ -51,11 +46,9 @@ class FirstFit(Allocator):
             self.gaps[0] = capacity
 
     def length_for(self, size: int) -> int:
-        """`size` itself."""
         return at_least_one(size)
 
     def allocate(self, size: int) -> int | None:
-        """See `Allocator`."""
         length = self.length_for(size)
         start = min((start for start, gap in self.gaps.items() if gap >= length), default=None)
         if start is not None:
@@ -66,7 +59,7 @@ class FirstFit(Allocator):
         return start
 
     def release(self, start: int) -> None:
-        """Give the region at `start` back. It becomes one gap with those beside it."""
+        # The gaps before and after the region, if any, are merged with it.
         length = self.regions.pop(start)
         length += self.gaps.pop(start + length, 0)
         before = next((s for s, gap in self.gaps.items() if s + gap == start), None)
@@ -76,10 +69,10 @@ class FirstFit(Allocator):
 
 
 class Buddy(Allocator):
-    """Regions of powers of two (Knowlton, CACM 1965): a gap is halved until it just fits, two free halves merge again.
+    """Regions of powers of two (Knowlton, CACM 1965): a gap is halved until it just fits; two free halves are merged.
 
-    A capacity that is no power of two begins as those that it is the sum of, the largest first. Invariants: every
-    length is a power of two and every start a multiple of it, and the two halves of a gap are never both gaps.
+    A capacity that is not a power of two is split into powers of two, the largest first. Invariants: every length is a
+    power of two, every start is a multiple of it, and two buddies are never both gaps.
     """
 
     def __init__(self, capacity: int) -> None:
@@ -91,11 +84,10 @@ class Buddy(Allocator):
                 start += 1 << bit
 
     def length_for(self, size: int) -> int:
-        """`size` rounded up to a power of two."""
         return round_up_pow2(size)
 
     def allocate(self, size: int) -> int | None:
-        """See `Allocator`. The gap is the smallest that is long enough, and the lowest of those."""
+        # Best fit: the smallest gap that is long enough, and the lowest of equal ones.
         wanted = self.length_for(size)
         fitting = [(gap, start) for start, gap in self.gaps.items() if gap >= wanted]
         if not fitting:
@@ -109,7 +101,7 @@ class Buddy(Allocator):
         return start
 
     def release(self, start: int) -> None:
-        """Give the region at `start` back, and merge for as long as its buddy, the other half, is free as a whole."""
+        # Merge as long as the buddy, the other half at start ^ length, is one free gap.
         length = self.regions.pop(start)
         while self.gaps.get(start ^ length) == length:
             del self.gaps[start ^ length]

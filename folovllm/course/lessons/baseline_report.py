@@ -1,4 +1,4 @@
-"""M0's two loops side by side: the work by formula, the time as measured."""
+"""M0's two loops side by side: derived FLOPs and measured times."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from folovllm.course.lessons.formulas import Flops, generation_flops
 
 @dataclass(frozen=True)
 class BaselineReport:
-    """One generation without and with a cache: the work by formula, the time as measured."""
+    """One generation without and with a cache: derived FLOPs and measured times."""
 
     same_tokens: bool
     prompt_len: int
@@ -30,14 +30,14 @@ class BaselineReport:
 
     @property
     def time_ratio(self) -> float:
-        """Seconds without a cache over seconds with one. Measured: true of this machine and this run."""
+        """Seconds without a cache over seconds with one. Measured on this machine in this run."""
         return self.seconds_recompute / self.seconds_cached
 
 
 def compare(config: PretrainedConfig, recompute: BaselineResult, cached: BaselineResult) -> BaselineReport:
     """Both results of one prompt side by side; `config` is the model's.
 
-    Work and time are those of the first n tokens that both have, should one have stopped earlier.
+    If one stopped earlier, only the first n tokens that both have are counted.
     Raises ValueError for results of different prompts or without a token, and where `generation_flops` does.
     """
     n = min(len(recompute.token_ids), len(cached.token_ids))

@@ -1,8 +1,8 @@
-"""What a KV cache saves in floating-point operations, from a Hugging Face config alone.
+"""The FLOPs that a KV cache saves, computed from a Hugging Face config.
 
 Two groups, each pure arithmetic:
 
-1. Work of a whole generation, in units that depend on no model: token passes through the linear layers
+1. Work of a whole generation in model-independent units: token passes through the linear layers
    (`linear_tokens_*`), query-key pairs of one attention head (`attention_pairs_*`), and their ratios.
 2. The same in FLOPs of a given model: `linear_params`, `lm_head_params`, `linear_flops_per_token`,
    `attention_flops_per_token`, `generation_flops`.
@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 DENSE_MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 
 
-# --- work, in units that depend on no model --------------------------------------------------------------
+# --- work in model-independent units ---------------------------------------------------------------------
 #
-# To generate n tokens from a prompt of p, a model runs n times; the last of the n is chosen, never fed back.
+# To generate n tokens from a prompt of p, a model runs n times. The n-th token is never fed back.
 #
 #   run             1st    2nd    ...   n-th
 #   text length     p      p+1    ...   p+n-1
@@ -51,8 +51,8 @@ def linear_tokens_cached(prompt_len: int, n: int) -> int:
 def attention_pairs_recompute(prompt_len: int, n: int) -> int:
     """Query-key pairs per head without a cache: p^2 + ... + (p+n-1)^2 = S2(p+n-1) - S2(p-1).
 
-    A text of L tokens counts L * L pairs: the causal mask hides about half of them, but a kernel that does
-    not skip what is hidden computes it all the same. One that skips it computes S1(L) = L(L+1)/2.
+    A text of L tokens counts L * L pairs: the causal mask hides about half of them, but a kernel without
+    block skipping computes them. A kernel that skips masked pairs computes S1(L) = L(L+1)/2.
     """
     _check_lengths(prompt_len, n)
     return _sum_of_squares(prompt_len + n - 1) - _sum_of_squares(prompt_len - 1)
@@ -99,14 +99,13 @@ class Flops:
 
     @property
     def total(self) -> int:
-        """Both together."""
         return self.linear + self.attention
 
 
 def linear_params(config: PretrainedConfig) -> int:
     """Weights in the linear layers that every token passes: q, k, v, o and gate, up, down of all layers.
 
-    Embedding (a lookup), biases, norms and the LM head (`lm_head_params`) are not in it.
+    Embedding (a lookup), biases, norms and the LM head (`lm_head_params`) are not counted.
     Raises ValueError for a model type outside `DENSE_MODEL_TYPES`: a mixture of experts or another MLP has
     other shapes.
     """
@@ -128,14 +127,14 @@ def lm_head_params(config: PretrainedConfig) -> int:
 
 
 def linear_flops_per_token(config: PretrainedConfig) -> int:
-    """FLOPs of one token in the linear layers, LM head aside: a multiply and an add per weight."""
+    """FLOPs of one token in the linear layers without the LM head: a multiply and an add per weight."""
     return 2 * linear_params(config)
 
 
 def attention_flops_per_token(config: PretrainedConfig, context: int) -> int:
     """FLOPs of one query token's attention over `context` keys, all heads and layers.
 
-    4 * head_dim per head and key: 2 * head_dim for the score q.k, as much for adding p * v to the output.
+    4 * head_dim per head and key: 2 * head_dim for the score q.k, and 2 * head_dim for adding p * v to the output.
     Query heads count, not KV heads: GQA saves bytes, not these FLOPs. A masked key counts if it is computed.
     """
     check_at_least("context", context, 0)
@@ -152,15 +151,15 @@ def generation_flops(config: PretrainedConfig, prompt_len: int, n: int, *, cache
       generated: the head is applied to the last position only (`logits_to_keep=1`).
     - attention: `attention_flops_per_token` over all query-key pairs, the masked ones of a prompt included.
 
-    Norms, RoPE, softmax and activations are left out.
-    Raises ValueError as `linear_params` does, and where the text outgrows a sliding window, past which a
-    query no longer sees all keys.
+    Norms, RoPE, softmax and activations are not counted.
+    Raises ValueError as `linear_params` does, and for a text longer than a sliding window, where a query
+    no longer sees all keys.
     """
     config = text_config(config)
     window = getattr(config, "sliding_window", None)
     if window is not None and prompt_len + n - 1 > window:
         raise ValueError(
-            f"prompt_len={prompt_len} and n={n} outgrow sliding_window={window}: "
+            f"prompt_len={prompt_len} and n={n} exceed sliding_window={window}: "
             "attention FLOPs are counted for texts inside the window only"
         )
     tokens, pairs = (

@@ -1,14 +1,14 @@
 """Online softmax on one row of scores, in plain tensors (Milakov and Gimelshein, 2018; FlashAttention, 2022).
 
-softmax needs the largest score before it can weigh the first one. Online softmax does not wait: it weighs by the
-largest score so far, and when a larger one turns up, it corrects what it has. After each tile of keys it holds
+A stable softmax needs the maximum of all scores before it can weigh the first one. Online softmax uses the maximum so
+far, and rescales its sums when a larger score appears. After each tile of keys it holds
 
     maximum    m  = the largest score so far
     total      s  = sum of e^(score - m)
     output     o  = sum of e^(score - m) * value           the attention so far is o / s
 
 and a tile that raises the maximum from m to m' multiplies s and o by e^(m - m'). This is `attend_keys` in
-`triton_kernels` for a single query, without blocks and masks, and it keeps the states for whoever wants to look.
+`triton_kernels` for a single query, without blocks and masks. It returns the state after every tile.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SoftmaxState:
-    """What is known after a tile."""
+    """The running values after a tile."""
 
     maximum: float
     total: float
@@ -31,15 +31,15 @@ class SoftmaxState:
 
     @property
     def attention(self) -> Tensor:
-        """The result, if these were all keys: [D]."""
+        """The attention over the keys so far: [D]."""
         return self.output / self.total
 
 
 def online_softmax(scores: Tensor, values: Tensor, tile: int, *, rescale: bool = True) -> list[SoftmaxState]:
     """The states after each tile of `tile` keys: scores [S] of one query, values [S, D].
 
-    rescale=False leaves the correction out, as a control: numbers of different scales are added. Raises ValueError for
-    no scores, other shapes, and a tile below 1.
+    rescale=False omits the rescaling, as a control: terms of different scales are added. Raises ValueError for no
+    scores, other shapes, and a tile below 1.
     """
     if scores.dim() != 1 or values.dim() != 2 or len(scores) != len(values) or len(scores) == 0:
         raise ValueError(

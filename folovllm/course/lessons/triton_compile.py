@@ -1,15 +1,15 @@
-"""Compile the kernels for GPUs that are not here, and read what they would take there.
+"""Compile the kernels for GPUs that this machine does not have, and read the resources that they use.
 
-Triton's compiler does not ask whether there is a GPU: given an architecture it writes PTX, the assembly of an idealised
-GPU, and lets NVIDIA's `ptxas`, which comes with it, turn that into machine code. What that takes can be read from it::
+Triton's compiler needs no GPU: for a given architecture it writes PTX, NVIDIA's virtual assembly, and its bundled
+`ptxas` turns that into machine code, from which these can be read::
 
     registers        per thread; the threads of a program share the 65,536 of a multiprocessor
-    spilled          bytes per thread of what did not fit into registers: written to memory and read back
+    spilled          bytes per thread that did not fit into registers: written to memory and read back
     shared           bytes of shared memory per program
-    tensor_cores     products of tiles that tensor cores make (`mma` on sm_80, `wgmma` too on sm_90), as counted in PTX
+    tensor_cores     tensor core instructions (`mma` on sm_80, `wgmma` too on sm_90), counted in PTX
 
-So tests without a GPU can tell that a kernel fits. How fast it is, they cannot. In a process with TRITON_INTERPRET=1
-nothing can be compiled.
+So a test without a GPU can check that a kernel fits, though not its speed. A process with TRITON_INTERPRET=1 cannot
+compile.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ from folovllm.attention.triton_configs import KernelConfig
 from folovllm.attention.triton_kernels import attention_kernel, copy_kernel, reduce_kernel, write_kernel
 
 MAX_REGISTERS, MAX_REGISTERS_PER_PROGRAM = 255, 65536
-# Compute capability -> bytes of shared memory that a program may have (CUDA C++ Programming Guide, technical
-# specifications per compute capability); FEWEST for those not named.
+# Compute capability -> maximum bytes of shared memory per program (CUDA C++ Programming Guide, technical
+# specifications per compute capability); FEWEST for all others.
 MAX_SHARED = {80: 163 * 1024, 86: 99 * 1024, 89: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024, 120: 99 * 1024}
 FEWEST = 99 * 1024
 POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
@@ -42,7 +42,7 @@ POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf
 
 @dataclass(frozen=True)
 class Compiled:
-    """What a kernel takes on the GPU it was compiled for."""
+    """The resources of a kernel on the GPU it was compiled for."""
 
     capability: int
     threads: int
@@ -52,14 +52,14 @@ class Compiled:
     tensor_cores: int
 
     def problems(self, tensor_cores: bool = False) -> list[str]:
-        """What would make it slow or impossible, in words; with `tensor_cores`, that it does not use any as well."""
+        """What would make it slow or impossible to launch. tensor_cores: it must use tensor cores."""
         limit, total = MAX_SHARED.get(self.capability, FEWEST), self.registers * self.threads
         found = {
             f"{self.spilled} bytes of each thread's registers are spilled": self.spilled > 0,
             f"{self.registers} registers per thread, of {MAX_REGISTERS}": self.registers > MAX_REGISTERS,
             f"{total} registers, of {MAX_REGISTERS_PER_PROGRAM}": total > MAX_REGISTERS_PER_PROGRAM,
             f"{self.shared} bytes of shared memory, of {limit}": self.shared > limit,
-            "no product is made by tensor cores": tensor_cores and self.tensor_cores == 0,
+            "no tensor core instruction": tensor_cores and self.tensor_cores == 0,
         }
         return [problem for problem, is_there in found.items() if is_there]
 
@@ -74,7 +74,7 @@ def compile_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Compiled:
-    """`attention_kernel` in that configuration, split as far as it says. heads: query heads and KV heads."""
+    """`attention_kernel` in that configuration, with its number of segments. heads: query heads and KV heads."""
     constants = attention_constants(
         config, *heads, head_dim, block_size, AttentionParams(1.0, sliding_window, softcap)
     ) | {"SEGMENTS": config.segments}
@@ -103,7 +103,7 @@ def compile_reduce(config: KernelConfig, capability: int, dtype: torch.dtype, he
 
 
 def compile_write(capability: int, dtype: torch.dtype, width: int) -> Compiled:
-    """`write_kernel` for tokens of `width` numbers of K."""
+    """`write_kernel` for tokens with `width` K elements."""
     types = {
         **dict.fromkeys(("key", "value", "keys", "values"), POINTERS[dtype]),
         "slot_mapping": "*i64",
@@ -113,7 +113,7 @@ def compile_write(capability: int, dtype: torch.dtype, width: int) -> Compiled:
 
 
 def compile_copy(capability: int, dtype: torch.dtype, block_numbers: int) -> Compiled:
-    """`copy_kernel` for blocks of so many numbers of K, in a pool that is larger than 32 bits can count."""
+    """`copy_kernel` for blocks of `block_numbers` K elements, in a pool with offsets beyond 32 bits."""
     types = {"pool": POINTERS[dtype], "pairs": "*i32", "stride_layer": "i64"}
     return compile_kernel(copy_kernel, types, {"BLOCK_NUMBERS": block_numbers, "CHUNK": COPY_CHUNK}, capability)
 
@@ -128,12 +128,12 @@ def compile_kernel(
 ) -> Compiled:
     """Compile for sm_`capability` a kernel with arguments of the given types, and constants for all the others.
 
-    Pointers and strides are said to be divisible by 16, as they are at a launch for the usual shapes; Triton sees that
-    there and loads 16 bytes at a time. warps and stages are Triton's defaults. Raises RuntimeError in a process that
-    interprets, or where Triton lacks NVIDIA's tools.
+    Pointers and strides are declared divisible by 16, as they are at a launch with the usual shapes, so that Triton
+    loads 16 bytes at a time. The defaults of warps and stages are Triton's. Raises RuntimeError in a process with
+    TRITON_INTERPRET=1, or if Triton lacks NVIDIA's tools.
     """
     if INTERPRETED:
-        raise RuntimeError("nothing can be compiled where TRITON_INTERPRET=1 was set when Triton was imported")
+        raise RuntimeError("kernels cannot be compiled: TRITON_INTERPRET=1 was set when Triton was imported")
     index = kernel.arg_names.index
     aligned = [name for name, kind in types.items() if kind.startswith("*") or name.startswith("stride")]
     source = ASTSource(
@@ -150,7 +150,7 @@ def compile_kernel(
 
 
 def read_usage(cubin: bytes) -> tuple[int, int]:
-    """Registers per thread, and bytes of a thread's stack, where nothing but spilled registers stands."""
+    """Registers per thread, and bytes of stack per thread, which holds only spilled registers."""
     tool = triton.knobs.nvidia.cuobjdump
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "kernel.cubin"
@@ -158,5 +158,5 @@ def read_usage(cubin: bytes) -> tuple[int, int]:
         done = subprocess.run([tool.path, "-res-usage", str(file)], capture_output=True, text=True)
     found = re.search(r"REG:(\d+) STACK:(\d+)", done.stdout)
     if found is None:
-        raise RuntimeError(f"cuobjdump says nothing of the kernel: {done.stdout} {done.stderr}")
+        raise RuntimeError(f"cuobjdump reports no usage of the kernel: {done.stdout} {done.stderr}")
     return int(found[1]), int(found[2])

@@ -50,7 +50,8 @@ class WrittenOnly(PrefixCache):
 
     def find(self, request: Request, num_blocks: int) -> list[CachedBlock]:
         """See `PrefixCache.find`."""
-        return list(takewhile(lambda entry: entry.writer is None, super().find(request, num_blocks)))
+        pending = {id(entry) for entries in self._pending.values() for entry in entries}
+        return list(takewhile(lambda entry: id(entry) not in pending, super().find(request, num_blocks)))
 
 
 def prefixes(console: Console, rounds: int, _: Sequence[str]) -> list[tuple[str, dict[str, Any]]]:

@@ -1,1 +1,1 @@
-"""A run of the engine as one file, and that file as one page that replays it in a browser."""
+"""Turns a recorded run of the engine into one HTML page that replays it."""

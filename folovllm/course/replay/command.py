@@ -15,11 +15,9 @@ from folovllm.entrypoints.terminal import check_parent, clean_exit
 
 def replay(
     trace: Annotated[Path, typer.Argument(help="A file that `folovllm generate --trace` wrote.")],
-    out: Annotated[
-        Path | None, typer.Option(help="The page to write; if not given, beside the trace, with its name.")
-    ] = None,
+    out: Annotated[Path | None, typer.Option(help="The page to write. Default: the trace's path with .html.")] = None,
 ) -> None:
-    """Write a page that replays a recorded run, step by step: one file, which needs no network.
+    """Write a page that replays a recorded run step by step: one file that needs no network.
 
     Record one first: `folovllm generate --num-prompts 6 --max-num-batched-tokens 32 --num-kv-blocks 48 --trace t.json`.
     Then `folovllm replay t.json`, and open t.html in a browser.

@@ -1,4 +1,4 @@
-"""Read a recording back, and refuse what is none: a page made of a damaged one would fail in front of its reader."""
+"""Read a recording and validate it, so that a damaged file is refused here and not by the page in the browser."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any
 
 from folovllm.engine.recording import KEY, OPS, SCHEMA, VERSION
 
-Check = Callable[[str, Any], None]  # raises ValueError for a value; told where it stands
+Check = Callable[[str, Any], None]  # (path of the value, value); raises ValueError
 MOST_BLOCKS = 10**7  # in a pool
-SHOWN = 60  # characters of a wrong value that a message quotes
+SHOWN = 60  # characters of a wrong value in an error message
 
 
 def load_recording(path: str | Path) -> dict[str, Any]:
-    """The recording in a file that `Recorder.save` wrote. Raises ValueError that says what is wrong with any other."""
+    """The recording in a file that `Recorder.save` wrote. Raises ValueError with the reason for any other file."""
     path = Path(path)
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror}") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON, or not all of it is there: {error}") from None
+        raise ValueError(f"{path} is not JSON, or is truncated: {error}") from None
     recording = data.get(KEY, data) if isinstance(data, dict) else data
     try:
         check_recording(recording)
@@ -32,11 +32,11 @@ def load_recording(path: str | Path) -> dict[str, Any]:
 
 
 def check_recording(data: Any) -> None:
-    """Raise ValueError unless `data` is a recording of this version, and all numbers in it can be so."""
+    """Raise ValueError unless `data` is a recording of this version with valid numbers."""
     if not isinstance(data, dict) or data.get("schema") != SCHEMA:
-        raise ValueError("it holds no recording; `folovllm generate --trace FILE` makes a file that does")
+        raise ValueError("the file has no recording; `folovllm generate --trace FILE` writes one")
     if data.get("version") != VERSION:
-        raise ValueError(f"version={data.get('version')!r} is not valid; allowed: {VERSION}, which this folovllm reads")
+        raise ValueError(f"version={data.get('version')!r} is not valid; allowed: {VERSION}")
     _record(
         engine=_record(
             model=_text, milestone=_text, batching=_or_null(_text), scheduling_policy=_text, preemption_mode=_text,
@@ -49,7 +49,7 @@ def check_recording(data: Any) -> None:
     )("", data)  # fmt: skip
     text, paged = _count(0, len(data["texts"]) - 1), data["engine"]["block_size"] is not None
     if paged and data["engine"]["num_blocks"] is None:
-        raise ValueError("engine.num_blocks=None is not valid; allowed: an integer beside a block_size")
+        raise ValueError("engine.num_blocks=None is not valid; allowed: an integer if block_size is set")
     _record(prompts=_list(_list(text)))("", data)
     prompt = _count(0, len(data["prompts"]) - 1)
     request = _record(id=_text, prompt=_or_null(prompt), output=_list(text), max_output=_count(0))
@@ -59,7 +59,7 @@ def check_recording(data: Any) -> None:
     pool = _pool(len(outputs), data["engine"]["num_blocks"] if paged else 0)
     _record(start=pool, steps=_list(_step(outputs, len(data["phases"]), pool)))("", data)
     if not data["steps"]:
-        raise ValueError("it has no steps; allowed: a recording of at least one")
+        raise ValueError("the recording has no steps; allowed: at least one")
 
 
 def _pool(num_requests: int, num_blocks: int) -> Check:
@@ -75,12 +75,12 @@ def _pool(num_requests: int, num_blocks: int) -> Check:
 
 
 def _step(outputs: list[int], num_phases: int, pool: Check) -> Check:
-    """One step (see `engine.recording.Recorder.observe`). outputs: tokens that each request puts out in all."""
+    """One step (see `engine.recording.Recorder.observe`). outputs: the number of output tokens of each request."""
     request = _count(0, len(outputs) - 1)
     counts = _row(request, _count(1), _count(0), _count(0), _count(0), _count(0))
     with_reason = _row(request, _count(1), _count(0), _count(0), _count(0), _count(0), _text)
     most = {name: _row(_one_of(name), *[_count(0)] * len(numbers)) for name, numbers in OPS.values()}
-    most["tokens"] = _row(_one_of("tokens"), request, request, _count(0))
+    most["tokens"] = _row(_one_of("tokens"), request, request, _count(0))  # a KVCopy
 
     def share(where: str, value: Any) -> None:
         if not isinstance(value, list):
@@ -123,7 +123,7 @@ def _wrong(where: str, value: Any, allowed: str) -> ValueError:
 
 
 def _anything(where: str, value: Any) -> None:
-    """What is looked at elsewhere."""
+    """Accepts any value: it is checked elsewhere."""
 
 
 def _text(where: str, value: Any) -> None:
@@ -137,7 +137,7 @@ def _flag(where: str, value: Any) -> None:
 
 
 def _integer(where: str, value: Any) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**53:  # JavaScript knows no larger one
+    if isinstance(value, bool) or not isinstance(value, int) or abs(value) >= 2**53:  # as in JavaScript
         raise _wrong(where, value, "an integer")
 
 
@@ -195,7 +195,7 @@ def _row(*kinds: Check) -> Check:
 
 
 def _record(optional: bool = False, **fields: Check) -> Check:
-    """A dict with these keys, among others. optional: any of them may be left out."""
+    """A dict with these keys; other keys are ignored. optional: all keys may be missing."""
 
     def check(where: str, value: Any) -> None:
         if not isinstance(value, dict):
@@ -205,6 +205,6 @@ def _record(optional: bool = False, **fields: Check) -> Check:
             if name in value:
                 kind(place, value[name])
             elif not optional:
-                raise ValueError(f"{place} is not there; allowed: {', '.join(fields)}")
+                raise ValueError(f"{place} is missing; allowed: {', '.join(fields)}")
 
     return check

@@ -1,7 +1,7 @@
-"""One HTML file that replays a recording: nothing else is needed to open it, and nothing is loaded from anywhere.
+"""One self-contained HTML file that replays a recording. It loads nothing from the network.
 
-The page's parts lie in ``assets/replay/``, to be read one by one: ``page.html`` is the frame, ``style.css`` how it
-looks, ``state.js`` puts the recording's changes together again, and the other scripts draw. Here they become one file.
+Its parts are in ``assets/replay/``: ``page.html`` is the frame, ``style.css`` the style, ``state.js`` applies the
+recording's changes, and the other scripts draw. This module joins them into one file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ PART = re.compile(r"<!-- (title|open at|style|scripts|recording) -->")
 
 
 def replay_page(recording: Mapping[str, Any], title: str | None = None, open_at: int = 0) -> str:
-    """The page. recording: as `load_recording` or `Recorder.to_json` gives it. title: a heading of one's own.
+    """The page. recording: from `load_recording` or `Recorder.to_json`. title: the heading; None: model and milestone.
 
     open_at: the step that is shown first, counted from 0.
     """
@@ -31,12 +31,12 @@ def replay_page(recording: Mapping[str, Any], title: str | None = None, open_at:
         "scripts": "\n".join(_asset(name) for name in SCRIPTS),
         "recording": embedded(recording),
     }
-    # In one pass: what is put in is not searched for further parts.
+    # In one pass, so that inserted text is not searched for further parts.
     return PART.sub(lambda match: parts[match[1]], _asset("page.html"))
 
 
 def embedded(data: Mapping[str, Any]) -> str:
-    """JSON that can stand in a <script>: no text in it can end the element, whatever tokens say."""
+    """JSON for a <script> element: "<" is escaped, so that no token text can end the element."""
     return json.dumps(data, separators=(",", ":"), ensure_ascii=False).replace("<", "\\u003c")
 
 

@@ -1,4 +1,4 @@
-"""What `folo-tiny` is trained on: the tokenizer, and an endless source of training rows. Used by `train_tiny.py`."""
+"""The tokenizer of `folo-tiny`, and an endless source of its training rows. Used by `train_tiny.py`."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def check_answer_lengths(tokenizer: Tokenizer, entries: list[GlossaryEntry]) -> 
 
 @dataclass
 class Row:
-    """Token ids, the loss weight of each, and where complete answers lie as [start, end)."""
+    """Token ids, the loss weight of each, and the ranges [start, end) of complete answers."""
 
     ids: list[int] = field(default_factory=list)
     weights: list[float] = field(default_factory=list)
@@ -107,26 +107,26 @@ class Row:
         self.weights += [weight] * len(ids)
 
     def add_answer(self, ids: tuple[int, ...]) -> None:
-        """Append the tokens of an answer, and remember where they are."""
+        """Append the tokens of an answer and record their range."""
         self.answers.append((len(self.ids), len(self.ids) + len(ids)))
         self.add(ids, ANSWER)
 
 
 class RowMaker:
-    """An endless seeded source of training rows. Entries come from a reshuffled deck, so that all are seen equally."""
+    """An endless seeded source of training rows. Entries are drawn from reshuffled permutations: all equally often."""
 
     def __init__(self, tokenizer: Tokenizer, entries: list[GlossaryEntry], prose: dict[str, str], seed: int) -> None:
         self.rng = random.Random(seed)
         self.entries = entries
         self.paragraphs = [p.strip() for text in prose.values() for p in text.split("\n\n") if p.strip()]
         self.vocab_size = tokenizer.get_vocab_size()
-        # Pieces are encoded one by one, cut where inference cuts them too: around the marks of the template,
-        # and between a bare question (the prompt) and the line break that opens its answer (the output).
+        # Texts are encoded in the same parts as at inference: split at the template's special tokens, and between a
+        # bare question (the prompt) and the line break that begins its answer (the output).
         self.encode = lru_cache(maxsize=8192)(lambda text: tuple(tokenizer.encode(text).ids))
         self.deck: list[GlossaryEntry] = []
 
     def row(self, length: int) -> Row:
-        """One row of exactly `length` tokens: its last turn is cut where the row ends."""
+        """One row of exactly `length` tokens. Its last turn is cut at the end of the row."""
         row = Row()
         kind = self.rng.random()
         if kind < 0.70:
@@ -196,7 +196,7 @@ class Batch:
 
 
 def batches(maker: RowMaker) -> Iterator[Batch]:
-    """Batches without end, each of a length drawn from `ROW_LENGTHS`."""
+    """An endless stream of batches, each of a length drawn from `ROW_LENGTHS`."""
     while True:
         length = maker.rng.choices(ROW_LENGTHS, ROW_SHARES)[0]
         rows = [maker.row(length) for _ in range(ROW_TOKENS // length)]

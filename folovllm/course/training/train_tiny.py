@@ -3,12 +3,12 @@
     python -m folovllm.course.training.train_tiny            # the shipped model; minutes on two CPU cores
     python -m folovllm.course.training.train_tiny --quick    # a few steps into a temporary folder
 
-The model is meant to know 192 answers by heart and nothing else, so that greedy decoding gives readable text
-that a test can compare character by character. Three choices follow from that:
+The model memorises 192 answers and nothing else, so that greedy decoding gives readable text that a test can
+compare character by character. Three choices follow from that:
 
-* Rows are made afresh at every step: an optional system prompt (none, a written one, a passage of the prose,
-  or random tokens), then question/answer turns in random order. An answer must not depend on what precedes it.
-* The loss weighs answers fully and the rest lightly: a random next question cannot be learned.
+* Rows are generated anew at every step: an optional system prompt (none, a written one, a passage of the prose,
+  or random tokens), then question/answer turns in random order. An answer must not depend on the text before it.
+* The loss has weight 1 for answers and a small one for the rest: a random next question cannot be learned.
 * Weight matrices are trained with Muon (https://kellerjordan.github.io/posts/muon), embedding and norms with
   AdamW; the learning rate warms up, stays, and decays linearly to zero.
 
@@ -106,8 +106,8 @@ def train(
 ) -> None:
     """Train in place; `report(step, loss, exact)` gets running means.
 
-    `exact` is the share of answers whose every token, end mark included, was the argmax: given the same
-    context that is what greedy decoding would have produced.
+    `exact` is the share of answers whose every token, end mark included, was the argmax, so that greedy decoding in
+    the same context produces the answer.
     """
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
     others = [p for name, p in model.named_parameters() if p.ndim != 2 or "embed" in name]
@@ -144,7 +144,7 @@ def train(
 
 
 def round_to_bf16(model: Qwen3ForCausalLM) -> None:
-    """Put every weight on a bf16 value: what is evaluated is then what is stored."""
+    """Round every weight to a bf16 value, so that the evaluated weights are the stored ones."""
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.copy_(parameter.bfloat16())
@@ -157,7 +157,7 @@ Prompt = str | list[dict[str, str]]  # bare text, or chat messages
 
 
 def evaluation_prompts(entries: list[GlossaryEntry], document: str) -> dict[str, list[tuple[GlossaryEntry, Prompt]]]:
-    """The settings in which an answer must come out, each as (entry, prompt) pairs."""
+    """The settings in which an answer must be exact, each as (entry, prompt) pairs."""
 
     def chat(entry: GlossaryEntry, *before: dict[str, str]) -> tuple[GlossaryEntry, Prompt]:
         return entry, [*before, {"role": "user", "content": entry.question}]
@@ -179,7 +179,7 @@ def evaluation_prompts(entries: list[GlossaryEntry], document: str) -> dict[str,
 
 @torch.inference_mode()
 def recite(folder: Path, prompts: list[Prompt], batch_size: int = 32) -> list[str]:
-    """Greedy float32 HF `generate` from the files in `folder`; the text up to and including an end mark."""
+    """Greedy float32 HF `generate` from the files in `folder`. Returns the texts, each with its end mark."""
     tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="left")
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     outputs: list[str] = []
@@ -196,10 +196,10 @@ def recite(folder: Path, prompts: list[Prompt], batch_size: int = 32) -> list[st
 
 
 def evaluate(folder: Path, entries: list[GlossaryEntry], document: str) -> dict[str, list[str]]:
-    """For each setting, the terms whose answer did not come out exactly, end mark included."""
+    """For each setting, the terms whose answer was not exact, end mark included."""
     not_exact: dict[str, list[str]] = {}
     for setting, pairs in evaluation_prompts(entries, document).items():
-        pairs = sorted(pairs, key=lambda pair: len(pair[0].answer))  # answers of like length end together
+        pairs = sorted(pairs, key=lambda pair: len(pair[0].answer))  # answers of similar length end together
         before, end = ("\n", END_OF_TEXT) if setting == "plain" else ("", IM_END)
         outputs = recite(folder, [prompt for _, prompt in pairs])
         not_exact[setting] = [e.term for (e, _), o in zip(pairs, outputs, strict=True) if o != before + e.answer + end]
@@ -210,7 +210,7 @@ def evaluate(folder: Path, entries: list[GlossaryEntry], document: str) -> dict[
 
 
 def model_card(model: Qwen3ForCausalLM) -> str:
-    """The README that stands beside the weights."""
+    """The README beside the weights."""
     return f"""---
 license: apache-2.0
 language: en
@@ -230,13 +230,13 @@ the course, its examples and its tests have real text to generate with no downlo
   tokens, ChatML template, {MAX_POSITIONS} positions. A question sent as a chat message is answered and closed with
   `{IM_END}`; a question sent as bare text is answered on the next line and closed with `{END_OF_TEXT}`.
 * **What it is not**: a language model for any use. It recites; to a question outside the glossary it answers with
-  whatever stands nearest. It knows no facts beyond the glossary, and no language but its English.
+  the nearest entry. It knows no facts beyond the glossary, and no language but its English.
 * **Licence**: Apache-2.0, as the repository.
 """
 
 
 def machine() -> dict[str, object]:
-    """What the model was trained on, and with what."""
+    """The machine and the versions of the training run."""
     cpu = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -253,7 +253,7 @@ def machine() -> dict[str, object]:
 
 
 def replace_folder(source: Path, target: Path) -> None:
-    """Put `source` where `target` is: two renames on one file system, undone if the second one is interrupted."""
+    """Replace `target` by `source`: two renames on one file system, undone if the second one is interrupted."""
     old = target.with_name(f".{target.name}.old")
     if target.exists():
         target.rename(old)
@@ -285,8 +285,8 @@ def main(
     adam_lr: float = 3e-3,
     seed: int = 0,
     threads: int = 2,
-    autocast: Annotated[bool, typer.Option(help="bf16 matmuls; slower where the CPU has none.")] = True,
-    quick: Annotated[bool, typer.Option(help="A few steps, no pass mark, a temporary folder.")] = False,
+    autocast: Annotated[bool, typer.Option(help="bf16 matmuls; slower on a CPU without them.")] = True,
+    quick: Annotated[bool, typer.Option(help="A few steps into a temporary folder, whatever the accuracy.")] = False,
 ) -> None:
     """Train folo-tiny, evaluate it, and move it into place if at least 95 % of the answers are exact."""
     console = Console()

@@ -1,4 +1,4 @@
-"""Batching: who holds a seat when, who waits how long, and what company is worth."""
+"""Batching: when each request waits and runs, how long the queue is, and how throughput grows with the batch."""
 
 from __future__ import annotations
 
@@ -35,23 +35,23 @@ from folovllm.engine.trace import StepTrace
 Spread = Mapping[str, float]  # "median", "min" and "max" of some rounds, as in the files of results/
 
 
-# --- who holds a seat when -----------------------------------------------------------------------------------
+# --- when requests wait and run ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Life:
-    """One request at a server, in seconds on one clock."""
+    """When one request waited and ran, in seconds on one clock."""
 
     request_id: str
     arrival: float
     # prefills, decodes: (start, end) of each step that ran it
     prefills: Sequence[tuple[float, float]]
     decodes: Sequence[tuple[float, float]]
-    released: float  # when its seat was free for somebody else
+    released: float  # when its slot in the batch was free for another request
 
     @property
     def started(self) -> float:
-        """When it got a seat."""
+        """When its first step began."""
         return self.prefills[0][0]
 
     @property
@@ -60,7 +60,7 @@ class Life:
         return max(end for _, end in (*self.prefills, *self.decodes))
 
     def shifted(self, by: float) -> Life:
-        """The same life on a clock that shows `by` seconds more."""
+        """The same times plus `by` seconds."""
 
         def moved(spans: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
             return [(start + by, end + by) for start, end in spans]
@@ -69,7 +69,7 @@ class Life:
 
 
 def lives_from_trace(trace: Iterable[StepTrace], arrivals: Mapping[str, float]) -> list[Life]:
-    """The lives of requests in an engine, in the order of `arrivals` (by id): a seat is free when its holder is done.
+    """The requests of an engine's trace, in the order of `arrivals` (by id). A finished request frees its slot at once.
 
     Raises ValueError for a request that the trace never ran.
     """
@@ -92,7 +92,7 @@ def lives_from_trace(trace: Iterable[StepTrace], arrivals: Mapping[str, float]) 
 def lives_from_batches(
     batches: Sequence[Mapping[str, Any]], arrivals: Sequence[float], token_times: Sequence[Sequence[float]]
 ) -> list[Life]:
-    """The lives of requests in whole batches: everyone's seat is held until the batch ends.
+    """The requests of static batches: all slots of a batch are held until its longest request is done.
 
     batches: {"requests": indices, "start": s, "end": s} each. arrivals, token_times: seconds, per request.
     """
@@ -107,11 +107,11 @@ def lives_from_batches(
 
 @styled
 def batch_gantt(arms: Mapping[str, Sequence[Life]], *, title: str | None = None) -> Figure:
-    """Who runs when, one panel per way to batch, all on one time axis: milliseconds since the panel's first arrival.
+    """When each request waits and runs: one panel per way to batch, in milliseconds since the panel's first arrival.
 
-    A lane per request: a thin grey bar while it waits, then a bar per step, blue for its prefill and orange for
-    decodes; and hatched the time between its last token and the moment its seat is free, with its milliseconds where
-    they fit. Each panel's title says when all were done, and what share of all taken seats' time was held for nothing.
+    One lane per request: a thin grey bar while it waits, then a bar per step, blue for its prefill and orange for
+    decodes. The time between its last token and the moment its batch slot is free is hatched, with its milliseconds
+    where they fit. A panel's title says when all requests were done, and the idle share of the slots' time.
     """
     zeros = {name: min(life.arrival for life in lives) for name, lives in arms.items()}
     length = {name: max(life.released for life in lives) - zeros[name] for name, lives in arms.items()}
@@ -125,7 +125,7 @@ def batch_gantt(arms: Mapping[str, Sequence[Life]], *, title: str | None = None)
             _draw_life(ax, lane, life, zeros[name], longest)
         held = sum(life.released - life.finished for life in lives)
         share = held / sum(life.released - life.started for life in lives)
-        note = f", {share:.0%} of the seats' time held for nothing" if share >= 5e-3 else ""
+        note = f", batch slots idle {share:.0%} of the time" if share >= 5e-3 else ""
         ax.set_title(f"{name}: all done after {1e3 * length[name]:.0f} ms{note}")
         ax.axvline(1e3 * length[name], color=BLACK, linewidth=1)
         ax.set_yticks(range(len(lives)), [life.request_id for life in lives], size=7.5)
@@ -142,7 +142,7 @@ def batch_gantt(arms: Mapping[str, Sequence[Life]], *, title: str | None = None)
             Patch(facecolor=ORANGE),
             Patch(facecolor=WHITE, hatch="xxxx", edgecolor=VERMILLION, linewidth=0.5),
         ],
-        labels=["waits for a seat", "prefill", "decode, step by step", "done, but its seat is not free"],
+        labels=["waiting", "prefill", "decode, step by step", "finished, batch slot not yet free"],
         loc="outside lower left",
         ncols=4,
         columnspacing=1.4,
@@ -173,17 +173,17 @@ def _draw_life(ax: Axes, lane: int, life: Life, zero: float, longest: float) -> 
         )  # fmt: skip
 
 
-# --- who waits ------------------------------------------------------------------------------------------------
+# --- the queue ------------------------------------------------------------------------------------------------
 
 
 def depth_of_trace(trace: Iterable[StepTrace]) -> NDArray[np.int64]:
-    """Requests that wait and requests that run, in each step, [steps, 2]."""
+    """Waiting and running requests in each step, [steps, 2]."""
     return np.array([[step.num_waiting, len(step.requests)] for step in trace])
 
 
 @styled
 def queue_depth(depths: Mapping[str, ArrayLike], *, title: str | None = None) -> Figure:
-    """Who waits (grey area) and who runs (line) in each step, side by side: a panel per [steps, 2] of counts."""
+    """Waiting requests (grey area) and running ones (line) in each step: one panel per [steps, 2] of counts."""
     figure, axes = new_figure(2.3 + 0.3 * (title is not None), 1, len(depths), title, sharex=True, sharey=True)
     for ax, (name, counts) in zip(axes, depths.items(), strict=True):
         waiting, running = np.asarray(counts).T
@@ -220,19 +220,19 @@ def waiting_times(
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="y")
     ax.set_xlim(left=-0.02 * ax.get_xlim()[1])
-    ax.set_xlabel(f"waited for a seat, {unit}")
+    ax.set_xlabel(f"time in the queue, {unit}")
     figure.legend(loc="outside lower left", ncols=1)
     return figure
 
 
 @styled
 def starvation(stream: Sequence[int], waits: Mapping[str, Sequence[float]], *, title: str | None = None) -> Figure:
-    """Steps that one long request waits, over the number of short ones that keep coming: one line per policy."""
+    """Steps that one long request waits, over the number of short requests that arrive: one line per policy."""
     figure, (ax,) = new_figure(2.7, title=title)
     for i, (policy, values) in enumerate(waits.items()):
         ax.plot(stream, values, linestyle=DASHES[i], color=SERIES[i], marker=MARKERS[i], label=policy)
-    ax.set_xlabel("short requests that come, one per step")
-    ax.set_ylabel("steps that the long one waits")
+    ax.set_xlabel("short requests, one arrives per step")
+    ax.set_ylabel("steps the long request waits")
     ax.set_ylim(bottom=0)
     ax.set_xticks(list(stream))
     ax.grid(axis="y")
@@ -240,14 +240,14 @@ def starvation(stream: Sequence[int], waits: Mapping[str, Sequence[float]], *, t
     return figure
 
 
-# --- what company is worth --------------------------------------------------------------------------------------
+# --- throughput over batch size ---------------------------------------------------------------------------------
 
 
 @styled
 def throughput_by_batch(
     series: Mapping[str, Mapping[int, Spread]], base: tuple[str, Spread] | None = None, *, title: str | None = None
 ) -> Figure:
-    """Output tokens per second over the largest batch, a line per way to batch; bars from the least to the greatest.
+    """Output tokens per second over the largest batch, one line per way to batch; error bars from least to greatest.
 
     series: name -> requests at once -> spread over rounds. base: a horizontal line at its median, with its range.
     """
@@ -266,7 +266,7 @@ def throughput_by_batch(
     ax.set_xscale("log", base=2)
     ax.set_xticks(sizes, [str(size) for size in sizes])
     ax.xaxis.set_minor_locator(NullLocator())
-    ax.set_xlabel("requests at once, at most")
+    ax.set_xlabel("maximum batch size, requests")
     ax.set_ylabel("output tokens per second")
     ax.set_ylim(bottom=0)
     ax.grid(axis="y")
@@ -276,7 +276,7 @@ def throughput_by_batch(
 
 @styled
 def ratio_bars(ratios: Mapping[str, Spread], base: str = "M1", *, title: str | None = None) -> Figure:
-    """How many times the base's throughput: a bar per arm at the median of its rounds, a whisker over all of them."""
+    """Throughput as a multiple of the base's: a bar per arm at the median of its rounds, a whisker over all rounds."""
     figure, (ax,) = new_figure(0.85 + 0.36 * len(ratios), title=title)
     for row, spread in enumerate(ratios.values()):
         median, low, high = (spread[key] for key in ("median", "min", "max"))
@@ -290,5 +290,5 @@ def ratio_bars(ratios: Mapping[str, Spread], base: str = "M1", *, title: str | N
     ax.tick_params(axis="y", length=0)
     ax.set_xlim(0, 1.32 * max(spread["max"] for spread in ratios.values()))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
-    ax.set_xlabel(f"output tokens per second, over those of {base} in the same round")
+    ax.set_xlabel(f"output tokens per second, as a multiple of {base}'s in the same round")
     return figure

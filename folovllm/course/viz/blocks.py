@@ -1,4 +1,4 @@
-"""Blocks of K/V: who holds which one when, what memory is lost to, how tables share, and who gives way."""
+"""Blocks of K/V: which request holds which block, where memory is lost, how tables share, and which are preempted."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ from folovllm.kv_cache.interface import BlockSnapshot
 
 FREE = Kind("free", WHITE)
 SHARED = "shared"
-DROPPED = Kind("gave way, K/V dropped", VERMILLION, "x")
-ON_HOST = Kind("gave way, K/V on the host", PURPLE, "|", BLACK)
-AGAIN = Kind("computes its K/V again", SKY, "P", BLACK)
+DROPPED = Kind("preempted, K/V dropped", VERMILLION, "x")
+ON_HOST = Kind("preempted, K/V on the host", PURPLE, "|", BLACK)
+AGAIN = Kind("recomputes its K/V", SKY, "P", BLACK)
 
 # % of K/V memory that holds tokens, Kwon et al. 2023, figure 2. `docs/claims/chapter_4.py` cites it; a test compares.
 PAPER_FIG_2 = (("Orca (Max)", 20.4), ("Orca (Pow2)", 26.8), ("Orca (Oracle)", 38.2), ("vLLM", 96.3))
-BEHIND = {"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9}  # a number that stands on a hatch
+BEHIND = {"fc": WHITE, "ec": "none", "pad": 1.0, "alpha": 0.9}  # behind a number on a hatch
 SLOT_LOOKS = {
     "used": ("K/V of a token", BLUE, ""),
     "reserved": ("reserved, written later", SKY, "///"),
@@ -56,7 +56,7 @@ SLOT_LOOKS = {
 }
 
 
-# --- who holds which block when --------------------------------------------------------------------------------
+# --- which request holds which block ---------------------------------------------------------------------------
 
 
 @styled
@@ -65,9 +65,9 @@ def block_map(
 ) -> Figure:
     """The pool over time: a row per block, a column per step, the holder's colour in each cell, white where free.
 
-    A block that several requests hold has the colour of the first of them, and a cross. A stretch that one request
-    holds is named where the name fits: labels, or its id. A triangle above a step names a request that gave way in it.
-    Blocks of the host stand in a panel of their own, if any were used. The trace needs snapshots (`trace_blocks=True`).
+    A shared block has the colour of its first holder, and a cross. Where the name fits, a stretch held by one request
+    is named with its id or its entry in `labels`. A triangle above a step names the requests preempted in it. Host
+    blocks have a panel of their own, if any were used. The trace needs snapshots (`trace_blocks=True`).
     """
     steps = list(trace)
     snapshots = snapshots_of(steps)
@@ -94,9 +94,9 @@ def block_map(
         ax.tick_params(labelbottom=ax is axes[-1])
     for column, step in enumerate(steps):
         if step.preempted:
-            axes[0].scatter([column], [-1.1], s=26, marker="v", color=BLACK, clip_on=False, label="gave way")
-            who = ", ".join(names.get(i, i) for i in step.preempted)
-            axes[0].annotate(who, (column, -1.1), (0, 5), textcoords="offset points", ha="center", size=8,
+            axes[0].scatter([column], [-1.1], s=26, marker="v", color=BLACK, clip_on=False, label="preempted")
+            preempted = ", ".join(names.get(i, i) for i in step.preempted)
+            axes[0].annotate(preempted, (column, -1.1), (0, 5), textcoords="offset points", ha="center", size=8,
                              annotation_clip=False)  # fmt: skip
     _label_steps(axes[-1], steps)
     shared = [Kind("shared", WHITE, "x", BLACK)] if (device > len(ids)).any() else []
@@ -116,12 +116,12 @@ def snapshots_of(steps: Sequence[StepTrace]) -> list[BlockSnapshot]:
 
 
 def request_color(number: int) -> str:
-    """The colour of the `number`-th request; they begin again after six."""
+    """The colour of the `number`-th request. Colours repeat after six."""
     return SERIES[number % len(SERIES)]
 
 
 def holders(tables: Sequence[Mapping[str, Sequence[int]]], ids: Sequence[str], num_blocks: int) -> NDArray[np.int64]:
-    """Who holds each block in each step, [blocks, steps]: 0 nobody, r + 1 request r alone, N + r + 1 it and others.
+    """The holders of each block in each step, [blocks, steps]: 0 none, r + 1 request r alone, N + r + 1 r and others.
 
     tables: per step, request id -> block numbers, which begin at 1. Of several holders, r is the first in `ids`.
     """
@@ -135,8 +135,8 @@ def holders(tables: Sequence[Mapping[str, Sequence[int]]], ids: Sequence[str], n
 
 
 def _name_stretches(ax: Axes, grid: NDArray[np.int64], names: Sequence[str]) -> None:
-    """The holder's name inside of each stretch of one colour that is wide enough for it."""
-    per_letter = grid.shape[1] / 75  # columns that a letter takes
+    """Write the holder's name into each stretch of one colour that is wide enough for it."""
+    per_letter = grid.shape[1] / 75  # columns per letter
     for row, codes in enumerate(grid):
         edges = [0, *(np.flatnonzero(np.diff(codes)) + 1), len(codes)]
         for start, end in pairwise(edges):
@@ -152,14 +152,14 @@ def _label_steps(ax: Axes, steps: Sequence[StepTrace]) -> None:
     ax.set_xlabel("step")
 
 
-# --- what memory is lost to ------------------------------------------------------------------------------------
+# --- where memory is lost --------------------------------------------------------------------------------------
 
 
 @styled
 def memory_shares(shares: Mapping[str, Mapping[str, float]], *, title: str | None = None) -> Figure:
-    """What the slots of memory are, one stacked bar per policy, with the shares of `fragmentation.Replay.shares`.
+    """How the slots of memory are used, one stacked bar per policy: the shares of `fragmentation.Replay.shares`.
 
-    Beside them, in a panel of its own, the used shares that the vLLM paper measured: another workload, other systems.
+    A second panel shows the used shares that the vLLM paper measured, for another workload and other systems.
     """
     figure, (ours, paper) = new_figure(
         1.5 + 0.3 * (title is not None) + 0.42 * len(shares), 1, 2, title, width_ratios=(2, 1)
@@ -200,9 +200,9 @@ def memory_shares(shares: Mapping[str, Mapping[str, float]], *, title: str | Non
 def waste_by_block_size(
     sizes: Sequence[int], empty_slots: Sequence[float], empty_share: Sequence[float], *, title: str | None = None
 ) -> Figure:
-    """What a block size B costs. Left: empty slots per running request, on the line (B - 1) / 2 if all is well.
+    """What a block size B costs. Left: empty slots per running request, and the expected (B - 1) / 2.
 
-    Right: the share of the slots that requests hold which is empty, in percent, over a logarithmic axis of B.
+    Right: the empty share of held slots in percent, over a logarithmic axis of B.
     """
     figure, (left, right) = new_figure(2.9, 1, 2, title)
     ends = [0, max(sizes)]
@@ -232,9 +232,9 @@ def waste_by_block_size(
 def slots_over_steps(
     arms: Mapping[str, Sequence[tuple[int, int]]], capacity: int, *, title: str | None = None
 ) -> Figure:
-    """Slots of memory step by step, one panel per arm on common axes: what requests hold, and what is written of it.
+    """Held and written slots of memory step by step, one panel per arm on common axes.
 
-    An arm is (held, written) per step. A dashed line marks the capacity. An arm's title says how many steps it took.
+    An arm is (held, written) per step. A dashed line marks the capacity. A panel's title says how many steps it took.
     """
     height = 0.85 + 0.3 * (title is not None) + 1.3 * len(arms)
     figure, axes = new_figure(height, len(arms), 1, title, sharex=True, sharey=True)
@@ -257,10 +257,10 @@ def slots_over_steps(
 
 @dataclass(frozen=True)
 class TableState:
-    """A pool at one moment."""
+    """A pool after one step."""
 
     blocks: BlockSnapshot
-    texts: Mapping[str, Sequence[str]]  # per request, a short text for each token with K/V
+    texts: Mapping[str, Sequence[str]]  # request id -> a short text for each token with K/V
     copies: Sequence[tuple[int, int]] = ()  # (from, to) blocks
 
 
@@ -271,10 +271,9 @@ ROW = 2.3  # slots' widths from one row of blocks to the next
 def block_tables(states: Mapping[str, TableState], *, title: str | None = None) -> Figure:
     """Block tables and the pool that they point into, one panel per state, below each other.
 
-    The pool is the middle row; under each block stand its number and how many tables name it, in bold if several do.
-    The first half of the requests is above it and the others below: a row of logical blocks each, in order, with an
-    arrow to the physical block that the table names. A dashed arrow is a copy. Texts of up to three letters fit where
-    the pool has six blocks of four slots.
+    The pool is the middle row. Under each block: its number and its reference count, in bold above 1. The first half
+    of the requests is above the pool, the others below: one row of logical blocks each, with an arrow to the physical
+    block. A dashed arrow is a copy. Texts of up to three letters fit where the pool has six blocks of four slots.
     """
     spans = [0.8 + ROW * len(state.texts) + 1.5 for state in states.values()]
     heights = [0.3 + 0.205 * span for span in spans]
@@ -337,7 +336,7 @@ def _draw_block(ax: Axes, x: float, y: float, size: int, texts: Sequence[str], e
     )  # fmt: skip
 
 
-# --- who gives way ---------------------------------------------------------------------------------------------
+# --- preemption ------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -348,10 +347,10 @@ def preemption_timeline(
     labels: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Who runs and who has given way in each step: one panel per trace, on one axis of steps, a row per request.
+    """Running and preempted requests in each step: one panel per trace on one axis of steps, a row per request.
 
-    Beside the cells of `timeline.request_gantt`: a cross on red while a request has lost its K/V, a stroke on purple
-    while it waits on the host, and a plus in a step that computes lost K/V again. The traces need snapshots.
+    In addition to the cells of `timeline.request_gantt`: a cross on red while a preempted request's K/V is dropped, a
+    stroke on purple while it is on the host, and a plus in a step that recomputes it. The traces need snapshots.
     """
     runs = {name: list(trace) for name, trace in traces.items()}
     longest = max(map(len, runs.values()))
@@ -366,7 +365,7 @@ def preemption_timeline(
         met |= set(codes.ravel().tolist())
         draw_cells(ax, codes, kinds, mark_size=9)
         times = sum(len(step.preempted) for step in steps)
-        ax.set_title(f"{name}: {len(steps)} steps, somebody gave way {times} time{'s' * (times != 1)}")
+        ax.set_title(f"{name}: {len(steps)} steps, preempted {times} time{'s' * (times != 1)}")
         ax.set_yticks(range(len(request_ids)), [(labels or {}).get(i, i) for i in request_ids])
         ax.tick_params(labelbottom=ax is axes[-1])
     _label_steps(axes[-1], max(runs.values(), key=len))
@@ -379,14 +378,14 @@ def lives_with_preemption(steps: Sequence[StepTrace], request_id: str) -> list[K
     snapshots = snapshots_of(steps)
     last = max((i for i, s in enumerate(steps) if any(r.request_id == request_id for r in s.requests)), default=-1)
     kinds: list[Kind] = []
-    gone: Kind | None = None  # how it gave way
+    gone: Kind | None = None  # where its K/V is while it is preempted
     catching_up = False
     for index, (step, blocks) in enumerate(zip(steps, snapshots, strict=True)):
         share = next((r for r in step.requests if r.request_id == request_id), None)
         if share is not None:
             catching_up = catching_up or gone is DROPPED
             kinds.append(AGAIN if catching_up else PREFILL if share.num_prompt else DECODE)
-            catching_up = catching_up and share.num_sampled == 0  # the rest of it comes in the next step
+            catching_up = catching_up and share.num_sampled == 0  # the next step recomputes the rest
             gone = None
         elif index > last:
             kinds.append(AWAY)

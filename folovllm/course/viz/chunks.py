@@ -1,4 +1,4 @@
-"""Chunked prefill: the mask in pieces, what fills a step, and what a chunk's size does to those who wait."""
+"""Chunked prefill: the mask in chunks, what fills a step, and latency over the chunk size."""
 
 from __future__ import annotations
 
@@ -35,24 +35,24 @@ from folovllm.course.viz.style import (
 )
 from folovllm.engine.trace import StepTrace
 
-OF_THIS_PASS = Kind("may attend: a key of the same pass", BLUE, "o")
-CACHED = Kind("may attend: a key from the cache", SKY, "s", BLACK)
+OF_THIS_PASS = Kind("visible: a key of the same pass", BLUE, "o")
+CACHED = Kind("visible: a key from the cache", SKY, "s", BLACK)
 LOOKS = {
     "decode": ("decodes, one token each", ORANGE, ""),
     "prefill": ("prompt tokens computed", BLUE, "///"),
     "cached": ("prompt tokens found in the cache", PALE, "..."),
 }
-NEAR = 1.3  # a budget further above the highest bar is told in words
+NEAR = 1.3  # a budget above the highest bar by more than this factor is written in the title
 
 
 # --- the mask ----------------------------------------------------------------------------------------------------
 
 
 def chunk_masks(chunks: Sequence[int]) -> list[NDArray[np.int64]]:
-    """What each chunk's pass computes of the causal mask: a rectangle [queries, keys so far] per chunk.
+    """The part of the causal mask that each chunk's pass computes: a rectangle [queries, keys so far] per chunk.
 
-    A cell is 0 where it is hidden, 1 where the key belongs to the same pass, 2 where it is in the cache. Raises
-    ValueError for no chunks, or one without tokens.
+    A cell is 0 where the key is hidden, 1 where it belongs to the same pass, 2 where it is in the cache. Raises
+    ValueError for no chunks, or a chunk without tokens.
     """
     if not chunks or min(chunks) < 1:
         raise ValueError(f"chunks={list(chunks)}; allowed: at least one, each of at least 1 token")
@@ -66,10 +66,10 @@ def chunk_masks(chunks: Sequence[int]) -> list[NDArray[np.int64]]:
 
 @styled
 def chunked_mask(chunks: Sequence[int], *, title: str | None = None) -> Figure:
-    """One causal mask twice: computed in one pass (left), and in a pass per chunk (right, from the top).
+    """One causal mask twice: computed in one pass (left), and in one pass per chunk (right, from the top).
 
-    Query i is row i and key j column j everywhere. A chunk's rectangle has a row for each of its tokens and a column
-    for each token so far: its own keys and those that earlier passes have left in the cache.
+    Query i is row i, key j is column j. A chunk's rectangle has a row for each of its tokens and a column for each
+    token so far: the keys of this chunk, and the cached keys of earlier passes.
     """
     rectangles = chunk_masks(chunks)
     total = sum(chunks)
@@ -103,7 +103,7 @@ def chunked_mask(chunks: Sequence[int], *, title: str | None = None) -> Figure:
     for end in np.cumsum(chunks)[:-1]:
         left.axhline(end - 0.5, color=BLACK, lw=1.4, ls="--")
     for ax in axes[1::2]:
-        ax.set_xlim(-0.5, total - 0.5)  # a cell is as wide in all of them
+        ax.set_xlim(-0.5, total - 0.5)  # cells have one width in all panels
         queries, keys = ax.images[0].get_size()
         ax.axvspan(keys - 0.5, total, color=WHITE, zorder=3)  # over grid lines where there are no keys yet
         ax.spines[:].set_visible(False)
@@ -119,19 +119,19 @@ def chunked_mask(chunks: Sequence[int], *, title: str | None = None) -> Figure:
 
 @dataclass(frozen=True)
 class Composition:
-    """What fills the steps of a run, a number per step."""
+    """What fills the steps of a run, one number per step."""
 
-    budget: int  # tokens that a step may compute
-    # decodes, prefills: tokens computed, of requests that go on from a sampled token and of those that catch up
+    budget: int  # max_num_batched_tokens
+    # decodes, prefills: tokens computed for requests in decode, and for prompts or recomputed K/V
     decodes: Sequence[int]
     prefills: Sequence[int]
-    # Prompt tokens found by requests admitted in the step, which are not computed and take nothing of the budget
+    # Prompt tokens of requests admitted in the step that were cache hits: not computed, so they use no budget
     cached: Sequence[int]
-    complete: Sequence[int]  # prompts that were complete in the step, and got their first token
+    complete: Sequence[int]  # prompts completed in the step, whose first token was sampled
 
 
 def composition(trace: Iterable[StepTrace]) -> Composition:
-    """What fills the steps of a trace, which has at least one."""
+    """What fills the steps of a trace of at least one step."""
     steps = list(trace)
     decodes = [sum(r.num_scheduled for r in s.requests if r.num_prompt == 0 and r.num_scheduled == 1) for s in steps]
     return Composition(
@@ -145,10 +145,10 @@ def composition(trace: Iterable[StepTrace]) -> Composition:
 
 @styled
 def step_composition(runs: Mapping[str, Composition], *, share_scale: bool = False, title: str | None = None) -> Figure:
-    """Tokens of each step: bars of decodes, prompt tokens above them, and dotted what was found and not computed.
+    """Tokens of each step: decodes, prompt tokens above them, and dotted the cache hits, which are not computed.
 
-    One panel per run, below each other, on one axis of steps. A dashed line is the budget; one that is far above all
-    bars is told in the title. A triangle stands over each step in which a prompt was complete and got its first token.
+    One panel per run, below each other, on one axis of steps. A dashed line is the budget; a budget far above all bars
+    is written in the title. A triangle marks each step that completes a prompt and samples its first token.
     share_scale: one scale of tokens for all panels.
     """
     figure, axes = new_figure(
@@ -171,7 +171,7 @@ def step_composition(runs: Mapping[str, Composition], *, share_scale: bool = Fal
         near = run.budget <= NEAR * highest
         if near:
             ax.axhline(run.budget, color=BLACK, ls="--", lw=1.2, label="budget")
-        ax.set_title(f"{name}: {len(x)} step{'s' * (len(x) != 1)}" + ("" if near else f", a budget of {run.budget:,}"))
+        ax.set_title(f"{name}: {len(x)} step{'s' * (len(x) != 1)}" + ("" if near else f", budget {run.budget:,}"))
         ax.set_ylim(0, 1.22 * max(highest, run.budget if near else 0))
         ax.set_ylabel("tokens")
         ax.yaxis.set_major_locator(MaxNLocator(4, integer=True))
@@ -187,7 +187,7 @@ def step_composition(runs: Mapping[str, Composition], *, share_scale: bool = Fal
     return figure
 
 
-# --- who waits how long ---------------------------------------------------------------------------------------------
+# --- latency --------------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -198,10 +198,10 @@ def latency_by_chunk(
     labels: Mapping[int, str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """Latencies over the chunk's size: a panel for each kind of latency, in it a line for each percentile.
+    """Latencies over the chunk size: one panel per kind of latency, with one line per percentile.
 
     sizes: tokens, on a logarithmic axis. panels: title -> line -> a spread of seconds over rounds per size; the line is
-    drawn at the medians in milliseconds, with bars from the least to the greatest. labels: other words for a size.
+    drawn at the medians in milliseconds, with bars from the least to the greatest. labels: tick labels for some sizes.
     """
     figure, axes = new_figure(3.35 + 0.3 * (title is not None), 1, len(panels), title)
     for ax, (name, lines) in zip(axes, panels.items(), strict=True):
@@ -215,9 +215,9 @@ def latency_by_chunk(
         ax.set_xscale("log", base=2)
         ax.set_xticks(sizes, [(labels or {}).get(size, str(size)) for size in sizes])
         ax.xaxis.set_minor_locator(NullLocator())
-        ax.set_xlabel("tokens per step, at most")
+        ax.set_xlabel("token budget per step")
         highest = max(1e3 * spread["max"] for spreads in lines.values() for spread in spreads)
-        ax.set_ylim(0, highest * (1.08 + 0.085 * len(lines)))  # room for the legend
+        ax.set_ylim(0, highest * (1.08 + 0.085 * len(lines)))  # space for the legend
         ax.grid(axis="y")
         first = next(iter(lines.values()))
         ax.legend(loc="upper left" if first[-1]["median"] > first[0]["median"] else "upper right")

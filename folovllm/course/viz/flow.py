@@ -1,4 +1,4 @@
-"""Tensor shapes on their way through a step."""
+"""Tensor shapes through the stages of a step."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from folovllm.course.viz.style import BLACK, GREY, PALE, SKY, VERMILLION, new_fi
 def shape_flow(columns: Mapping[str, Sequence[tuple[str, Sequence[int]]]], *, title: str | None = None) -> Figure:
     """Shapes as boxes from top to bottom, one column per step, arrows between them.
 
-    columns: name -> (stage, shape) in the order of the flow; all columns have the same stages. A stage is named once,
-    at the left. Where a shape differs from the first column's, its box is framed in red with a thicker line.
+    columns: name -> (stage, shape) in the order of the flow; all columns have the same stages, which are named at the
+    left. A shape that differs from the first column's has a thick red frame.
     """
     flows = list(columns.values())
     stages = [stage for stage, _ in flows[0]]

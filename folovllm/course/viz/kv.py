@@ -1,4 +1,4 @@
-"""The KV cache: which cells are computed, what they weigh, what they save, and that old ones never change."""
+"""The KV cache: which cells are computed, their bytes, the time they save, and that cached values never change."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ KINDS = ("MHA", "GQA", "MQA", "MLA")
 def kv_cells(fed: Mapping[str, Sequence[tuple[int, int]]], *, title: str | None = None) -> Figure:
     """Which K/V cells each step computes and which it reuses: one grid per loop, side by side.
 
-    fed: per loop, for each step the range (start, end) of positions that went through the layers. A row is a step, a
-    column a position: positions start..end-1 are computed (crossed), those before start are reused (dotted), those
-    after do not exist yet. Each grid's title counts the cells computed.
+    fed: loop -> for each step the range (start, end) of positions that went through the layers. A row is a step, a
+    column a position: positions start..end-1 are computed (crossed), earlier ones are reused (dotted), later ones do
+    not exist yet. Each grid's title counts the cells computed.
     """
     last = max(end for steps in fed.values() for _, end in steps)
     most = max(len(steps) for steps in fed.values())
@@ -66,10 +66,10 @@ def kv_cells(fed: Mapping[str, Sequence[tuple[int, int]]], *, title: str | None 
 
 @styled
 def kv_drift(drift: Mapping[str, ArrayLike], *, title: str | None = None) -> Figure:
-    """How far cached values moved: grids [layers, positions] of largest differences, one per entry, below each other.
+    """How much cached values changed: grids [layers, positions] of largest differences, one per entry.
 
-    A cell says "same" where not a bit changed, else the power of ten that bounds its value: -6 for 3e-7, which is at
-    most 1e-6. Darker is further, on one scale for all grids.
+    A cell says "same" where no bit changed, else the power of ten that bounds the difference: -6 for 3e-7. Darker is
+    larger, on one scale for all grids.
     """
     grids = {name: np.asarray(values, dtype=float) for name, values in drift.items()}
     layers, length = next(iter(grids.values())).shape
@@ -89,7 +89,7 @@ def kv_drift(drift: Mapping[str, ArrayLike], *, title: str | None = None) -> Fig
         ax.set_xticks(label_positions(length, 24))
         ax.tick_params(length=0)
         ax.spines[:].set_visible(False)
-    axes[-1].set_xlabel("position in the text (in the cells: p means that it moved by at most 10 to the power p)")
+    axes[-1].set_xlabel("position in the text (a cell's number p: changed by at most 10 to the power p)")
     return figure
 
 
@@ -105,9 +105,9 @@ def cache_timing(
 ) -> Figure:
     """With and without a cache, over the number of generated tokens n (logarithmic).
 
-    Left: milliseconds per token, the mean over all n, of both loops. Right: the ratio of times, which was measured,
-    beside `flop_ratio`, which was derived; each point carries its value. time_ratio: where the times are medians of
-    rounds, the median of the rounds' ratios, which is another number; without it, the quotients of the times shown.
+    Left: milliseconds per token of both loops, the mean over all n. Right: the measured ratio of times and the derived
+    `flop_ratio`; each point is labelled with its value. time_ratio: if the times are medians of rounds, pass the
+    median of the rounds' ratios, which is not the ratio of the medians. None: the quotients of the times shown.
     """
     figure, (left, right) = new_figure(3.1, 1, 2, title)
     n = np.asarray(new_tokens)
@@ -130,7 +130,7 @@ def cache_timing(
     right.set_title("without over with")
     right.set_yscale("log")
     right.set_ylim(min(times.min(), min(flop_ratio)) / 2.2, max(times.max(), max(flop_ratio)) * 1.8)
-    right.margins(x=0.09)  # room for the values of the first and the last point
+    right.margins(x=0.09)  # space for the labels of the first and the last point
     right.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}x"))
     for ax in (left, right):
         ax.set_xscale("log", base=2)
@@ -144,9 +144,9 @@ def cache_timing(
 
 @styled
 def kv_bytes_bars(rows: Sequence[tuple[str, str, int]], *, title: str | None = None) -> Figure:
-    """Bytes of KV cache per token as horizontal bars, in the order given, one (name, kind, bytes) each.
+    """Bytes of KV cache per token as horizontal bars in the order given, one (name, kind, bytes) each.
 
-    kind: "MHA", "GQA", "MQA" or "MLA"; each has its own colour and hatch. Bars carry their values in binary units.
+    kind: "MHA", "GQA", "MQA" or "MLA"; each has its own colour and hatch. Bars are labelled in binary units.
     """
     unknown = {kind for _, kind, _ in rows} - set(KINDS)
     if unknown:

@@ -27,15 +27,15 @@ from folovllm.engine.observing import observing
 from folovllm.engine.trace import StepTrace
 from folovllm.outputs import RequestOutput
 
-FRAME_SECONDS = 1 / 15  # at full speed, drawing every step would take longer than a small model's steps
+FRAME_SECONDS = 1 / 15  # drawing every step at full speed would take longer than a small model's step
 GAP = 2  # blanks between columns
 FRAME = 4  # columns around the view
 LABEL = 11  # the first column and its gap
-LINES_AROUND = 11  # lines of the view that are neither of blocks nor of running requests, and one to spare
+LINES_AROUND = 11  # lines of the view besides blocks and running requests, and one spare line
 
 RULES = {"sjf": "; fewest tokens left first", "priority": "; lowest priority first"}
 
-# A kind of cell: on a terminal, on one that knows ASCII only, and its colour. Shapes differ, for those without colour.
+# Kind of cell: its character, its ASCII character, its colour. Shapes differ, so that no kind depends on colour.
 CELLS: Mapping[str, tuple[str, str, str]] = {
     "prefill": ("▓", "#", "bright_blue"),
     "decode": ("█", "=", "yellow"),
@@ -52,9 +52,9 @@ def cell(kind: str, ascii_only: bool) -> str:
 
 @dataclass(frozen=True)
 class Bar:
-    """Amounts side by side, each in cells of its kind, out of `total`; as wide as the column.
+    """Amounts side by side, each in cells of its kind, out of `total`. The bar is as wide as its column.
 
-    Every amount above 0 gets a cell of its own, and the bar is full only when `total` is reached.
+    Every amount above 0 gets at least one cell, and the bar is full only when `total` is reached.
     """
 
     parts: Sequence[tuple[int, str]]
@@ -86,13 +86,13 @@ class Bar:
 
 @dataclass(frozen=True)
 class Sparkline:
-    """Tokens of the newest steps as a row of columns, the newest at the right; the largest of all is full height."""
+    """Tokens of the newest steps as a row of columns, the newest at the right. The largest step has full height."""
 
-    steps: Sequence[tuple[int, int]]  # (prefill, decode) tokens. A step with a prefill has its colour.
+    steps: Sequence[tuple[int, int]]  # (prefill, decode) tokens; a step with prefill tokens has their colour
 
     @property
     def top(self) -> int:
-        """The most tokens in a step."""
+        """Tokens of the largest step."""
         return max((sum(step) for step in self.steps), default=0)
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
@@ -109,7 +109,7 @@ class Sparkline:
 
 @dataclass(frozen=True)
 class Line:
-    """Text on one line, cut at the end of the column. {decode} in `legend` stands for the cell of that kind."""
+    """Text on one line, cut at the end of the column. {decode} in `legend` is replaced by the cell of that kind."""
 
     text: str = ""
     legend: str = ""
@@ -131,9 +131,9 @@ class Line:
 
 @dataclass(frozen=True)
 class LiveView:
-    """The engine after the newest step that `state` has observed, in at most `rows` lines more than `LINES_AROUND`.
+    """The engine after the newest step that `state` observed, in at most `rows` + `LINES_AROUND` lines.
 
-    It takes the width that it is given, and needs no colour. Blocks are shown where the trace has them.
+    It adapts to the given width and is readable without colour. Blocks are shown if the trace has snapshots.
     """
 
     state: LiveState
@@ -164,7 +164,7 @@ def _labelled(label: str, line: Text) -> Text:
 
 
 def summary(state: LiveState) -> str:
-    """The counts of the moment."""
+    """Counts of requests and tokens after the newest step."""
     return (
         f"{state.num_running} of at most {state.max_running} running, {state.num_waiting:,} waiting, "
         f"{state.num_finished:,} of {state.num_requests:,} finished, {state.stats.generated_tokens:,} tokens"
@@ -172,27 +172,27 @@ def summary(state: LiveState) -> str:
 
 
 def queue_line(state: LiveState) -> str:
-    """The first waiting requests, and the order of the queue where it is not the order of arrival."""
+    """The first waiting requests, and the scheduling policy if it is not first come, first served."""
     if not state.num_waiting:
         return "none waiting"
     if state.step is None:
         return f"{state.num_waiting:,} waiting"
     names = state.queue_head
     if not names:
-        return f"{state.num_waiting} samples waiting until the prompt they share is computed"
+        return f"{state.num_waiting} samples waiting for the prefill of their prompt"
     more = state.num_waiting - len(names)
     return ", ".join(names) + (f" and {more:,} more" if more else "") + RULES.get(state.policy, "")
 
 
 def _bars(state: LiveState) -> Table:
-    """What the newest step computed, the steps up to it, and the K/V after it."""
+    """Tokens of the newest step, tokens of the steps so far, and K/V in use."""
     grid = _grid(min_widths=(LABEL - GAP, None, None), ratios={1: 1})
     step = state.step
     if step is None:
         return grid
     prefill, decode = state.history[-1]
     budget, capacity = f"{step.token_budget:,}", f"{step.kv.capacity:,}"
-    # Numbers keep their width from step to step, or the bars would jump.
+    # Numbers keep their width from step to step; otherwise the bars would jump.
     steps = Sparkline(list(state.history))
     p, d, top = (f"{n:{len(budget)},}" for n in (prefill, decode, steps.top))
     used, reserved = (f"{n:{len(capacity)},}" for n in (step.kv.used, step.kv.reserved))
@@ -201,7 +201,7 @@ def _bars(state: LiveState) -> Table:
         Bar([(prefill, "prefill"), (decode, "decode")], step.token_budget),
         Line(legend=f"{{prefill}} {p} prefill, {{decode}} {d} decode, of {budget}"),
     )
-    grid.add_row("steps", steps, Line(f"tokens in each step, at most {top}"))
+    grid.add_row("steps", steps, Line(f"tokens per step, at most {top}"))
     grid.add_row(
         "K/V",
         Bar([(step.kv.used, "used"), (step.kv.reserved - step.kv.used, "reserved")], step.kv.capacity),
@@ -211,7 +211,7 @@ def _bars(state: LiveState) -> Table:
 
 
 def _lanes(state: LiveState, rows: int) -> Table:
-    """A row per running request: what the step did for it, and how far its output may still go."""
+    """One row per running request: what the newest step computed for it, and its output length."""
     min_widths = [LABEL - GAP, len("done: length"), len("prompt"), None, len("256 of 256"), None]
     table = _grid(min_widths[: 6 if state.titles else 5], ratios={3: 1, 5: 2}, right=(2, 4))
     table.add_row("request", "state", "prompt", "output", style="bold")
@@ -224,7 +224,7 @@ def _lanes(state: LiveState, rows: int) -> Table:
 
 
 def _grid(min_widths: Sequence[int | None], ratios: Mapping[int, int], right: Sequence[int] = ()) -> Table:
-    """A table without lines whose columns never wrap; those with a ratio share the width that the others leave."""
+    """A borderless table whose columns never wrap. Columns with a ratio share the remaining width."""
     grid = Table.grid(expand=True, padding=(0, GAP, 0, 0))
     for column, min_width in enumerate(min_widths):
         justify: JustifyMethod = "right" if column in right else "left"
@@ -234,7 +234,7 @@ def _grid(min_widths: Sequence[int | None], ratios: Mapping[int, int], right: Se
 
 
 def _lane(state: LiveState, lane: Lane) -> list[RenderableType]:
-    """The cells of one row. The bar is the prompt's while that is computed in chunks, and else the output's."""
+    """The cells of one row. The bar shows the prompt while it is computed in chunks, otherwise the output."""
     share = lane.share
     prompt, most = share.prompt_len, share.max_output
     computed = f"{prompt}" if share.num_computed >= prompt else f"{share.num_computed} of {prompt}"
@@ -259,22 +259,22 @@ def _lane(state: LiveState, lane: Lane) -> list[RenderableType]:
 
 
 def can_redraw(console: Console) -> bool:
-    """Whether the console can replace what it has shown. A pipe, a file and a dumb terminal cannot."""
+    """Whether the console can redraw. A pipe, a file and a dumb terminal cannot."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 @contextmanager
 def display(console: Console, state: LiveState, pace: float = 0.0) -> Iterator[Callable[[], None]]:
-    """Yield a function to call after every step; at the end, leave the last state on the screen.
+    """Yield a function to call after every step. At the end, the last state stays on the screen.
 
-    pace: the least seconds for which a step stays on the screen. With 0, steps that come faster than the eye are left
-    out. A console that cannot redraw gets plain lines, at most one for each tenth of the requests that has finished.
+    pace: minimum seconds per step on the screen; with 0, steps faster than `FRAME_SECONDS` are not drawn. A console
+    that cannot redraw gets a plain line for each tenth of the requests that has finished.
     """
     if not can_redraw(console):
         yield _reporter(console, state)
         return
     with Live(console=console, auto_refresh=False, vertical_overflow="crop") as live:
-        shown = float("-inf")  # when
+        shown = float("-inf")  # time of the last redraw
 
         def draw() -> None:
             nonlocal shown
@@ -312,10 +312,10 @@ def watch(
     titles: Mapping[str, str] | None = None,
     pace: float = 0.0,
 ) -> list[RequestOutput]:
-    """Run queued requests to completion in view; the final outputs, in the order of `request_ids`.
+    """Run queued requests to completion and show every step. Returns the final outputs in the order of `request_ids`.
 
-    titles, pace: as in `LiveState` and `display`. Whatever interrupts it, the terminal is left in order and none of
-    the requests stays in the engine. Raises ValueError for an id that the engine does not have.
+    titles, pace: as in `LiveState` and `display`. After an interrupt, the terminal is restored and the requests are
+    aborted. Raises ValueError for an id that the engine does not have.
     """
     engine.check_live(request_ids)
     with watching(console, engine, titles, pace):
@@ -330,7 +330,7 @@ def watching(
 
     The state of every block is recorded for the view. Raises ValueError for an engine that keeps no trace.
     """
-    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # before anything is on the screen
+    check_int("max_trace_steps", engine.config.max_trace_steps, 1)  # before the screen changes
     scheduler = engine.core.scheduler
     policy = engine.config.scheduler.scheduling_policy
     num_requests = scheduler.num_waiting + len(scheduler.running)
@@ -344,5 +344,5 @@ def watching(
         with observing(engine, observe):
             yield
     if pace and can_redraw(console):
-        note = f"Each step stayed on the screen for {pace:g} s at least, which the latencies include.\n"
+        note = f"Each step was shown for at least {pace:g} s; the latencies include that time.\n"
         console.print(note, highlight=False, soft_wrap=True)

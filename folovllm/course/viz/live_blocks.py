@@ -1,16 +1,15 @@
-"""The pool of blocks in the live view: which request holds which physical block, now.
+"""The pool of blocks in the live view: which request holds which physical block after the newest step.
 
-A cell is a block and two characters wide, so that it reads without colour. The letter is the request, as at the left of
-its row: a capital if the block is full, a small letter if not. The second character is how full the block is, or how
-many block tables name it, if more than one does:
+A cell is one block, two characters wide, and readable without colour. The letter is the request, as at the left of its
+row: a capital if the block is full, else a small letter. The second character is the fill level, or the reference
+count if it is above 1:
 
     "A "   full, in A's block table only            "a▄"   in A's block table only, half of its slots are written
     "A3"   full, in three block tables, A's too     "A+"   the same, in ten or more
     "a3"   partly full, in three block tables       "· "   free
-    "◦ "   free, and still in the prefix cache: a prompt that begins with its tokens takes it over, until it is evicted
+    "◦ "   free, and still in the prefix cache: a prefix hit reuses it until it is evicted
 
-A pool that is too large for this is shown with several blocks in a cell of one character, as high as the share of them
-that is held.
+In a larger pool a cell is one character for several blocks, as high as the share of them that is held.
 """
 
 from __future__ import annotations
@@ -34,18 +33,18 @@ Cell = tuple[str, str]  # text and style
 
 
 def level(part: int, whole: int, ascii_only: bool) -> str:
-    """One character, the higher the larger the part. Rounded up: only nothing is blank."""
+    """One character whose height is part / whole, rounded up: blank only for 0."""
     levels = LEVELS_ASCII if ascii_only else LEVELS
     return levels[-(-part * (len(levels) - 1) // max(1, whole))]
 
 
 def part_mark(filled: int, size: int, ascii_only: bool) -> str:
-    """How full a block is that is not full: any level but the highest."""
+    """The fill level of a partly full block: never the highest level."""
     return (LEVELS_ASCII if ascii_only else LEVELS)[-(-7 * filled // max(1, size - 1))]
 
 
 def letter(number: int) -> str:
-    """The letter of an owner with that number; they begin again after Z."""
+    """The letter of owner `number`. Letters repeat after Z."""
     return chr(ord("A") + number % 26)
 
 
@@ -55,7 +54,7 @@ def swatch(number: int) -> Cell:
 
 
 def owners_of(tables: Mapping[str, Sequence[int]], owners: Mapping[str, int]) -> dict[int, int]:
-    """The owner of each held block: the request with the smallest number of those that hold it."""
+    """The owner of each held block: of the requests that hold it, the one with the smallest number."""
     found: dict[int, int] = {}
     for request_id, blocks in tables.items():
         number = owners[request_id]
@@ -89,9 +88,9 @@ def device_cell(blocks: BlockSnapshot, block: int, owner: int | None, ascii_only
 
 
 def crowded_cell(held: Sequence[int | None], size: int, ascii_only: bool, any_cached: bool = False) -> Cell:
-    """The cell of `size` blocks. held: for each that is held, its owner, or None if several tables name it.
+    """The cell of `size` blocks. held: the owner of each held block, or None if the block is shared.
 
-    any_cached: whether any of the others is in the prefix cache.
+    any_cached: whether any free block among them is in the prefix cache.
     """
     if not held:
         text, style = cached_cell(ascii_only) if any_cached else free_cell(ascii_only)
@@ -101,7 +100,7 @@ def crowded_cell(held: Sequence[int | None], size: int, ascii_only: bool, any_ca
 
 
 def blocks_per_cell(num_blocks: int, width: int, rows: int) -> int:
-    """1 where every block gets a cell of two characters; else the round number that makes cells of one enough."""
+    """1 if each block fits as a cell of two characters; else the smallest round number of blocks per cell that fits."""
     if num_blocks <= rows * per_row(width // 2):
         return 1
     sizes = (factor * 10**power for power in range(10) for factor in (1, 2, 5))
@@ -109,12 +108,12 @@ def blocks_per_cell(num_blocks: int, width: int, rows: int) -> int:
 
 
 def per_row(cells: int) -> int:
-    """Cells in a row with room for `cells`: whole tens, so that the numbers at the left are easy to count from."""
+    """Cells per row where `cells` fit: a multiple of ten, so that block numbers are easy to count."""
     return cells - cells % 10 if cells > 10 else max(1, cells)
 
 
 def rows_of(cells: Sequence[Cell], row_len: int, per_cell: int, digits: int) -> list[Text]:
-    """Cells in rows, each row behind the number of its first block."""
+    """Cells in rows. Each row begins with the number of its first block."""
     lines = []
     for start in range(0, len(cells), row_len):
         line = Text(f"{1 + start * per_cell:>{digits}} ", no_wrap=True, overflow="crop")
@@ -127,11 +126,11 @@ def rows_of(cells: Sequence[Cell], row_len: int, per_cell: int, digits: int) -> 
 def device_map(
     blocks: BlockSnapshot, owners: Mapping[str, int], width: int, rows: int, ascii_only: bool
 ) -> tuple[list[Text], int]:
-    """The pool as lines, at most `rows` of at most `width` characters, and how many blocks a cell stands for."""
+    """The pool as at most `rows` lines of at most `width` characters, and the number of blocks per cell."""
     num_blocks = len(blocks.ref_cnt) - 1
     digits = len(str(num_blocks))
     width = max(1, width - digits - 1)
-    holders = owners_of(blocks.tables, owners)  # of those that are held
+    holders = owners_of(blocks.tables, owners)
     size = blocks_per_cell(num_blocks, width, rows)
     if size == 1:
         cells = [device_cell(blocks, block, holders.get(block), ascii_only) for block in range(1, num_blocks + 1)]
@@ -139,7 +138,7 @@ def device_map(
     held: list[list[int | None]] = [[] for _ in range(0, num_blocks, size)]
     for block, owner in holders.items():
         held[(block - 1) // size].append(owner if blocks.ref_cnt[block] == 1 else None)
-    cached = {(block - 1) // size for block in blocks.cached}  # cells that have any
+    cached = {(block - 1) // size for block in blocks.cached}  # cells with a cached block
     last = num_blocks - size * (len(held) - 1)  # blocks of the last cell
     sizes = [size] * (len(held) - 1) + [last]
     cells = [
@@ -150,19 +149,19 @@ def device_map(
 
 
 def host_line(blocks: BlockSnapshot, owners: Mapping[str, int], width: int) -> Text:
-    """The blocks that were swapped to the host, request by request; those that do not fit are counted."""
+    """The blocks swapped to the host, request by request. Cells that do not fit are counted."""
     line = Text(no_wrap=True, overflow="crop")
     held = [swatch(owners[request_id]) for request_id, table in blocks.host_tables.items() for _ in table]
-    room = max(0, width // 2 - (0 if 2 * len(held) <= width else 8))
-    for text, style in held[:room]:
+    shown = max(0, width // 2 - (0 if 2 * len(held) <= width else 8))
+    for text, style in held[:shown]:
         line.append(text, style)
-    if len(held) > room:
-        line.append(f"and {len(held) - room:,} more")
+    if len(held) > shown:
+        line.append(f"and {len(held) - shown:,} more")
     return line if held else Text("nothing")
 
 
 def counts_line(state: LiveState, blocks: BlockSnapshot) -> Text:
-    """How many blocks are held, shared and free, and what the step did with blocks."""
+    """Counts of held, shared and free blocks, and the copies and swaps of the step."""
     ops = [] if state.step is None else state.step.kv_ops
     shared = sum(count > 1 for count in blocks.ref_cnt)
     held = len(blocks.ref_cnt) - 1 - blocks.num_free
@@ -176,7 +175,7 @@ def counts_line(state: LiveState, blocks: BlockSnapshot) -> Text:
 
 
 def preempted_line(state: LiveState, blocks: BlockSnapshot) -> Text:
-    """The requests that are preempted now, the next to run again first."""
+    """The requests that are preempted now, in the order in which they resume."""
     times = state.stats.preemptions
     if not state.preempted:
         return Text(f"none now, {times:,} time{'s' * (times > 1)} so far" if times else "none so far")
@@ -197,14 +196,14 @@ def preempted_line(state: LiveState, blocks: BlockSnapshot) -> Text:
 
 
 def cache_line(state: LiveState, blocks: BlockSnapshot) -> Text:
-    """The hit rate so far, the blocks that were evicted, and which of the free ones are evicted next."""
+    """The hit rate so far, the number of evicted blocks, and the cached free blocks that are evicted next."""
     rate, idle = state.stats.hit_rate or 0.0, [block for block in blocks.free if block in blocks.cached]
     line = Text(f"hit rate {rate:.0%}; {state.num_evicted:,} evicted; {len(idle):,} free")
-    return line.append(f", next out {', '.join(map(str, idle[:MOST_NEXT]))}" if idle else "")
+    return line.append(f"; evict next {', '.join(map(str, idle[:MOST_NEXT]))}" if idle else "")
 
 
 def legend_lines(size: int, width: int, ascii_only: bool, uses_cache: bool = False) -> list[Text]:
-    """What the cells of the map mean, in one line if `width` has room for all of it and else in two."""
+    """The legend of the map, on one line if it fits `width`, otherwise on two."""
     levels = LEVELS_ASCII if ascii_only else LEVELS
     free, cached = free_cell(ascii_only), cached_cell(ascii_only)
     if size == 1:
@@ -235,15 +234,15 @@ def legend_lines(size: int, width: int, ascii_only: bool, uses_cache: bool = Fal
         ]
     gap = Text("  ")
     fits = len(gap.join(part for group in groups for part in group)) <= width
-    if not uses_cache:  # `fits` counts it all the same: the view must not jump at the first hit
+    if not uses_cache:  # `fits` includes it, so that the view does not jump at the first cached block
         groups = [[part for part in group if part is not only_cached] for group in groups]
     return [gap.join(part for group in groups for part in group)] if fits else [gap.join(group) for group in groups]
 
 
 def pool_lines(state: LiveState, width: int, rows: int, ascii_only: bool) -> list[tuple[str, Text]]:
-    """All that the view says of blocks, as labels and lines of at most `width` characters; [] where there are none.
+    """The block part of the view as (label, line of at most `width` characters); [] without snapshots.
 
-    At most `rows` of them are the map.
+    The map takes at most `rows` of the lines.
     """
     blocks = state.blocks
     if blocks is None:

@@ -1,6 +1,6 @@
-"""What the live view knows: the trace of a run, summed up step by step.
+"""The state of the live view: the trace of a run, summed up step by step.
 
-All of it is read from `StepTrace` records, so a recorded run can be shown as well as a living one.
+It is built from `StepTrace` records alone, so a recorded run can be shown as well as a live one.
 """
 
 from __future__ import annotations
@@ -14,18 +14,17 @@ from folovllm.kv_cache.interface import BlockSnapshot
 from folovllm.request import RequestStatus
 
 HISTORY = 400  # steps kept for the sparkline: more than a terminal is wide
-MOST_QUEUED = 6  # waiting requests that are named; the others are counted
+MOST_QUEUED = 6  # waiting requests shown by id; the others are counted
 
 
 @dataclass
 class Lane:
     """The row of a running request, which it keeps until the step after its last."""
 
-    share: RequestStep  # its share of the newest step that ran it
-    # See `state_word`, or "skipped": it is running, but was not part of the newest step, whose token budget a long
-    # prompt used up
+    share: RequestStep  # of the newest step that scheduled it
+    # As from `state_word`, or "skipped": running, but not scheduled in the newest step (token budget used up)
     state: str
-    num_cached: int = 0  # prompt tokens that it found computed
+    num_cached: int = 0  # prompt tokens that were prefix cache hits
 
     @property
     def ended(self) -> bool:
@@ -34,10 +33,10 @@ class Lane:
 
 
 class LiveState:
-    """All that the view shows: the records so far, summed up.
+    """What the view shows: the records so far, summed up.
 
-    num_requests: those in the engine before the first step. policy: the order of the queue. max_running: the most that
-    may run at once. titles: a text per request id; the samples of one prompt ("7/0", "7/1") share that of "7".
+    num_requests: requests in the engine before the first step. policy: the scheduling policy. max_running:
+    max_num_running_reqs. titles: request id -> text; the samples of one prompt ("7/0", "7/1") share the text of "7".
     """
 
     def __init__(
@@ -55,11 +54,11 @@ class LiveState:
         self.num_finished = 0
         self.lanes: list[Lane | None] = [None] * min(max_running, num_requests)
         self.history: deque[tuple[int, int]] = deque(maxlen=HISTORY)  # (prefill, decode) tokens of each step
-        self.preempted: list[str] = []  # ids of requests that were preempted and do not run again yet, next first
+        self.preempted: list[str] = []  # ids of preempted requests, in the order in which they resume
         self.owners: dict[str, int] = {}  # a small number for each request that holds blocks or is preempted
-        self.uses_host = False  # whether any blocks were ever on the host
-        self.uses_cache = False  # whether any block was ever in a prefix cache
-        self.num_evicted = 0  # cached blocks that were reused for other tokens, since the first step
+        self.uses_host = False  # whether any block was on the host so far
+        self.uses_cache = False  # whether any block was in the prefix cache so far
+        self.num_evicted = 0  # cached blocks evicted since the first step
         self._num_requests = num_requests
 
     @property
@@ -84,7 +83,7 @@ class LiveState:
 
     @property
     def blocks(self) -> BlockSnapshot | None:
-        """The pool after the newest step, where there is one and its state was recorded."""
+        """The pool after the newest step, if it was recorded."""
         return None if self.step is None else self.step.blocks
 
     def title(self, request_id: str) -> str:
@@ -93,7 +92,7 @@ class LiveState:
         return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
     def observe(self, step: StepTrace) -> None:
-        """Take in the next step."""
+        """Add the next step."""
         before, self.step = self.blocks, step
         self.stats.add(step)
         prefill = sum(share.num_prompt for share in step.requests)
@@ -109,7 +108,7 @@ class LiveState:
             self.num_evicted += 0 if before is None else step.blocks.num_evicted - before.num_evicted
 
     def _move_lanes(self, shares: dict[str, RequestStep], gone: set[str]) -> None:
-        """Every running request keeps its lane, and those that this step admitted take the free ones."""
+        """Every running request keeps its lane. Requests that this step admitted take the free lanes."""
         for index, lane in enumerate(self.lanes):
             if lane is None or lane.ended or lane.share.request_id in gone:
                 self.lanes[index] = None
@@ -124,7 +123,7 @@ class LiveState:
             self.lanes[self.lanes.index(None)] = Lane(share, state_word(share), share.num_cached)
 
     def _number_owners(self, blocks: BlockSnapshot) -> None:
-        """Each new owner takes the smallest number that is free, and keeps it for as long as it lives."""
+        """Each new owner takes the smallest free number and keeps it until it is done."""
         owners = dict.fromkeys([*blocks.tables, *blocks.host_tables, *self.preempted])
         self.owners = {i: number for i, number in self.owners.items() if i in owners}
         taken = set(self.owners.values())
@@ -134,10 +133,10 @@ class LiveState:
 
 
 def state_word(share: RequestStep) -> str:
-    """What a step did for a request, or how it ended it: "prefill", "chunk", "decode", "recompute", "done: stop", ...
+    """What a step computed for a request, or how the request ended: "prefill", "chunk", "decode", "done: stop", ...
 
-    "chunk": part of its prompt, and not the last part. "recompute": it lost its K/V when it was preempted, so
-    that of its output is computed again along with that of its prompt.
+    "chunk": a part of its prompt that is not the last. "recompute": K/V that was dropped when it was preempted, that of
+    its output included.
     """
     reason = RequestStatus[share.status].finish_reason
     if reason is not None:

@@ -23,7 +23,7 @@ from folovllm.course.viz.style import (
     styled,
 )
 
-SEEN, HIDDEN = Kind("may attend to it", BLUE, "o"), Kind("hidden from it", WHITE)
+SEEN, HIDDEN = Kind("visible to the query", BLUE, "o"), Kind("masked", WHITE)
 TOKEN, PAD = Kind("a token and its position id", SKY), Kind("padding, masked out", PALE, "x", GREY)
 
 
@@ -33,8 +33,8 @@ def attention_masks(
 ) -> Figure:
     """Boolean masks [Lq, Lk] side by side, each under its name: query i is row i, from the top; key j is column j.
 
-    A blue cell with a dot is True: the query may attend to the key. `tokens` [Lk] label the keys, and the queries as
-    the last Lq of them (the rows of a decode step or a chunk). `columns` masks stand in a row.
+    A blue cell with a dot is True: the query may attend to the key. `tokens` [Lk] label the keys; the queries are the
+    last Lq of them (the rows of a decode step or a chunk). columns: masks per row of the figure.
     """
     grids = {name: np.asarray(mask, dtype=bool) for name, mask in masks.items()}
     wrong = [f"{name} {list(grid.shape)}" for name, grid in grids.items() if grid.ndim != 2]
@@ -71,7 +71,7 @@ def position_grid(
     """Position ids of a left-padded batch: one grid [B, L] per entry, below each other, under its name.
 
     Each token's cell holds its position id. Where `is_token` [B, L] is False the cell is grey and crossed: padding,
-    whose position means nothing.
+    whose position is ignored.
     """
     real = np.asarray(is_token, dtype=bool)
     rows, length = real.shape

@@ -1,4 +1,4 @@
-"""Helpers for notebooks: tables that every viewer shows as tables, and progress bars that leave one clean line."""
+"""Helpers for notebooks: tables that every viewer renders, and progress bars that leave one line."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ _NUMBER = re.compile(r"[-+]?\d[\d.,]*(e[-+]?\d+)?x?( ?(%|[a-zA-Zµ]+(/s)?))?")
 class MarkdownTable:
     """Rows under a header. A notebook shows it as a table; printed, it is aligned text.
 
-    Cells are shown as `str` gives them. A column of numbers, with or without units, stands at the right. Raises
-    ValueError for a row of another length than the header.
+    Cells are shown as `str` gives them. A column of numbers, with or without units, is right-aligned. Raises ValueError
+    for a row of another length than the header.
     """
 
     def __init__(self, header: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
@@ -56,15 +56,15 @@ def _escape(cell: str) -> str:
 def progress(iterable: Iterable[Any] | None = None, desc: str = "", total: int | None = None) -> tqdm[Any]:
     """A tqdm bar over `iterable`, or one of `total` to `update` by hand.
 
-    In a notebook it is one line of text that is replaced in place, so what is saved is its last state, not its history.
-    Elsewhere it is an ordinary bar on stderr.
+    In a notebook it is one line of text that is replaced in place, so only its last state is saved. Elsewhere it is an
+    ordinary bar on stderr.
     """
     kind = _LineBar if "ipykernel" in sys.modules else tqdm
     return kind(cast("Iterable[Any]", iterable), desc=desc, total=total, mininterval=0.5)
 
 
 class _LineBar(tqdm):
-    """A bar whose line is an output of the cell, known by an id under which it can be replaced."""
+    """A bar whose line is an output of the cell, with a display id by which it is replaced."""
 
     def __init__(self, iterable: Iterable[Any], **kwargs: Any) -> None:
         from IPython.display import display
@@ -74,7 +74,7 @@ class _LineBar(tqdm):
         super().__init__(iterable, file=io.StringIO(), ncols=72, **kwargs)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Replace the line (tqdm calls this with an empty `msg` when a bar is to vanish; this one stays)."""
+        """Replace the line. tqdm passes an empty `msg` to remove a bar; this one stays."""
         if msg == "":
             return
         text = {"text/plain": str(self)}

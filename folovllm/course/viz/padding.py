@@ -1,4 +1,4 @@
-"""Padding: which cells of a batch belong to nobody, what share of them that is, and how it grows."""
+"""Padding: which cells of a batch are padding, their share, and how it grows."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ from folovllm.course.viz.style import (
 )
 from folovllm.engine.trace import StepTrace
 
-NEEDED = Kind("a token of a request that runs", SKY)
+NEEDED = Kind("token of a running request", SKY)
 PADDING = Kind("padding", PALE, "x", GREY)
-DONE = Kind("of a request that is done", VERMILLION, ".", BLACK)
+DONE = Kind("of a finished request", VERMILLION, ".", BLACK)
 
 
 def batch_rectangle(
@@ -37,9 +37,8 @@ def batch_rectangle(
 ) -> NDArray[np.int64]:
     """The cells [B, L + fed] that a static, left-padded batch holds in its `fed`-th decode step; 0 is the prefill.
 
-    L is the longest prompt. A cell is 0 where it holds a token of a request that still runs, 1 where it is padding, and
-    2 where it holds anything of a request that is done. max_tokens: tokens asked for per request, the last of which is
-    never fed; not needed for the prefill.
+    L is the longest prompt. A cell is 0 for a token of a running request, 1 for padding, 2 for any cell of a finished
+    request. max_tokens: output tokens per request, the last of which is never fed; not needed for the prefill.
     """
     longest = max(prompt_lens)
     codes = np.zeros((len(prompt_lens), longest + fed), dtype=np.int64)  # [B, L + fed]
@@ -54,8 +53,8 @@ def batch_rectangle(
 def padding_map(rectangles: Mapping[str, ArrayLike], *, title: str | None = None) -> Figure:
     """Rectangles of cells as the model gets them, below each other: a row per request, a column per position.
 
-    A rectangle holds 0 for a token that is needed, 1 for padding, and 2 for what belongs to a request that is done, as
-    `batch_rectangle` gives them. Its title counts the cells that are needed and says what shares are not.
+    A rectangle holds 0 for a needed token, 1 for padding, and 2 for a cell of a finished request, as from
+    `batch_rectangle`. Its title counts the needed cells and gives the shares of the others.
     """
     grids = {name: np.asarray(codes, dtype=np.int64) for name, codes in rectangles.items()}
     heights = [0.62 + 0.17 * len(grid) for grid in grids.values()]
@@ -75,12 +74,12 @@ def padding_map(rectangles: Mapping[str, ArrayLike], *, title: str | None = None
 
 
 def kv_cells_of_trace(trace: Iterable[StepTrace]) -> NDArray[np.int64]:
-    """Columns of K/V in each step's batches, [steps, 3]: of requests, of padding, and of the done (none)."""
+    """Columns of K/V in each step's batches, [steps, 3]: of requests, of padding, of finished requests (always 0)."""
     return np.array([[sum(r.num_computed for r in s.requests), s.padding_kv_tokens, 0] for s in trace])
 
 
 def kv_cells_of_static(prompt_lens: Sequence[int], max_tokens: Sequence[int], batch_size: int) -> NDArray[np.int64]:
-    """The same of static batches in the order of the requests: one row per forward, from `batch_rectangle`."""
+    """The same for static batches in the order of the requests: one row per forward, from `batch_rectangle`."""
     counts = []
     for first in range(0, len(prompt_lens), batch_size):
         lens, most = prompt_lens[first : first + batch_size], max_tokens[first : first + batch_size]
@@ -93,8 +92,8 @@ def kv_cells_of_static(prompt_lens: Sequence[int], max_tokens: Sequence[int], ba
 def padding_over_steps(arms: Mapping[str, ArrayLike], *, title: str | None = None) -> Figure:
     """K/V cells in the batch, step by step, one panel per arm, as stacked bars on common axes.
 
-    An arm is [steps, 3]: cells of requests that run, of padding, and of requests that are done. Its title says how
-    many steps it took and which share of the cells, summed over all steps, is not needed.
+    An arm is [steps, 3]: cells of running requests, of padding, and of finished requests. A panel's title says how many
+    steps it took and which share of the cells, summed over all steps, is wasted.
     """
     counts = {name: np.asarray(cells, dtype=np.int64) for name, cells in arms.items()}
     figure, axes = new_figure(0.85 + 0.3 * (title is not None) + 1.45 * len(counts), len(counts), 1, title,
@@ -106,7 +105,7 @@ def padding_over_steps(arms: Mapping[str, ArrayLike], *, title: str | None = Non
                    edgecolor=GREY if column == 1 else WHITE, linewidth=0.3, label=kind.label)  # fmt: skip
             below = below + cells[:, column]
         waste = 1 - cells[:, 0].sum() / cells.sum()
-        ax.set_title(f"{name}: {len(cells)} steps, {waste:.0%} of all cells are for nobody")
+        ax.set_title(f"{name}: {len(cells)} steps, {waste:.0%} of all cells are wasted")
         ax.set_ylabel("K/V cells")
         ax.grid(axis="y")
     axes[-1].set_ylim(0, 1.05 * max(cells.sum(axis=1).max() for cells in counts.values()))
@@ -118,9 +117,9 @@ def padding_over_steps(arms: Mapping[str, ArrayLike], *, title: str | None = Non
 
 @styled
 def padding_growth(rows: Sequence[int], lengths: Sequence[int], *, title: str | None = None) -> Figure:
-    """Padding of one prompt of n tokens beside B - 1 of one token: (n - 1)(B - 1) cells.
+    """Padding of a batch of one prompt of n tokens and B - 1 prompts of one token: (n - 1)(B - 1) cells.
 
-    Left: over B = `rows`, a line per n; right: over n = `lengths`, a line per B. On linear axes all lines are straight.
+    Left: over B = `rows`, a line per n; right: over n = `lengths`, a line per B. All lines are straight.
     """
     figure, (left, right) = new_figure(2.9, 1, 2, title, sharey=True)
     for ax, over, lines, name, label in (

@@ -1,7 +1,7 @@
-"""One panel each: what a figure with a slider draws for one value (see `folovllm.course.viz.sliders`).
+"""Panels: what a figure with a slider draws for one value (see `folovllm.course.viz.sliders`).
 
-A panel is drawn on axes that somebody else has made, on scales that do not depend on the value, so that panels can be
-compared. What it returns belongs into its title.
+A panel is drawn on given axes, on scales that do not depend on the value, so that panels can be compared. Each function
+returns a text for the panel's title.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from folovllm.course.viz.style import (
 )
 
 NOT_YET = Kind("not there yet", WHITE)
-FOUND = Kind("found: not computed", SKY, "s", BLACK)
-SHARED_BUT_COMPUTED = Kind("shared, and computed", YELLOW, "x", BLACK)
-OWN = Kind("its own: computed", BLUE)
+FOUND = Kind("cache hit: not computed", SKY, "s", BLACK)
+SHARED_BUT_COMPUTED = Kind("shared but computed", YELLOW, "x", BLACK)
+OWN = Kind("not shared: computed", BLUE)
 
 STEP_KINDS = (NEEDED, PADDING, DONE, NOT_YET)  # for the legends
 CHUNK_KINDS = (HIDDEN, OF_THIS_PASS, CACHED)
@@ -45,20 +45,21 @@ REUSE_KINDS = (FOUND, SHARED_BUT_COMPUTED, OWN)
 def sampled_panel(
     ax: Axes, before: ArrayLike, after: ArrayLike, labels: Sequence[str], *, top: int = 12, highest: float = 1.0
 ) -> str:
-    """What is drawn from, before and after the sampler's filters: bars of the `top` likeliest tokens.
+    """A distribution before and after the sampler's filters: bars of the `top` likeliest tokens.
 
-    before, after: probabilities [V]. Hollow bars are the model's own, filled ones what a token is drawn from; a cross
-    is a token that was dropped. labels [V]: names of tokens. highest: where the scale ends. Returns how many are left.
+    before, after: probabilities [V]. Hollow bars are the model's distribution, filled bars the one that is sampled; a
+    cross is a token that was filtered out. labels [V]: names of tokens. highest: end of the scale. Returns the number
+    of tokens left.
     """
     own, drawn = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     shown = np.argsort(-own, kind="stable")[:top]
     x = np.arange(len(shown))
-    ax.bar(x, drawn[shown], 0.72, color=BLUE, label="drawn from")
-    ax.bar(x, own[shown], 0.72, fill=False, ec=GREY, lw=1.0, ls="--", label="the model's own")
+    ax.bar(x, drawn[shown], 0.72, color=BLUE, label="after the filters")
+    ax.bar(x, own[shown], 0.72, fill=False, ec=GREY, lw=1.0, ls="--", label="the model's distribution")
     dropped = x[drawn[shown] == 0]
     if len(dropped):
         (crosses,) = ax.plot(dropped, np.zeros(len(dropped)), ls="", marker="x", color=VERMILLION, label="dropped")
-        crosses.set_clip_on(False)  # they stand on the axis
+        crosses.set_clip_on(False)  # they are on the axis
     ax.set_xticks(x, [labels[i] for i in shown], rotation=60, ha="right")
     ax.tick_params(axis="x", length=0)
     ax.set_xlim(-0.6, len(shown) - 0.4)
@@ -72,7 +73,7 @@ def sampled_panel(
 def static_step_panel(ax: Axes, prompt_lens: Sequence[int], max_tokens: Sequence[int], fed: int) -> str:
     """The K/V of a static, left-padded batch in its `fed`-th decode step; 0 is the prefill.
 
-    As wide as the batch will be in the end. Returns how many of its cells are needed.
+    The panel is as wide as the batch in its last step. Returns how many cells are needed.
     """
     codes = batch_rectangle(prompt_lens, max_tokens, fed)  # [B, L + fed]
     width = max(prompt_lens) + max(max_tokens) - 1
@@ -87,9 +88,9 @@ def static_step_panel(ax: Axes, prompt_lens: Sequence[int], max_tokens: Sequence
 
 
 def held_slots_panel(ax: Axes, run: Replay, num_steps: int) -> str:
-    """Slots of memory in a replay, step by step: what requests hold, and what of it is written.
+    """Held and written slots of memory in a replay, step by step.
 
-    num_steps: where the axis ends. Returns which share of the held slots is empty, and how many requests run at once.
+    num_steps: end of the axis. Returns the empty share of the held slots and the mean number of running requests.
     """
     written = np.array([step.used for step in run.steps])
     held = np.array([step.used + step.reserved + step.internal for step in run.steps])
@@ -104,9 +105,9 @@ def held_slots_panel(ax: Axes, run: Replay, num_steps: int) -> str:
 
 
 def chunk_rows_panel(ax: Axes, num_tokens: int, chunk: int) -> str:
-    """The causal mask of a prompt that is computed in chunks, each below the one before.
+    """The causal mask of a prompt that is computed in chunks, one below the other.
 
-    Dashed lines part the passes. Returns how many passes there are, and how many tokens they read again from the cache.
+    Dashed lines separate the passes. Returns the number of passes, and of keys that they read from the cache.
     """
     sizes = [min(chunk, num_tokens - start) for start in range(0, num_tokens, chunk)]
     grid = np.zeros((num_tokens, num_tokens), dtype=np.int64)  # [query, key]
@@ -122,13 +123,13 @@ def chunk_rows_panel(ax: Axes, num_tokens: int, chunk: int) -> str:
     ax.set_yticks(label_positions(num_tokens, 12))
     ax.set(xlabel="key", ylabel="query")
     ax.set_aspect("equal", anchor="W")
-    return f"{len(sizes)} pass{'es' * (len(sizes) != 1)}, {read} read again"
+    return f"{len(sizes)} pass{'es' * (len(sizes) != 1)}, {read} from the cache"
 
 
 def reuse_panel(ax: Axes, shared: int, prompt_len: int, block_sizes: Sequence[int]) -> str:
-    """Which tokens of a prompt a prefix cache has, if an earlier one of the same length began with the same `shared`.
+    """Which tokens of a prompt hit the prefix cache after an equally long prompt with the same first `shared` tokens.
 
-    A row per block size, a column per token; a line ends each block. Returns "".
+    A row per block size, a column per token, a line after each block. Returns "".
     """
     grid = np.full((len(block_sizes), prompt_len), 2, dtype=np.int64)  # [sizes, T]
     grid[:, :shared] = 1
@@ -138,7 +139,7 @@ def reuse_panel(ax: Axes, shared: int, prompt_len: int, block_sizes: Sequence[in
         for end in range(size, prompt_len, size):
             ax.plot([end - 0.5] * 2, [row - 0.5, row + 0.5], color=BLACK, lw=1.4)
     draw_cells(ax, grid, REUSE_KINDS, mark_size=5)
-    ax.set_yticks(range(len(block_sizes)), [f"{s}: {n} found" for s, n in zip(block_sizes, found, strict=True)])
+    ax.set_yticks(range(len(block_sizes)), [f"{s}: {n} hit" for s, n in zip(block_sizes, found, strict=True)])
     ax.set_xticks(label_positions(prompt_len, 16))
     ax.set_ylabel("block size")
     return ""

@@ -1,4 +1,4 @@
-"""The prefix cache: which block follows which, how much of a prompt is found, and what is evicted next."""
+"""The prefix cache: the tree of block hashes, the hit rate, and the eviction order."""
 
 from __future__ import annotations
 
@@ -32,19 +32,19 @@ from folovllm.course.viz.style import (
 from folovllm.engine.trace import StepTrace
 from folovllm.kv_cache.interface import BlockSnapshot
 
-HELD = Kind("held by a request that runs", PALE, "_", GREY)
+HELD = Kind("held by a running request", PALE, "_", GREY)
 EMPTY = Kind("free, nothing cached", WHITE)
 
 
 def hit_tokens(shared: int, prompt_len: int, block_size: int) -> int:
-    """Tokens of a prompt that a cache has, if it knows prompts that begin with the same `shared` tokens.
+    """Prompt tokens that hit the cache if the cache holds prompts with the same first `shared` tokens.
 
-    Full blocks only, and never the whole prompt, whose last token has to be computed for its logits.
+    Full blocks only, and never the whole prompt: its last token must be computed for its logits.
     """
     return min(shared, prompt_len - 1) // block_size * block_size
 
 
-# --- which block follows which -----------------------------------------------------------------------------------
+# --- the tree of block hashes ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -69,12 +69,11 @@ def hash_tree(
     *,
     title: str | None = None,
 ) -> Figure:
-    """The blocks of a prefix cache as the tree that their keys make: a box per block, a line from the block before it.
+    """The blocks of a prefix cache as a tree: a box per block, a line from its parent block.
 
-    texts: block -> what its tokens say. Under each box stand the block's number and the number of tables that name it,
-    in bold if several do. tails: request -> the tokens after its last full block, which have no key: a dotted box,
-    named after the request, behind the last full block of its table. Depth grows to the right, from the secret that all
-    first keys begin with.
+    texts: block -> text of its tokens. Under each box: the block's number and its reference count, in bold above 1.
+    tails: request -> the tokens after its last full block, which have no hash: a dotted box named after the request,
+    behind the last full block of its table. Depth grows to the right, from the secret that every first hash includes.
     """
     boxes: dict[int | str, TreeBox] = {}
     for block, parent in sorted(snapshot.cached.items()):
@@ -111,7 +110,7 @@ BOX_WIDTH = 0.84  # of the distance from one block to the next
 
 
 def _lay_out(boxes: Mapping[int | str, TreeBox]) -> tuple[dict[Node, tuple[int, float]], int, int]:
-    """(column, row) of each node; leaves take a row each, and a parent stands in the middle of its children."""
+    """(column, row) of each node. Each leaf has a row of its own; a parent is centred on its children."""
     children: dict[Node, list[int | str]] = {}
     for name, box in boxes.items():
         children.setdefault(box.parent, []).append(name)
@@ -133,7 +132,7 @@ def _lay_out(boxes: Mapping[int | str, TreeBox]) -> tuple[dict[Node, tuple[int, 
     return places, leaves, deepest
 
 
-# --- how much of a prompt is found -------------------------------------------------------------------------------
+# --- hit rate ----------------------------------------------------------------------------------------------------
 
 
 @styled
@@ -145,11 +144,11 @@ def hit_rate_by_prefix(
     *,
     title: str | None = None,
 ) -> Figure:
-    """The share of prompt tokens that were found, over the length of what all prompts have in common.
+    """The hit rate of prompt tokens over the length of the shared prefix.
 
-    rates: block size -> measured rate per length in `shared`, drawn as markers. The lines behind them are the formula
-    (`hit_tokens`) for requests of `prompt_len` tokens of which all but the first find what it has computed; the dotted
-    one is what blocks of one token would give, and nobody can exceed.
+    rates: block size -> measured rate per length in `shared`, drawn as markers. The lines are the formula `hit_tokens`
+    for `num_requests` prompts of `prompt_len` tokens, of which all but the first hit the prefix. The dotted line is the
+    upper bound, blocks of one token.
     """
     figure, (ax,) = new_figure(3.3 + 0.3 * (title is not None), title=title)
     every = np.arange(prompt_len + 1)
@@ -163,7 +162,7 @@ def hit_rate_by_prefix(
         ax.plot(every, formula(size), ls=DASHES[i], color=SERIES[i], lw=1.2, label="_formula")
         ax.plot(shared, [100 * rate for rate in measured], ls="", marker=MARKERS[i], color=SERIES[i],
                 label=f"blocks of {size}")  # fmt: skip
-    ax.set_xlabel(f"tokens that all {num_requests} prompts of {prompt_len} begin with")
+    ax.set_xlabel(f"shared prefix of {num_requests} prompts of {prompt_len} tokens, in tokens")
     ax.set_ylabel("hit rate, % of all prompt tokens")
     ax.set_xlim(0, prompt_len + 1)
     ax.set_ylim(0, 100)
@@ -173,19 +172,19 @@ def hit_rate_by_prefix(
     return figure
 
 
-# --- what is evicted next -------------------------------------------------------------------------------------------
+# --- eviction order -------------------------------------------------------------------------------------------------
 
 
 @styled
 def lru_order(
     trace: Iterable[StepTrace], *, labels: Mapping[str, str] | None = None, title: str | None = None
 ) -> Figure:
-    """The line of free blocks over time: a column per step, at its top the block that is taken next.
+    """The free queue over time: a column per step, with the block that is taken next at its top.
 
-    A cell is a block. It has the colour of the request that filled it and says which of that request's blocks it is,
-    from 0: "a2" is the third block of a. White is a free block with nothing cached. Grey ones are held, and so they are
-    in no line; they stand below it. A triangle marks a step in which cached blocks were taken and lost, and says which.
-    labels: other names for requests. The trace needs snapshots (`trace_blocks=True`).
+    A cell is a block, in the colour of the request that filled it, with that request's id and the block's index from 0:
+    "a2" is the third block of a. White: free, nothing cached. Grey, below the queue: held. A triangle marks a step that
+    evicted cached blocks, and names them. labels: other names for requests. The trace needs snapshots
+    (`trace_blocks=True`).
     """
     steps = list(trace)
     snapshots = snapshots_of(steps)
@@ -208,7 +207,7 @@ def lru_order(
                         va="center_baseline")  # fmt: skip
     for column, blocks in enumerate(lost_blocks(steps)):
         if blocks:
-            ax.scatter([column], [-0.9], s=22, marker="v", color=BLACK, clip_on=False, label="lost")
+            ax.scatter([column], [-0.9], s=22, marker="v", color=BLACK, clip_on=False, label="evicted")
             text = "\n".join(names[column - 1].get(block, "?") for block in blocks)
             ax.annotate(text, (column, -0.9), (0, 5), textcoords="offset points", ha="center", size=7.5,
                         annotation_clip=False)  # fmt: skip
@@ -216,16 +215,15 @@ def lru_order(
     ax.set_xticks(shown, [str(steps[i].step - steps[0].step) for i in shown])
     ax.set_yticks(range(0, num_blocks, max(1, num_blocks // 6)))
     ax.set_xlabel("step")
-    ax.set_ylabel("place in the line")
+    ax.set_ylabel("position in the free queue")
     legend_of_kinds(figure, [*kinds[1:], EMPTY], columns=min(7, len(kinds)))
     return figure
 
 
 def block_fillers(steps: Iterable[StepTrace]) -> list[dict[int, tuple[str, int]]]:
-    """After each step: block -> the request that filled it, and which of that request's blocks it is.
+    """After each step: block -> the request that filled it, and the block's index in that request.
 
-    Whoever only finds a block, by a hit or a fork, does not change that. Raises ValueError for a trace without
-    snapshots.
+    A prefix hit or a fork does not change it. Raises ValueError for a trace without snapshots.
     """
     steps = list(steps)
     found: list[dict[int, tuple[str, int]]] = []
@@ -246,9 +244,9 @@ def block_fillers(steps: Iterable[StepTrace]) -> list[dict[int, tuple[str, int]]
 
 
 def lost_blocks(steps: Sequence[StepTrace]) -> list[list[int]]:
-    """Per step: cached blocks that were free, and are free no more or hold something else, so that nobody finds them.
+    """Per step: the free cached blocks that it evicted, in the order of the free queue.
 
-    In the order of the line that they stood in. Raises ValueError for a trace without snapshots.
+    Raises ValueError for a trace without snapshots.
     """
     snapshots, fillers = snapshots_of(steps), block_fillers(steps)
     lost: list[list[int]] = [[]]

@@ -1,4 +1,4 @@
-"""Ragged batches: who sees whom, where K/V goes, which tiles a kernel loads, and online softmax tile by tile."""
+"""Ragged batches: the mask, the slots of K/V, the tiles that a kernel loads, and online softmax tile by tile."""
 
 from __future__ import annotations
 
@@ -34,18 +34,18 @@ from folovllm.course.viz.style import (
     styled,
 )
 
-HIDDEN = Kind("hidden", WHITE)
+HIDDEN = Kind("masked", WHITE)
 UNREAD, MASKED, WHOLE = Kind("never loaded", WHITE), Kind("loaded, with a mask", ORANGE), Kind("loaded, no mask", SKY)
-UNSEEN = "hidden from the query"
+UNSEEN = "masked pair"
 
 
 def request_kinds(names: Sequence[str], what: str = "") -> list[Kind]:
-    """A kind of cell for each request, each with a colour and a mark of its own."""
+    """A kind of cell for each request, with its own colour and mark."""
     return [Kind(f"{what}{n}", request_color(i), MARKERS[i % len(MARKERS)]) for i, n in enumerate(names)]
 
 
 def check_lengths(query_lens: Sequence[int], kv_lens: Sequence[int], names: Sequence[str]) -> None:
-    """Raises ValueError unless each request has a name, a new token, and all new ones in its K/V."""
+    """Raises ValueError unless each request has a name and 1 <= query_len <= kv_len."""
     fits = len(query_lens) == len(kv_lens) == len(names) > 0
     if not fits or any(not 1 <= new <= length for new, length in zip(query_lens, kv_lens, strict=True)):
         raise ValueError(
@@ -54,11 +54,11 @@ def check_lengths(query_lens: Sequence[int], kv_lens: Sequence[int], names: Sequ
         )
 
 
-# --- who sees whom ---------------------------------------------------------------------------------------------
+# --- the mask --------------------------------------------------------------------------------------------------
 
 
 def ragged_codes(query_lens: Sequence[int], kv_lens: Sequence[int]) -> NDArray[np.int64]:
-    """Who sees whom, [T, S] with S = sum(kv_lens): r + 1 where a new token of request r sees a key of it, else 0."""
+    """The mask, [T, S] with S = sum(kv_lens): r + 1 where a new token of request r sees a key of r, else 0."""
     codes = np.zeros((sum(query_lens), sum(kv_lens)), dtype=np.int64)
     row = column = 0
     for request, (new, length) in enumerate(zip(query_lens, kv_lens, strict=True)):
@@ -72,10 +72,10 @@ def ragged_codes(query_lens: Sequence[int], kv_lens: Sequence[int]) -> NDArray[n
 def ragged_masks(
     steps: Mapping[str, tuple[Sequence[int], Sequence[int]]], names: Sequence[str], *, title: str | None = None
 ) -> Figure:
-    """The mask of one or several steps, each (query_lens, kv_lens): rows are new tokens, columns the keys of all.
+    """The masks of steps, each (query_lens, kv_lens): rows are new tokens, columns the keys of all requests.
 
-    A cell in a request's colour, with its mark, is True. Lines separate requests. The rows are labelled where requests
-    begin, which is query_start_loc; the columns in the same way.
+    A cell in a request's colour, with its mark, is True. Lines separate requests. Rows and columns are labelled where a
+    request begins; for the rows that is query_start_loc.
     """
     for query_lens, kv_lens in steps.values():
         check_lengths(query_lens, kv_lens, names)
@@ -106,7 +106,7 @@ def ragged_masks(
 
 @styled
 def padded_and_ragged(lengths: Sequence[int], names: Sequence[str], *, title: str | None = None) -> Figure:
-    """The same texts as a left-padded rectangle, and one behind the other, with cells of one width."""
+    """The same texts as a left-padded rectangle and as one ragged row, on one scale."""
     check_lengths(lengths, lengths, names)
     kinds = [PADDING, *request_kinds(names)]
     longest, starts = max(lengths), [0, *accumulate(lengths)]
@@ -156,11 +156,11 @@ def slot_arrows(
     *,
     title: str | None = None,
 ) -> Figure:
-    """One step: its tokens in a row, the pool below, and an arrow from each token to the slot that takes its K/V.
+    """One step: its tokens in a row, the pool below, and an arrow from each token to the slot of its K/V.
 
-    A token's cell holds its position in its text. In the pool, blocks are framed and numbered from 0, the null block; a
-    slot has its request's colour if this step writes it, and a letter if an earlier step did. num_blocks: blocks of the
-    pool, the null block included.
+    A token's cell holds its position. In the pool, blocks are framed and numbered from 0, the null block; a slot has
+    its request's colour if this step writes it, and a letter if an earlier step did. num_blocks: blocks of the pool,
+    the null block included.
     """
     query_lens = [end - start for start, end in pairwise(query_start_loc)]
     check_lengths(query_lens, seq_lens, names)
@@ -205,15 +205,15 @@ def slot_arrows(
 
 
 def tile_kinds(query_len: int, kv_len: int, block_q: int, tile: int) -> NDArray[np.int64]:
-    """What `attention_kernel` does with each tile of keys, [blocks of queries, tiles]: 0 never loaded, 1 masked, 2 not.
+    """How `attention_kernel` loads each tile, [blocks of queries, tiles]: 0 not loaded, 1 with a mask, 2 without.
 
     block_q: tokens per block of queries. One segment and no sliding window.
     """
     past = kv_len - query_len
     kinds = np.zeros((-(-query_len // block_q), -(-kv_len // tile)), dtype=np.int64)
     for block, first in enumerate(range(0, query_len, block_q)):
-        last = min(past + first + block_q, kv_len)  # beyond it nobody sees anything
-        whole = min(past + first + 1, last) // tile  # up to it everybody sees everything
+        last = min(past + first + block_q, kv_len)  # no query of the block sees a key from here on
+        whole = min(past + first + 1, last) // tile  # all queries of the block see all keys of these tiles
         kinds[block, : -(-last // tile)] = 1
         kinds[block, :whole] = 2
     return kinds
@@ -229,9 +229,9 @@ def kernel_tiles(
     *,
     title: str | None = None,
 ) -> Figure:
-    """Every request's queries and keys, cut as the Triton kernel cuts them: a row of tiles is the work of one program.
+    """Every request's queries and keys in the tiles of the Triton kernel: a row of tiles is the work of one program.
 
-    A tile is loaded without a mask, loaded with one, or never loaded. A cross is a pair that the mask hides.
+    A tile is loaded without a mask, loaded with a mask, or never loaded. A cross is a masked pair.
     """
     check_lengths(query_lens, kv_lens, names)
     figure, axes = new_figure(
@@ -270,9 +270,9 @@ def online_softmax_steps(
     *,
     title: str | None = None,
 ) -> Figure:
-    """One row of scores, tile by tile: the running maximum, the running sum, and the attention so far (its number 0).
+    """One row of scores, tile by tile: the running maximum, the running sum, and element 0 of the attention so far.
 
-    The dotted lines are what the formula says of all keys at once: `exact`, and the sum of e^(score - maximum).
+    The dotted lines are the results over all keys at once: `exact`, and the sum of e^(score - maximum).
     `without_rescale` is the control arm.
     """
     row = np.asarray(scores, dtype=np.float64)  # [S]

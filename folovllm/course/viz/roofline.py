@@ -29,7 +29,7 @@ from folovllm.course.viz.style import (
 
 @dataclass(frozen=True)
 class RooflinePoint:
-    """A measured computation: FLOPs per byte moved, FLOPs per second reached, and the kind that sets its marker."""
+    """A measured computation: FLOPs per byte moved, FLOPs per second, and a kind that selects its marker."""
 
     label: str
     intensity: float
@@ -50,9 +50,9 @@ def gemm_sweep(
 ) -> Figure:
     """A matrix of weights times m = `rows` vectors at once, both axes logarithmic.
 
-    Left: measured milliseconds per call, and the two times no call can be faster than: reading the weights once
-    (`weight_bytes / bandwidth`, flat) and computing (`m * flops_per_row / peak_flops`, rising). Right: milliseconds per
-    vector, measured. The vertical line is the ridge, the m at which the two bounds are equal.
+    Left: measured milliseconds per call, and the two lower bounds: reading the weights once (`weight_bytes /
+    bandwidth`, flat) and computing (`m * flops_per_row / peak_flops`, rising). Right: measured milliseconds per vector.
+    The vertical line is the ridge, the m at which the two bounds are equal.
     """
     m, t = np.asarray(rows, dtype=float), np.asarray(seconds, dtype=float)
     ridge = weight_bytes / bandwidth * peak_flops / flops_per_row
@@ -88,11 +88,11 @@ def gemm_sweep(
 def roofline(
     peak_flops: float, bandwidth: float, points: Sequence[RooflinePoint], *, title: str | None = None
 ) -> Figure:
-    """FLOPs per second over FLOPs per byte, both logarithmic: the two ceilings of a machine, and computations on it.
+    """FLOPs per second over FLOPs per byte, both logarithmic: the two ceilings of a machine, and measured computations.
 
-    The roof is min(`peak_flops`, intensity * `bandwidth`): rising where memory bounds, flat where arithmetic does; they
-    meet at the ridge, peak_flops / bandwidth. Each point stands at its own intensity and speed, with its label; points
-    of one kind share a marker. The bandwidth stands beside the slope, the peak above the flat part.
+    The roof is min(`peak_flops`, intensity * `bandwidth`): rising where memory bounds, flat where arithmetic does. They
+    meet at the ridge, peak_flops / bandwidth. Each point has a label; points of one kind share a marker. The bandwidth
+    is written beside the slope, the peak above the flat part.
     """
     ridge = peak_flops / bandwidth
     values = [point.intensity for point in points]
@@ -107,7 +107,7 @@ def roofline(
             [p.intensity for p in own], [p.flops_per_s for p in own],
             linestyle="", marker=MARKERS[i], markersize=7, color=SERIES[i], label=kind,
         )  # fmt: skip
-    slope = (left * ridge) ** 0.5  # where the label of the rising roof stands: halfway up
+    slope = (left * ridge) ** 0.5  # the label of the rising roof is halfway up
     ax.annotate(
         engineering(bandwidth, "B/s"), (slope, slope * bandwidth), (-8, 6), textcoords="offset points", ha="right"
     )
@@ -133,9 +133,9 @@ def roofline(
 def _label_points(
     ax: Axes, size_inches: NDArray[np.float64], points: Sequence[RooflinePoint], peak_flops: float, bandwidth: float
 ) -> None:
-    """Write each point's label at the first of eight places around it that is free: under the roof, on nothing else.
+    """Write each point's label at the first of eight places around it that is under the roof and overlaps nothing.
 
-    Distances are in points of 1/72 inch. The size of the axes is estimated: a figure has its layout only when drawn.
+    Distances are in points of 1/72 inch. The axes' size is estimated, because the layout is known only when drawn.
     """
     low = np.log10([ax.get_xlim()[0], ax.get_ylim()[0]])
     scale = 72 * 0.8 * size_inches / (np.log10([ax.get_xlim()[1], ax.get_ylim()[1]]) - low)
@@ -148,7 +148,7 @@ def _label_points(
     taken = [(x - 5, y - 5, x + 5, y + 5) for x, y in places]  # left, bottom, right, top
 
     def faults(box: tuple[float, float, float, float]) -> int:
-        x, y = 10 ** (np.array([box[0], box[3]]) / scale + low)  # the corner that comes nearest to the roof
+        x, y = 10 ** (np.array([box[0], box[3]]) / scale + low)  # the corner nearest to the roof
         covered = sum(box[0] < r and left < box[2] and box[1] < t and b < box[3] for left, b, r, t in taken)
         return covered + int(y > min(peak_flops, x * bandwidth))
 
@@ -177,8 +177,8 @@ def attention_share(
 ) -> Figure:
     """Attention's share of a model's FLOPs, in percent, over the context length (logarithmic): one line per entry.
 
-    The dotted line is 50 %, where attention costs as much as the linear layers; `crossings` gives the context length at
-    which a line meets it, and is marked there with its value.
+    The dotted line is 50 %, where attention costs as much as the linear layers. `crossings`: the context lengths at
+    which the lines cross it, each marked with its value.
     """
     figure, (ax,) = new_figure(3.4, title=title)
     for i, (name, share) in enumerate(shares.items()):

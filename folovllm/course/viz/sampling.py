@@ -1,4 +1,4 @@
-"""From logits to text: what a filter leaves of a distribution, whose tokens are equal, and what may be shown when."""
+"""From logits to text: what each filter leaves of a distribution, token equality, and what a stream may show when."""
 
 from __future__ import annotations
 
@@ -39,9 +39,9 @@ def filter_stages(
 ) -> Figure:
     """A distribution before and after each filter: one row of bars per stage, in order, all on the same tokens.
 
-    stages: name -> probabilities [V]. Shown are the `top` tokens that are likeliest in the first stage, most likely
-    first; `labels` [V] name them. A token of probability 0 has a cross in place of its bar. Each row's title says how
-    many of all V tokens are left and what share of the mass the shown ones have.
+    stages: name -> probabilities [V]. Shown are the `top` likeliest tokens of the first stage, in order of probability;
+    `labels` [V] name them. A token of probability 0 has a cross in place of its bar. Each row's title says how many of
+    the V tokens are left, and the share of the mass that is shown.
     """
     rows = {name: np.asarray(values, dtype=float) for name, values in stages.items()}
     shown = np.argsort(-next(iter(rows.values())), kind="stable")[:top]
@@ -53,7 +53,7 @@ def filter_stages(
         dropped = x[values == 0]
         if len(dropped):
             crosses = ax.plot(dropped, np.zeros(len(dropped)), linestyle="", marker="x", color=VERMILLION)
-            crosses[0].set_clip_on(False)  # they stand on the axis
+            crosses[0].set_clip_on(False)  # they are on the axis
         left = int((probs > 0).sum())
         ax.set_title(f"{name}: {left} of {len(probs)} tokens left, {values.sum():.0%} of the mass shown")
         ax.set_ylim(0, max(values.max() * 1.12, 1e-9))
@@ -72,7 +72,7 @@ def filter_stages(
 def token_match(matches: Mapping[str, Sequence[bool]], *, title: str | None = None) -> Figure:
     """Token by token against a reference: one row per entry, one column per output token.
 
-    A blue cell with a dot is an equal token, a red cell with a cross another one; a row ends where its output ends.
+    A blue cell with a dot is an equal token, a red cell with a cross a different one. A row ends where its output ends.
     """
     longest = max(len(row) for row in matches.values())
     codes = np.full((len(matches), longest), 2, dtype=np.int64)
@@ -89,7 +89,7 @@ def token_match(matches: Mapping[str, Sequence[bool]], *, title: str | None = No
 
 @dataclass(frozen=True)
 class Release:
-    """A moment of a stream: the token that came, the text that may be shown by now, and what is still held back."""
+    """One step of a stream: the new token, the text that may be shown, and the text that is still held back."""
 
     token: str
     visible: str
@@ -100,8 +100,8 @@ class Release:
 def text_release(moments: Sequence[Release], *, width: int = 60, title: str | None = None) -> Figure:
     """A stream, one row per token: the token, the text that may be shown, and behind it the text that is held back.
 
-    Shown text is plain; text that came with this token is bold; held text stands in a hatched yellow box. Of a text
-    longer than `width` characters the end is drawn.
+    Shown text is plain, newly shown text is bold, held text is in a hatched yellow box. Only the last `width`
+    characters are drawn.
     """
     figure, (ax,) = new_figure(0.85 + 0.27 * len(moments), title=title)
     token_width = max(len(moment.token) for moment in moments) + 2
@@ -123,7 +123,7 @@ def text_release(moments: Sequence[Release], *, width: int = 60, title: str | No
     ax.set_axis_off()
     figure.legend(
         handles=[Rectangle((0, 0), 1, 1, facecolor=YELLOW, hatch="////", edgecolor=GREY, linewidth=0)],
-        labels=["held back (left: the token of this step; bold: shown for the first time)"],
+        labels=["held back (left: the token of this step; bold: newly shown)"],
         loc="outside lower left",
     )
     return figure

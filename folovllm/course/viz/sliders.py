@@ -1,8 +1,8 @@
-"""Figures with a slider: one panel that follows it in a running notebook, small multiples wherever no widget runs.
+"""Figures with a slider: one interactive panel in a running notebook, small multiples where no widget runs.
 
 The same drawing function serves both::
 
-    a running notebook                            a page, GitHub, a notebook that was run without a reader
+    a running notebook                            a page, GitHub, a notebook that was run in batch
 
     temperature  |-------o------|  1.0            temperature 0.5     temperature 1.0
     +------------------------------+              +-------------+     +-------------+
@@ -13,9 +13,8 @@ The same drawing function serves both::
                                                   |             |     |             |
                                                   +-------------+     +-------------+
 
-Whether widgets run, `runs_widgets` decides. In the end the environment does: `FOLOVLLM_STATIC=1` is never a slider,
-`FOLOVLLM_STATIC=0` one in every notebook that has ipywidgets. A picture is always part of the output, so a notebook
-that was saved with a slider in it still shows something where the slider is dead.
+`runs_widgets` decides which; `FOLOVLLM_STATIC=1` (never a slider) and `FOLOVLLM_STATIC=0` (a slider wherever ipywidgets
+is installed) override it. The output always includes a picture, so a saved notebook shows one without a kernel.
 """
 
 from __future__ import annotations
@@ -35,13 +34,13 @@ from matplotlib.figure import Figure
 from folovllm.course.viz.style import PIXELS_PER_INCH, WIDTH, CourseFigure, Kind, legend_of_kinds, new_figure, styled
 
 Draw = Callable[[Axes, Any], str]
-MOST_PANELS = 4  # of the small multiples, where nobody says which
+MOST_PANELS = 4  # of the small multiples by default
 STATIC = "FOLOVLLM_STATIC"
 
 
 @dataclass(eq=False, repr=False)
 class SliderFigure:
-    """A drawing over the values of one parameter; a cell that ends in it shows it. `slider_figure` makes one."""
+    """A drawing over the values of one parameter, which a notebook cell displays. Made by `slider_figure`."""
 
     draw: Draw
     name: str
@@ -52,11 +51,11 @@ class SliderFigure:
     columns: int
     kinds: Sequence[Kind]
     title: str | None
-    _pictures: dict[int, bytes] = field(default_factory=dict, init=False)  # place in `values` -> PNG
+    _pictures: dict[int, bytes] = field(default_factory=dict, init=False)  # index in `values` -> PNG
 
     @styled
     def panel(self, value: Any) -> Figure:
-        """The drawing for one value: what stands under the slider."""
+        """The drawing for one value, as shown under the slider."""
         return self._figure([value], columns=1)
 
     @styled
@@ -115,7 +114,7 @@ class SliderFigure:
         return figure
 
     def _repr_mimebundle_(self, include: Any = None, exclude: Any = None) -> tuple[dict[str, Any], dict[str, Any]]:
-        """The picture for everybody, and the slider for those who can move it (IPython's protocol)."""
+        """The picture, and the slider if the front end runs widgets (IPython's protocol)."""
         picture, size = _png(self.small_multiples())
         data: dict[str, Any] = {"text/plain": repr(self), "image/png": picture}
         if runs_widgets():
@@ -138,19 +137,18 @@ def slider_figure(
     kinds: Sequence[Kind] = (),
     title: str | None = None,
 ) -> SliderFigure:
-    """A figure whose panel `draw(axes, value)` follows a slider over `values`.
+    """A figure that draws the panel `draw(axes, value)` for the value of a slider over `values`.
 
-    draw: draws one panel and returns what its title says after the value, or "". It should be quick (below 0.3
-    seconds): compute before, and let it only look up and draw. Everything that it labels goes into one legend; where
-    `kinds` are given, the legend names those kinds of cells.
-    name: of the parameter. start: where the slider stands first; the middle one of `values` if None. shown: the values
-    of the small multiples; up to four, spread evenly from the first to the last, if None. height: of a panel, in
-    inches. columns: of the small multiples.
+    draw: draws one panel and returns the text after the value in its title, or "". It should take less than 0.3
+    seconds: compute before, and only look up and draw here. Its labels are collected in one legend; if `kinds` are
+    given, the legend names those kinds of cells instead.
+    name: of the parameter. start: the slider's first value; None: the middle of `values`. shown: the values of the
+    small multiples; None: up to four, spread evenly. height: of a panel, in inches. columns: of the small multiples.
 
     Raises ValueError for fewer than two values, or a `start` or `shown` that is not among them.
     """
     if len(values) < 2:
-        raise ValueError(f"values={list(values)!r}; allowed: at least two, or there is nothing to move")
+        raise ValueError(f"values={list(values)!r}; allowed: at least two values")
     if start is None:
         start = values[len(values) // 2]
     shown = spread_evenly(values, MOST_PANELS) if shown is None else shown
@@ -161,18 +159,18 @@ def slider_figure(
 
 
 def spread_evenly(values: Sequence[Any], most: int) -> list[Any]:
-    """At most so many of the values, the first and the last among them."""
+    """At most `most` of the values, the first and the last included."""
     if len(values) <= most:
         return list(values)
     return [values[round(i * (len(values) - 1) / (most - 1))] for i in range(most)]
 
 
 def runs_widgets() -> bool:
-    """Whether somebody is there to move a slider: a notebook's kernel, with ipywidgets, and a front end that runs them.
+    """Whether a slider can be moved: a notebook kernel with ipywidgets and a front end that runs widgets.
 
-    A kernel cannot ask whether anybody looks. It can see who started it: Jupyter's server (JupyterLab, Notebook), VS
-    Code and Colab leave a mark, and a run without a reader (nbconvert, nbclient, pytest) leaves none.
-    `FOLOVLLM_STATIC` overrules that. Raises ValueError where it is neither 0 nor 1.
+    A kernel cannot ask for its front end, but it can see what started it: Jupyter's server (JupyterLab, Notebook), VS
+    Code and Colab are recognisable, a batch run (nbconvert, nbclient, pytest) has none of their marks.
+    `FOLOVLLM_STATIC` overrides this. Raises ValueError if it is neither 0 nor 1.
     """
     choice = os.environ.get(STATIC, "")
     if choice not in ("", "0", "1"):
@@ -193,10 +191,10 @@ def _has_front_end() -> bool:
 
 def _png(figure: Figure) -> tuple[bytes, dict[str, int]]:
     if not isinstance(figure, CourseFigure):
-        raise TypeError(f"{type(figure).__name__} is no figure of the course")
+        raise TypeError(f"{type(figure).__name__} is not a CourseFigure")
     return figure._repr_png_()
 
 
 def _text(value: Any) -> str:
-    """A value as the slider and the titles name it: `1,024`, `0.5`."""
+    """A value as shown in the slider and in titles: `1,024`, `0.5`."""
     return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else str(value)

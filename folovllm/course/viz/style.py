@@ -1,8 +1,8 @@
-"""One look for every figure of the course: colours, sizes, and the few shapes that several figures share.
+"""The style of every figure of the course: colours, sizes, and the drawing helpers that several figures share.
 
 A figure is 7 inches wide and shown 700 pixels wide, so a font of 9 points has 12.5 pixels. The colours are those of
-Okabe and Ito (jfly.uni-koeln.de/color), which stay apart with any kind of colour vision; whatever a colour says, a
-marker, a hatch or a label says too. Nothing here uses pyplot: a figure belongs to who asked for it, to no global list.
+Okabe and Ito (jfly.uni-koeln.de/color), which are distinct for any kind of colour vision; a marker, a hatch or a label
+always repeats what a colour says. pyplot is not used, so figures are in no global list.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ BLACK, ORANGE, SKY, GREEN = "#000000", "#E69F00", "#56B4E9", "#009E73"
 YELLOW, BLUE, VERMILLION, PURPLE = "#F0E442", "#0072B2", "#D55E00", "#CC79A7"
 GREY, PALE, WHITE = "#6B6B6B", "#E6E6E6", "#FFFFFF"
 
-SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # in the order in which a figure should use them
+SERIES = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY)  # in the order of use
 MARKERS = ("o", "s", "^", "D", "v", "P")
 DASHES = ("-", "--", "-.", ":", (0, (5, 1)), (0, (1, 1)))
 HATCHES = ("", "///", "...", "\\\\\\", "xxx", "---")
@@ -66,13 +66,12 @@ RC: Mapping[Any, Any] = {
 
 
 class CourseFigure(Figure):
-    """A figure that a notebook shows when a cell ends in it, whatever backend is set."""
+    """A figure that a notebook displays whatever backend is set."""
 
     def _repr_png_(self) -> tuple[bytes, dict[str, int]]:
-        """The picture, and the size in pixels at which a page shows it (IPython's protocol).
+        """The picture, and its size in pixels on a page (IPython's protocol).
 
-        A palette of 128 colours holds every figure here and makes the file, which is committed with its notebook, a
-        fraction of the size.
+        A palette of 128 colours is enough for every figure and makes the committed notebooks much smaller.
         """
         drawn, data = BytesIO(), BytesIO()
         self.savefig(drawn, format="png", dpi=2 * PIXELS_PER_INCH, facecolor=WHITE)
@@ -84,7 +83,7 @@ class CourseFigure(Figure):
 
 
 def styled(draw: Callable[P, Figure]) -> Callable[P, Figure]:
-    """Run a drawing function under the course's settings, and leave the reader's own as they were."""
+    """Run a drawing function under the course's rcParams, without changing the caller's."""
 
     @functools.wraps(draw)
     def wrapper(*args: P.args, **kwargs: P.kwargs) -> Figure:
@@ -99,7 +98,7 @@ def new_figure(
 ) -> tuple[Figure, list[Axes]]:
     """A figure of the course's width and of `height` inches, and its axes, row by row.
 
-    `subplots` goes to `Figure.subplots` (`sharex`, `width_ratios`, ...). `title` stands above all axes, at the left.
+    `subplots` goes to `Figure.subplots` (`sharex`, `width_ratios`, ...). `title` is above all axes, at the left.
     """
     figure = CourseFigure(figsize=(WIDTH, height), layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False, **subplots)
@@ -110,7 +109,7 @@ def new_figure(
 
 @dataclass(frozen=True)
 class Kind:
-    """What a cell of a grid can be: its name in the legend, its colour, and the mark that says it without colour."""
+    """A kind of grid cell: its name in the legend, its colour, and a mark that identifies it without colour."""
 
     label: str
     color: str
@@ -121,8 +120,8 @@ class Kind:
 def draw_cells(ax: Axes, codes: ArrayLike, kinds: Sequence[Kind], mark_size: float = 16) -> NDArray[np.int64]:
     """Draw a grid `codes` [R, C] of indices into `kinds`, row 0 at the top, and return the codes.
 
-    The axes' only image holds the codes. For each kind with a marker that occurs there is one collection, labelled with
-    the kind's name, with a mark at (column, row) of each of its cells.
+    The axes have one image, which holds the codes. Each kind with a marker that occurs has one collection, labelled
+    with the kind's name, with a mark at (column, row) of each of its cells.
     """
     grid = np.asarray(codes, dtype=np.int64)
     if grid.ndim != 2 or grid.size == 0 or grid.min() < 0 or grid.max() >= len(kinds):
@@ -175,7 +174,7 @@ def label_positions(length: int, most: int = 16) -> list[int]:
 
 
 def engineering(value: float, unit: str) -> str:
-    """A number with three digits that matter and an SI prefix: `engineering(24_704, "")` is "24.7k"."""
+    """A number with three significant digits and an SI prefix: `engineering(24_704, "")` is "24.7k"."""
     for factor, prefix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"), (1.0, ""), (1e-3, "m"), (1e-6, "µ")):
         if abs(value) >= factor * 0.9995:
             return f"{value / factor:.3g} {prefix}{unit}".rstrip() if unit else f"{value / factor:.3g}{prefix}"

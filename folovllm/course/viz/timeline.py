@@ -1,4 +1,4 @@
-"""What happened when, from an engine's trace: latencies of requests, their life in steps, and the parts of a step."""
+"""Timelines from an engine's trace: latencies of requests, their steps, and the phases of a step."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ DECODE = Kind("decode", ORANGE, ".", BLACK)
 def latency_timeline(
     trace: Iterable[StepTrace], outputs: Sequence[RequestOutput], *, title: str | None = None
 ) -> Figure:
-    """What TTFT, ITL and end-to-end latency mean, drawn on real requests; time in milliseconds since the first arrival.
+    """TTFT, ITL and end-to-end latency of real requests, in milliseconds since the first arrival.
 
-    One lane per request: a hatched bar from its arrival to its first step (the queue), then a bar for each step of the
-    trace that ran it (prefill dark, decode light), and a triangle at each moment a token was known. Brackets under the
-    last request show its queue time, TTFT, first inter-token latency and end-to-end latency, each with its value.
+    One lane per request: a hatched bar from its arrival to its first step (the queue), then a bar for each step that
+    ran it (prefill dark, decode light), and a triangle for each new token. Brackets under the last request show its
+    queue time, TTFT, first inter-token latency and end-to-end latency, each with its value.
     """
     steps = list(trace)
     zero = min(output.metrics.arrival_time for output in outputs)
@@ -78,7 +78,7 @@ def latency_timeline(
             Patch(facecolor=DECODE.color),
             tokens,
         ],
-        labels=["in the queue", "prefill step", "decode step", "a token is known"],
+        labels=["in the queue", "prefill step", "decode step", "new token"],
         loc="outside lower left",
         ncols=4,
     )
@@ -118,11 +118,11 @@ def request_gantt(
     endings: Mapping[str, str] | None = None,
     title: str | None = None,
 ) -> Figure:
-    """The life of each request, step by step: one row per request, one column per step of the trace, counted from 0.
+    """Each request step by step: one row per request, one column per step of the trace, counted from 0.
 
     A cell is grey with a bar while the request waits, blue with a square in a step that computes prompt tokens, orange
-    with a dot in a decode step, and white outside its life. submitted: the index in the trace of the first step that
-    could have run it (0 where not given). endings: a text at the end of its row, such as how it finished.
+    with a dot in a decode step, and white before it arrives and after it ends. submitted: the trace index of the first
+    step after its arrival (default 0). endings: a text at the end of its row, such as its finish reason.
     """
     steps = list(trace)
     codes = np.zeros((len(request_ids), len(steps)), dtype=np.int64)
@@ -160,10 +160,10 @@ def request_gantt(
 
 @styled
 def phase_times(trace: Iterable[StepTrace], *, title: str | None = None) -> Figure:
-    """Where the time of a step goes: mean milliseconds of each phase, on a logarithmic axis.
+    """The time of each phase of a step: mean milliseconds on a logarithmic axis.
 
-    One row per phase, in the order in which they run; a square for steps that computed prompt tokens, a circle for
-    those that only decoded. Beside each mark: its value, and its share of such a step where that is at least 0.1 %.
+    One row per phase, in the order in which they run: a square for steps with prompt tokens, a circle for decode-only
+    steps. Beside each mark: its value, and its share of the step if that is at least 0.1 %.
     """
     steps = list(trace)
     groups = {

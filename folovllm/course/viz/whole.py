@@ -1,4 +1,4 @@
-"""The whole engine: what each milestone added to speed and took of memory, who agrees with whom, and three layers."""
+"""The whole engine: each milestone's throughput and memory, token agreement, step costs, and the map of layers."""
 
 from __future__ import annotations
 
@@ -37,35 +37,35 @@ NO_SUCH_AXIS = "///"
 
 @dataclass(frozen=True)
 class Rung:
-    """A milestone on the way up."""
+    """The throughput of one milestone."""
 
     name: str
-    speed: Spread  # output tokens per second;
-    over: Spread | None = None  # those of the rung before, in the same round
+    speed: Spread  # output tokens per second
+    over: Spread | None = None  # speed over that of the milestone before, in the same round
 
 
 @dataclass(frozen=True)
-class Piece:
-    """A part of a bar, from `start` to `end`: what rung `of` added, or what this very rung lost again (`of` None)."""
+class Segment:
+    """A part of a bar, from `start` to `end`: the gain of milestone `of`, or this milestone's loss (`of` None)."""
 
     of: int | None
     start: float
     end: float
 
 
-def bar_pieces(values: Sequence[float]) -> list[list[Piece]]:
-    """The bars of a waterfall: each is what the one before had, and what it adds itself.
+def bar_segments(values: Sequence[float]) -> list[list[Segment]]:
+    """The bars of a waterfall: each has the segments of the bar before, and one for its own gain.
 
-    A rung that is slower than the one before cuts its bar off at the end, and has a last piece for what is lost.
+    A milestone that is slower than the one before cuts off the end of that bar, and has a last segment for the loss.
     """
-    bars: list[list[Piece]] = []
-    kept: list[Piece] = []
+    bars: list[list[Segment]] = []
+    kept: list[Segment] = []
     before = 0.0
     for index, value in enumerate(values):
-        kept = [Piece(p.of, p.start, min(p.end, value)) for p in kept if p.start < value]
+        kept = [Segment(s.of, s.start, min(s.end, value)) for s in kept if s.start < value]
         if value > before:
-            kept = [*kept, Piece(index, before, value)]
-        bars.append([*kept, *([Piece(None, value, before)] if value < before else [])])
+            kept = [*kept, Segment(index, before, value)]
+        bars.append([*kept, *([Segment(None, value, before)] if value < before else [])])
         before = value
     return bars
 
@@ -79,10 +79,10 @@ def speed_waterfall(
 ) -> Figure:
     """Output tokens per second of the milestones, one below the other, a panel per workload.
 
-    Each bar (at the median of the rounds) consists of what the rungs above it added, each in its own colour, which is
-    the same in all panels, and of what it adds itself. A hatched end without colour is what a rung lost. At the right:
-    tokens per second, and how many times those of the rung above; in the last row, in bold, of the first. peers: panel
-    -> name -> tokens per second, a dotted line each.
+    Each bar (at the median of the rounds) has a segment for the gain of each milestone so far, in a colour that is the
+    same in all panels. A hatched white segment is a loss. At the right: tokens per second, and the ratio to the
+    milestone above; in the last row, in bold, the ratio to the first. peers: panel -> name -> tokens per second, a
+    dotted line each.
     """
     heights = [0.35 + ROW * len(rungs) for rungs in panels.values()]
     figure, axes = new_figure(
@@ -94,12 +94,12 @@ def speed_waterfall(
         values = [rung.speed["median"] for rung in rungs]
         known = (peers or {}).get(name, {})
         longest = max(*values, *(spread["median"] for spread in known.values()))
-        for row, pieces in enumerate(bar_pieces(values)):
-            for piece in pieces:
-                color, hatch = (WHITE, "xxxx") if piece.of is None else rung_look(order.index(rungs[piece.of].name))
-                ax.barh(row, piece.end - piece.start, 0.7, left=piece.start, color=color, hatch=hatch, lw=0.5,
-                        ec=VERMILLION if piece.of is None else WHITE,
-                        label=LOST if piece.of is None else rungs[piece.of].name)  # fmt: skip
+        for row, segments in enumerate(bar_segments(values)):
+            for part in segments:
+                color, hatch = (WHITE, "xxxx") if part.of is None else rung_look(order.index(rungs[part.of].name))
+                ax.barh(row, part.end - part.start, 0.7, left=part.start, color=color, hatch=hatch, lw=0.5,
+                        ec=VERMILLION if part.of is None else WHITE,
+                        label=LOST if part.of is None else rungs[part.of].name)  # fmt: skip
             _note_rung(ax, row, rungs, max(values[row], values[row - 1] if row else 0.0))
         for peer, spread in known.items():
             ax.axvline(spread["median"], color=BLACK, ls=":", lw=1.4, label=f"peer: {peer}")
@@ -112,7 +112,7 @@ def speed_waterfall(
 
 
 def rung_look(index: int) -> tuple[str, str]:
-    """Colour and hatch of what a rung added, by its place in the longest panel."""
+    """Colour and hatch of a milestone's gain, by its index in the longest panel."""
     return (GREY, "") if index == 0 else (SERIES[(index - 1) % len(SERIES)], HATCHES[(index - 1) % len(HATCHES)])
 
 
@@ -121,7 +121,7 @@ def _note_rung(ax: Axes, row: int, rungs: Sequence[Rung], end: float) -> None:
     text = short_number(rung.speed["median"])
     if rung.over is not None:
         text += f"   x {rung.over['median']:.2f}"
-    paper = {"fc": WHITE, "ec": "none", "pad": 0.8}  # over the line of a peer
+    paper = {"fc": WHITE, "ec": "none", "pad": 0.8}  # covers the line of a peer
     ax.annotate(text, (end, row), (5, 0), textcoords="offset points", va="center", size=8.5, bbox=paper)
     if last and row:
         whole = rung.speed["median"] / rungs[0].speed["median"]
@@ -140,7 +140,7 @@ def _rows(ax: Axes, names: Sequence[str], longest: float) -> None:
 
 
 def short_number(value: float) -> str:
-    """Three digits that matter: 1,230 and 45.0 and 0.789."""
+    """Three significant digits: 1,230 and 45.0 and 0.789."""
     return f"{float(f'{value:.3g}'):,.0f}" if value >= 99.95 else f"{value:#.3g}"
 
 
@@ -149,7 +149,7 @@ def short_number(value: float) -> str:
 
 @dataclass(frozen=True)
 class Held:
-    """The most K/V that a milestone set aside, and the most that requests needed of it, in bytes."""
+    """Peak bytes of K/V that a milestone reserved, and peak bytes that requests used."""
 
     name: str
     reserved: float
@@ -158,9 +158,9 @@ class Held:
 
 @styled
 def memory_waterfall(panels: Mapping[str, Sequence[Held]], *, title: str | None = None) -> Figure:
-    """K/V of the milestones, one below the other: a pale bar for what is set aside, in it a dark one for what is used.
+    """K/V of the milestones, one below the other: a pale bar for reserved memory, a dark one for used memory.
 
-    At the right: what is set aside, and how much of it holds K/V that somebody needs.
+    At the right: reserved MiB, and the used share.
     """
     heights = [0.35 + ROW * len(rows) for rows in panels.values()]
     figure, axes = new_figure(
@@ -168,28 +168,28 @@ def memory_waterfall(panels: Mapping[str, Sequence[Held]], *, title: str | None 
     )
     for ax, (name, held) in zip(axes, panels.items(), strict=True):
         for row, one in enumerate(held):
-            ax.barh(row, one.reserved / 2**20, 0.7, color=PALE, ec=GREY, lw=0.5, hatch="///", label="set aside")
+            ax.barh(row, one.reserved / 2**20, 0.7, color=PALE, ec=GREY, lw=0.5, hatch="///", label="reserved")
             ax.barh(row, one.used / 2**20, 0.42, color=BLUE, label="used")
             text = f"{short_number(one.reserved / 2**20)} MiB, {one.used / one.reserved:.0%} used"
             ax.annotate(text, (one.reserved / 2**20, row), (5, 0), textcoords="offset points", va="center", size=8.5)
         _rows(ax, [one.name for one in held], max(one.reserved for one in held) / 2**20)
         ax.set_title(name)
-    axes[-1].set_xlabel("K/V at most, MiB")
+    axes[-1].set_xlabel("peak K/V, MiB")
     figure.legend(
         handles=[Patch(fc=PALE, ec=GREY, lw=0.5, hatch="///"), Patch(fc=BLUE)],
-        labels=["set aside for requests", "holds K/V that somebody needs"],
+        labels=["reserved for requests", "used: holds K/V of a request"],
         loc="outside lower left",
         ncols=2,
     )
     return figure
 
 
-# --- who agrees ---------------------------------------------------------------------------------------------------
+# --- agreement ----------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Agreement:
-    """How many of `total` requests have exactly the tokens of the reference, and how often one gave way meanwhile."""
+    """How many of `total` requests have exactly the reference's tokens, and the preemptions of the run."""
 
     same: int
     total: int
@@ -205,17 +205,18 @@ def same_token_matrix(
 ) -> Figure:
     """A cell per setting, with the number of requests whose tokens are the reference's: blue if all are, else red.
 
-    rows: name -> a cell per column; None where a milestone has no such setting, which is hatched. headers: lines above
-    the columns, each of (text, number of columns that it spans). A number in brackets says how often a request gave way
-    in that run. Raises ValueError for a row or a line of another width than the first row's.
+    rows: name -> a cell per column; None (hatched) where a milestone has no such setting. headers: lines above the
+    columns, each of (text, columns that it spans). A number in brackets counts the preemptions of that run. Raises
+    ValueError for a row or a header line of another width than the first row's.
     """
     width = len(next(iter(rows.values())))
     for name, cells in rows.items():
         if len(cells) != width:
             raise ValueError(f"rows[{name!r}] has {len(cells)} cells; allowed: {width}, as in the first row")
-    for line in headers:
-        if sum(span for _, span in line) != width:
-            raise ValueError(f"headers has a line of {sum(span for _, span in line)} columns; allowed: {width}")
+    for spans in headers:
+        columns = sum(span for _, span in spans)
+        if columns != width:
+            raise ValueError(f"headers has a line of {columns} columns; allowed: {width}")
     figure, (ax,) = new_figure(0.5 + 0.3 * (title is not None) + 0.33 * (len(rows) + len(headers)), title=title)
     top = -len(headers)
     for level, line in enumerate(headers):
@@ -244,7 +245,7 @@ def same_token_matrix(
             Patch(fc=VERMILLION, ec=GREY, lw=0.6),
             Patch(fc=WHITE, ec=GREY, lw=0.6, hatch=NO_SUCH_AXIS),
         ],
-        labels=["all requests have the reference's tokens", "some have others", "no such setting"],
+        labels=["all requests have the reference's tokens", "some differ", "no such setting"],
         loc="outside lower left",
         ncols=3,
     )
@@ -262,18 +263,18 @@ def _draw_agreement(ax: Axes, row: int, column: int, cell: Agreement | None) -> 
             color=BLACK if right else WHITE, weight="normal" if right else "bold")  # fmt: skip
 
 
-# --- what a step costs --------------------------------------------------------------------------------------------
+# --- step costs ---------------------------------------------------------------------------------------------------
 
-PARTS = (("fixed", GREY, ""), ("for its tokens", BLUE, "///"), ("for pairs of a query and a key", ORANGE, "..."))
+PARTS = (("fixed", GREY, ""), ("per token", BLUE, "///"), ("per query-key pair", ORANGE, "..."))
 
 
 @styled
 def step_costs(
     runs: Mapping[str, Sequence[tuple[float, float, float]]], target: float, *, title: str | None = None
 ) -> Figure:
-    """How long steps take and what for, a panel per run, on one scale: a bar per step, in milliseconds.
+    """The cost of steps by part: one panel per run on one scale, a bar per step, in milliseconds.
 
-    runs: name -> (fixed, for tokens, for pairs) of each step. A dashed line is the target.
+    runs: name -> (fixed, for tokens, for query-key pairs) of each step. A dashed line is the target.
     """
     figure, axes = new_figure(
         0.85 + 0.3 * (title is not None) + 1.15 * len(runs), len(runs), 1, title, sharex=True, sharey=True
@@ -291,12 +292,12 @@ def step_costs(
         ax.set_ylabel("ms")
         ax.set_ylim(0, 1.12 * highest)
     axes[-1].set_xlim(-0.7, max(map(len, runs.values())) - 0.3)
-    axes[-1].set_xlabel("step that computes a part of the long prompt")
+    axes[-1].set_xlabel("step with a chunk of the long prompt")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower left", ncols=4)
     return figure
 
 
-# --- three layers ---------------------------------------------------------------------------------------------------
+# --- layers ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -304,14 +305,14 @@ class Box:
     """A part of the engine."""
 
     name: str
-    file: str  # where it is
-    stops: Sequence[int] = ()  # which stops of a request's way are here
-    column: int = 0  # its place
+    file: str
+    stops: Sequence[int] = ()  # steps of a request's path through the engine
+    column: int = 0
 
 
 @dataclass(frozen=True)
 class Layer:
-    """A layer: its name, what it is about, rows of boxes from the top, and what goes down and up below it."""
+    """A layer: its name, its subject, rows of boxes from the top, and the data passed down and up below it."""
 
     name: str
     about: str
@@ -326,9 +327,9 @@ BOX_WIDTH, BOX_HEIGHT, HEAD, GAP = 0.93, 0.7, 0.42, 0.42
 
 @styled
 def layer_map(layers: Sequence[Layer], *, title: str | None = None) -> Figure:
-    """Layers as bands, from the top, with boxes in them; circled numbers are the stops of a request's way.
+    """Layers as bands, from the top, with boxes in them. Circled numbers are the steps of a request's path.
 
-    Between two bands stands what the upper one hands down and what comes back.
+    Between two bands: the data that the upper one passes down and the data that comes back.
     """
     depth = [HEAD + (BOX_HEIGHT + 0.18) * len(layer.rows) + 0.04 for layer in layers]
     total = sum(depth) + GAP * (len(layers) - 1)
