@@ -28,6 +28,7 @@ class NewRequestData:
 
     @classmethod
     def of(cls, request: Request) -> NewRequestData:
+        """What `request` is at its first step."""
         return cls(request.request_id, request.prompt_token_ids, request.sampling_params, request.stop_token_ids)
 
 

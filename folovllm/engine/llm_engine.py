@@ -10,7 +10,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
+from folovllm.checks import invalid
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
 from folovllm.engine.factory import EngineParts, build_engine
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
@@ -20,20 +22,22 @@ from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
+Params = SamplingParams | Sequence[SamplingParams] | None
+
 
 @dataclass
 class Submission:
-    """A validated prompt on its way in: what the user sees of it, and the core's requests, leader first."""
+    """A checked prompt: the frontend's part of it, and the core's requests, one per sample."""
 
     user: ParentRequest
     requests: list[Request]
 
 
 class LLMEngine:
-    """An engine that is driven step by step.
+    """An engine that the caller steps.
 
-    Give it the configurations it should run with, or one `EngineConfig`. Raises ValueError for anything that cannot
-    work, before weights are loaded where that can be known.
+    It takes single configurations or one `EngineConfig`. Raises ValueError for settings that cannot work, before
+    weights are loaded where that can be known.
     """
 
     def __init__(
@@ -61,32 +65,42 @@ class LLMEngine:
         self.max_model_len = built.max_model_len
         self._parent_requests: dict[str, ParentRequest] = {}
         self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
-        self._undelivered: dict[str, RequestOutput] = {}  # completed while somebody else was driving
+        self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
         self._stems: Counter[str] = Counter()  # of the ids in `_parent_requests`
         self._next_id = 0
-        self.on_step: Callable[[StepTrace], None] | None = None  # last of all in a step: it may be interrupted
+        self.on_step: Callable[[StepTrace], None] | None = None  # called last; may raise
 
     @property
     def trace(self) -> Trace:
-        """What happened in each step."""
+        """The record of each step."""
         return self.core.trace
 
     @property
     def stats(self) -> EngineStats:
-        """The sums over all steps."""
+        """Sums over all steps."""
         return self.core.stats
 
     # ------------------------------------------------------------------ requests in
 
     def add_request(
-        self,
-        request_id: str,
-        prompt: Prompt,
-        sampling_params: SamplingParams | None = None,
-        priority: int = 0,
+        self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
     ) -> None:
-        """Queue one prompt. Raises ValueError, with nothing queued, for anything about it that cannot work."""
+        """Queue one prompt. Raises ValueError, with nothing queued, if anything about it is invalid."""
         self.submit([self.prepare(request_id, prompt, sampling_params, priority)])
+
+    def enqueue(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
+    ) -> list[str]:
+        """Check all prompts, then queue them; returns request ids. Raises ValueError with nothing queued."""
+        prompt_list = as_prompt_list(prompts)
+        params = broadcast_params(sampling_params, len(prompt_list))
+        priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompt_list)
+        if len(priorities) != len(prompt_list):
+            raise invalid("priority", priority, f"one integer or a list of {len(prompt_list)}")
+        each = zip(prompt_list, params, cast("list[int]", priorities), strict=True)
+        submissions = [self.prepare(self.next_request_id(), prompt, sp, rank) for prompt, sp, rank in each]
+        self.submit(submissions)
+        return [s.user.request_id for s in submissions]
 
     def prepare(
         self,
@@ -147,20 +161,20 @@ class LLMEngine:
                 self.core.add_request(request)
 
     def next_request_id(self) -> str:
-        """An id that no request in the engine has, nor a part of one: "0", "1", ..."""
+        """An unused id, also as the first part of one ("7" of "7/0"): "0", "1", ..."""
         while str(self._next_id) in self._stems or self.is_live(str(self._next_id)):
             self._next_id += 1
         self._next_id += 1
         return str(self._next_id - 1)
 
     def is_live(self, request_id: str) -> bool:
-        """Whether a request is unfinished, or finished and not handed over yet."""
+        """Whether a request is unfinished, or its final output not yet returned."""
         return request_id in self._parent_requests or request_id in self._undelivered
 
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
-        """End requests now and free what they hold; returns what they had become. Unknown ids are ignored."""
+        """End requests now and free what they hold; returns their outputs so far. Unknown ids are ignored."""
         if not isinstance(request_id, Iterable):
-            raise ValueError(f"request_id={request_id!r} is not valid; allowed: a string or a list of strings")
+            raise invalid("request_id", request_id, "a string or a list of strings")
         request_ids = [request_id] if isinstance(request_id, str) else list(dict.fromkeys(request_id))
         users = [self._parent_requests[i] for i in request_ids if i in self._parent_requests]
         self.core.abort_requests([s.request_id for user in users for s in user.sequences])
@@ -171,34 +185,34 @@ class LLMEngine:
         return ended + self._outputs(users, final_only=False)
 
     def has_unfinished_requests(self) -> bool:
-        """Whether `step` has anything to do or to hand over."""
+        """Whether `step` has anything to compute or to return."""
         return bool(self._parent_requests or self._undelivered)
 
     # ------------------------------------------------------------------ one step
 
     def step(self) -> list[RequestOutput]:
-        """Run one step; every request that it moved on, as it is now."""
-        has_work = self.core.has_unfinished_requests()
-        outputs = self._step(final_only=False)
-        ready, self._undelivered = self._undelivered, {}
-        if has_work and self.on_step is not None and self.trace:
-            self.on_step(self.trace[-1])
-        return [*ready.values(), *outputs]
+        """Run one step; the output so far of every request with new tokens."""
+        return self.step_for(None, final_only=False)
 
-    def step_for(self, request_ids: Collection[str], final_only: bool) -> list[RequestOutput]:
-        """Run one step on behalf of some requests: only their outputs, or only those it completed.
+    def step_for(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
+        """Run one step and return the outputs of some requests (None: of all), or only the final ones.
 
-        Other requests go on beside. What completes of them is kept for whoever asks next: their own caller, or `step`.
-        If some of these requests were completed by another caller's step, that is handed over first, without a step.
+        Other requests run in the step, too. Their final outputs are kept for the next call that asks for them. If a
+        step for others has completed some of `request_ids`, their outputs are returned without a step.
         """
-        if not self._undelivered.keys().isdisjoint(request_ids):
+        if request_ids is not None and not self._undelivered.keys().isdisjoint(request_ids):
             return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
         has_work = self.core.has_unfinished_requests()
         outputs = self._step(final_only)
-        self._undelivered |= {o.request_id: o for o in outputs if o.finished and o.request_id not in request_ids}
+        if request_ids is None:
+            outputs = [*self._undelivered.values(), *outputs]
+            self._undelivered.clear()
+        else:
+            self._undelivered |= {o.request_id: o for o in outputs if o.finished and o.request_id not in request_ids}
+            outputs = [o for o in outputs if o.request_id in request_ids]
         if has_work and self.on_step is not None and self.trace:
             self.on_step(self.trace[-1])
-        return [o for o in outputs if o.request_id in request_ids]
+        return outputs
 
     def _step(self, final_only: bool) -> list[RequestOutput]:
         try:
@@ -232,34 +246,27 @@ class LLMEngine:
         return self._outputs(list(lost.values()), final_only=True)
 
     def generate_batch(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
     ) -> dict[str, RequestOutput]:
         """Run prompts to completion; outputs by request id, in the order of the prompts.
 
-        Raises ValueError, with nothing queued, if any prompt is bad. Requests that were queued before go on beside.
+        Raises ValueError, with nothing queued, if any prompt is invalid. Requests that were queued before run, too.
         """
-        prompt_list = as_prompt_list(prompts)
-        params = broadcast_params(sampling_params, len(prompt_list))
-        submissions = [self.prepare(self.next_request_id(), p, sp) for p, sp in zip(prompt_list, params, strict=True)]
-        self.submit(submissions)
-        return self.run_to_completion([s.user.request_id for s in submissions])
+        return self.run_to_completion(self.enqueue(prompts, sampling_params))
 
     def run_to_completion(
         self, request_ids: Sequence[str], on_done: Callable[[RequestOutput], None] = lambda output: None
     ) -> dict[str, RequestOutput]:
-        """Step until these requests are complete, telling `on_done` of each; outputs by id, in the given order.
+        """Step until these requests are complete; outputs by id, in the given order. `on_done` is called with each.
 
-        One that somebody else aborts or takes over meanwhile is left out. Whatever interrupts it, none of them stays
-        behind in the engine. Raises ValueError for an id that the engine does not have.
+        A request that another caller aborts or receives meanwhile is left out. If this call is interrupted, it aborts
+        all of them. Raises ValueError for an id that the engine does not have.
         """
         unfinished = set(request_ids)
         self.check_live(unfinished)
         done: dict[str, RequestOutput] = {}
         try:
-            # Each is waited for in turn, while the others run beside it: no step looks at all that are unfinished.
-            for request_id in request_ids:
+            for request_id in request_ids:  # in turn, so that no step looks at all unfinished ones
                 while request_id in unfinished and self.is_live(request_id):
                     for output in self.step_for(unfinished, final_only=True):
                         unfinished.discard(output.request_id)
@@ -296,25 +303,21 @@ class LLMEngine:
         if not self._stems[first]:
             del self._stems[first]
 
-    # ------------------------------------------------------------------ checks
-
     def _check(self, request_id: str, params: SamplingParams, priority: int) -> None:
         if not isinstance(request_id, str) or not request_id:
-            raise ValueError(f"request_id={request_id!r} is not valid; allowed: a non-empty string")
+            raise invalid("request_id", request_id, "a non-empty string")
         if not isinstance(params, SamplingParams):
-            raise ValueError(f"sampling_params={params!r} is not valid; allowed: a SamplingParams or None")
+            raise invalid("sampling_params", params, "a SamplingParams or None")
         params.check_vocab(self.vocab_size)
         if params.stop and self.tokenizer is None:
-            raise ValueError(f"stop={params.stop!r} is not valid; allowed: none, because the model has no tokenizer")
+            raise invalid("stop", params.stop, "none, because the model has no tokenizer")
         if isinstance(priority, bool) or not isinstance(priority, int):
-            raise ValueError(f"priority={priority!r} is not valid; allowed: an integer")
-        if priority != 0 and self.config.scheduler.scheduling_policy != "priority":
-            raise ValueError(
-                f"priority={priority} is not valid; allowed: 0, because scheduling_policy is "
-                f"{self.config.scheduler.scheduling_policy!r}"
-            )
+            raise invalid("priority", priority, "an integer")
+        policy = self.config.scheduler.scheduling_policy
+        if priority != 0 and policy != "priority":
+            raise invalid("priority", priority, f"0, because scheduling_policy is {policy!r}")
 
 
 def stem(request_id: str) -> str:
-    """What stands before the first "/": the same for a request and for each of its samples, "7", "7/0", "7/1", ..."""
+    """The part before the first "/": the same for a request and for each of its samples, "7", "7/0", "7/1", ..."""
     return request_id.split("/")[0]

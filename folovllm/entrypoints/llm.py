@@ -13,14 +13,13 @@ from tqdm import tqdm
 from folovllm.checks import invalid
 from folovllm.config import EngineConfig
 from folovllm.engine.beam_search import beam_search
-from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, encode
-from folovllm.engine.llm_engine import LLMEngine
+from folovllm.engine.input_processor import Prompt, as_prompt_list, encode
+from folovllm.engine.llm_engine import LLMEngine, Params
 from folovllm.engine.recording import record
 from folovllm.outputs import BeamSearchOutput, RequestOutput
-from folovllm.sampling_params import BeamSearchParams, SamplingParams
+from folovllm.sampling_params import BeamSearchParams
 
 Message = dict[str, str]
-Params = SamplingParams | Sequence[SamplingParams] | None
 
 
 class OutputStream(Iterator[RequestOutput]):
@@ -131,17 +130,7 @@ class LLM:
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
     ) -> list[str]:
         """Check all prompts, then queue them; returns request ids. Raises ValueError with nothing queued."""
-        prompt_list = as_prompt_list(prompts)
-        params = broadcast_params(sampling_params, len(prompt_list))
-        priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompt_list)
-        if len(priorities) != len(prompt_list):
-            raise invalid("priority", priority, f"one integer or a list of {len(prompt_list)}")
-        submissions = [
-            self.engine.prepare(self.engine.next_request_id(), prompt, p, rank)
-            for prompt, p, rank in zip(prompt_list, params, cast("list[int]", priorities), strict=True)
-        ]
-        self.engine.submit(submissions)
-        return [s.user.request_id for s in submissions]
+        return self.engine.enqueue(prompts, sampling_params, priority)
 
     def stream(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
