@@ -40,7 +40,6 @@ from folovllm.course.viz.notebook import MarkdownTable, progress
 from folovllm.course.viz.panels import REUSE_KINDS, reuse_panel
 from folovllm.course.viz.prefix import hash_tree, hit_rate_by_prefix, lru_order
 from folovllm.course.viz.sliders import slider_figure
-from folovllm.course.viz.timeline import request_gantt
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.prefix_cache import PrefixCache, hash_block
 from folovllm.request import Request
@@ -318,25 +317,17 @@ class WrittenOnly(PrefixCache):
     """Finds a block only when the forward that writes it is over."""
 
     def find(self, request, num_blocks):
-        """Entries without a writer."""
+        """Entries up to the first that is pending."""
+        pending = [entry for entries in self._pending.values() for entry in entries]
         return list(
-            takewhile(lambda entry: entry.writer is None, super().find(request, num_blocks))
+            takewhile(lambda entry: entry not in pending, super().find(request, num_blocks))
         )
-
-
-class NoFollowing(BlockManager):
-    """Waits for nobody."""
-
-    def awaited(self, request):
-        """Nobody."""
 
 
 def three_engines(budget, **settings):
     """Without a cache, the control arm, and M4."""
     none = engine(max_num_batched_tokens=budget, enable_prefix_caching=False, **settings)
-    written = put_in(
-        engine(max_num_batched_tokens=budget, **settings), WrittenOnly, NoFollowing
-    )
+    written = put_in(engine(max_num_batched_tokens=budget, **settings), WrittenOnly)
     return {
         "no cache": none,
         "finds what is written": written,
@@ -377,53 +368,7 @@ step_composition(
 )
 
 # %% [markdown]
-# ## 4. Followers
-#
-# A document of 512 tokens and four questions about it, all at once. A step has 256 tokens, and no request gets more
-# than 64 of them. So four requests fit into the first step, all of them at the beginning of the same document.
-#
-# **Predict.** What do the four compute in the first step if nobody waits? What would be better? How many prompt tokens
-# does each way compute in the end?
-#
-# <details><summary>Unfold after you have run the cells</summary>
-#
-# They compute the same 64 tokens side by side, four times, and then the next ones: none is ever ahead of the others, so
-# what is written helps nobody. To know what this forward writes helps a little: the second finds the first one's piece
-# and goes on from there. But a request looks up its prompt once, when it is admitted, and from then on they compute
-# side by side. M4 lets three of them *follow*. They wait until the first has got as far as they share, and then they
-# are next in line, in that same step. In the picture they are grey while they follow. Note the last column: nobody is
-# slower for having waited.
-# </details>
-
-# %%
-document = tokens(512)
-asked = [document + tokens(12) for _ in range(4)]
-limits = {"max_num_batched_tokens": 256, "long_prefill_token_threshold": 64}
-rows = []
-for name, llm in {
-    "no cache": engine(enable_prefix_caching=False, **limits),
-    "what is written": put_in(engine(**limits), WrittenOnly, NoFollowing),
-    "and this forward's": put_in(engine(**limits), PrefixCache, NoFollowing),
-    "and following": engine(**limits),
-}.items():
-    got, _ = answers(llm, asked, 4)
-    rows.append(
-        [name, llm.engine.stats.prompt_tokens_computed, llm.engine.stats.steps, got]
-    )
-followed = llm
-same = all(row[-1] == rows[0][-1] for row in rows)
-print("same tokens:", same)
-MarkdownTable(["rule", "prompt tokens computed", "steps"], [row[:-1] for row in rows])
-
-# %%
-request_gantt(
-    followed.engine.trace,
-    ["0", "1", "2", "3"],
-    title="One leader and three followers",
-)
-
-# %% [markdown]
-# ## 5. Who is evicted
+# ## 4. Who is evicted
 #
 # A pool of twelve blocks of four tokens. Five requests, each alone: `a` and `b` with 13 tokens, then `a'`, which begins
 # with the first 8 of `a`, then `c` with 14 and `d` with 9. Each gets three tokens of answer.
@@ -490,7 +435,7 @@ for name, kind in {"tail first": BlockManager, "head first": HeadFirst}.items():
 MarkdownTable(["order", "blocks in the cache before", "tokens of b found"], rows)
 
 # %% [markdown]
-# ## 6. A chat, a stranger, and one who gave way
+# ## 5. A chat, a stranger, and one who gave way
 #
 # Three turns of a chat: each prompt is all that was said so far, and something new. Then the first prompt again, from
 # somebody with another salt. Blocks have 4 tokens.
@@ -548,6 +493,6 @@ MarkdownTable(["engine", "gave way", "tokens computed", "steps"], rows)
 #
 # 1. In section 3, put a word that is different for everybody in *front* of the system prompt: `f"{i}. " + SYSTEM`.
 #    What is left of the hits, and where should such a word stand?
-# 2. In section 5, send `a` once more between `c` and `d`. What is lost now, in which order, and why?
-# 3. In section 4, let the first request be aborted after two steps (`llm.engine.abort_request`). Who leads then, and
-#    how many prompt tokens are computed in all?
+# 2. In section 4, send `a` once more between `c` and `d`. What is lost now, in which order, and why?
+# 3. In section 3, give the engines a `long_prefill_token_threshold` of 64, so that the twenty are computed side by side,
+#    a piece each. How often is the system prompt computed now? What would a scheduler have to do about it?
