@@ -194,7 +194,7 @@ def test_batch_sizes_and_arrivals_reach_the_runs_and_the_file(tmp_path: Path, mo
     result = invoke(*options.split(), *more.split())
     assert result.exit_code == 0, result.output
     assert "w2: 16 arriving at 2.5/s, 32-256 in" in result.output
-    assert "no roofline: the requests come one by one" in " ".join(result.output.split())
+    assert "no roofline: the requests arrive over time" in " ".join(result.output.split())
     assert [(job.system.name, job.system.max_num_seqs) for job in jobs if job.system] == [
         ("m1", None),
         ("m2:loop", 8),
@@ -213,7 +213,7 @@ def test_a_result_without_a_commit_is_announced(tmp_path: Path, monkeypatch: pyt
     for commit in (None, "0" * 40):
         monkeypatch.setattr(cli.machine, "git_state", lambda commit=commit: {"commit": commit, "dirty": None})
         result = invoke("--workloads", "w1", "--rounds", "1", "--out", str(tmp_path / "a.json"))
-        assert ("outside of a git repository" in " ".join(result.output.split())) == (commit is None)
+        assert ("outside a git repository" in " ".join(result.output.split())) == (commit is None)
 
 
 def test_the_command_in_the_file_repeats_it_without_naming_folders():

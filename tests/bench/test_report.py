@@ -172,7 +172,7 @@ def test_arrivals_of_their_own_leave_no_roofline():
     rounds = rounds_of(m1=[30])
     config = LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=4, vocab_size=100)
     coming = {"w1": [BenchRequest([1, 2], 4), BenchRequest([1, 2], 4, arrival=0.5)]}
-    assert "come one by one" in str(add_roofline(rounds, config, 2, coming))
+    assert "arrive over time" in str(add_roofline(rounds, config, 2, coming))
     assert rounds[0].runs["w1"]["m1"]["roofline_share"] is None
 
 

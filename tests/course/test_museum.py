@@ -219,7 +219,7 @@ def test_a_test_that_fails_anyway_kills_nothing(repository: Path) -> None:
 
 
 def test_a_named_test_that_is_gone_is_an_error(repository: Path) -> None:
-    with pytest.raises(ValueError, match=r"(?s)do not run on the engine as it is.*not found: .*test_gone"):
+    with pytest.raises(ValueError, match=r"(?s)do not run on the unchanged engine.*not found: .*test_gone"):
         hunt([small_exhibit("x", "tests/test_a.py::test_gone")], root=repository)
 
 

@@ -151,8 +151,14 @@ def test_beams_share_blocks(example: ModuleType, capsys: pytest.CaptureFixture[s
         (["--num-samples", "0"], "n=0 is not valid"),
         (["--num-samples", "2", "--temperature", "0"], "n=2"),
         (["--beam-width", "0"], "beam_width=0 is not valid"),
-        (["--beam-width", "2", "--num-samples", "2"], "beam_width was given with num_samples or a temperature"),
-        (["--beam-width", "2", "--temperature", "0.5"], "beam_width was given with num_samples or a temperature"),
+        (
+            ["--beam-width", "2", "--num-samples", "2"],
+            "beam_width cannot be combined with num_samples",
+        ),
+        (
+            ["--beam-width", "2", "--temperature", "0.5"],
+            "beam_width cannot be combined with num_samples",
+        ),
         (["--num-prompts", "0"], "num_prompts=0 is not valid"),
         (["--pace", "-1"], "pace=-1.0 is not valid"),
         (["--model", "nope"], "model='nope' is unknown"),
