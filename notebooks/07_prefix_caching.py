@@ -494,5 +494,5 @@ MarkdownTable(["engine", "gave way", "tokens computed", "steps"], rows)
 # 1. In section 3, put a word that is different for everybody in *front* of the system prompt: `f"{i}. " + SYSTEM`.
 #    What is left of the hits, and where should such a word stand?
 # 2. In section 4, send `a` once more between `c` and `d`. What is lost now, in which order, and why?
-# 3. In section 3, give the engines a `long_prefill_token_threshold` of 64, so that the twenty are computed side by side,
-#    a piece each. How often is the system prompt computed now? What would a scheduler have to do about it?
+# 3. In section 3, give the engines a `long_prefill_token_threshold` of 64, so that the twenty are computed side by
+#    side, a chunk each. How often is the system prompt computed now? What would a scheduler have to do about it?

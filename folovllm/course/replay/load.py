@@ -80,7 +80,6 @@ def _step(outputs: list[int], num_phases: int, pool: Check) -> Check:
     counts = _row(request, _count(1), _count(0), _count(0), _count(0), _count(0))
     with_reason = _row(request, _count(1), _count(0), _count(0), _count(0), _count(0), _text)
     most = {name: _row(_one_of(name), *[_count(0)] * len(numbers)) for name, numbers in OPS.values()}
-    most["tokens"] = _row(_one_of("tokens"), request, request, _count(0))  # a KVCopy
 
     def share(where: str, value: Any) -> None:
         if not isinstance(value, list):
