@@ -1,6 +1,6 @@
 """The messages of a step: scheduler to runner, runner to scheduler, core to engine. Plain, picklable data.
 
-The parts of the core exchange nothing else (vLLM: `vllm/v1/core/sched/output.py`, `vllm/v1/outputs.py` and
+Each step passes these between the parts of the core (vLLM: `vllm/v1/core/sched/output.py`, `vllm/v1/outputs.py` and
 `vllm/v1/engine/__init__.py`)::
 
     Scheduler.schedule -> SchedulerOutput -> ModelRunner.execute_model -> ModelRunnerOutput

@@ -65,10 +65,9 @@ class Request:
     max_model_len: int  # the most tokens (prompt and output) the model can hold
     arrival_time: float = 0.0  # seconds on the engine's clock
     priority: int = 0
-    # The request that this one starts as a fork of, where K/V can be shared (see `Scheduler`). That request's tokens
-    # begin with this one's prompt without its last token.
+    # The request to fork, where K/V can be shared. Its tokens begin with this one's prompt without the last token.
     parent_id: str | None = None
-    hold: bool = False  # keep the K/V when finished, so that other requests can fork it, until `free_held`
+    hold: bool = False  # keep the K/V when finished, for forks, until `free_held` or until blocks run out
     cache_salt: str = ""  # only requests with the same one share cached prefixes
 
     status: RequestStatus = RequestStatus.WAITING
@@ -116,7 +115,7 @@ class Request:
 
     @property
     def max_total_tokens(self) -> int:
-        """The longest this request can become: what a reservation must be able to store."""
+        """The longest this request can become. K/V is stored for one token fewer: the last is never computed."""
         return self.num_prompt_tokens + self.max_output_tokens
 
     @property

@@ -35,6 +35,7 @@ class Beam:
 class Search:
     """One prompt's search: `beams` go on, `ended` are complete and ranked by score, at most `beam_width` of each."""
 
+    index: int  # of the prompt
     prompt_len: int
     max_tokens: int
     beams: list[Beam]
@@ -58,12 +59,12 @@ def beam_search(
     eos = () if params.ignore_eos else engine.eos_token_ids
     num_candidates = min(max(2, 1 + len(eos)) * params.beam_width, engine.vocab_size)
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=num_candidates, ignore_eos=True)
-    searches = []
+    searches: list[Search] = []
     for prompt in prompts:
         (request,) = engine.prepare(engine.next_request_id(), prompt, sampling).requests
         tokens = request.prompt_token_ids
         max_tokens = min(params.max_tokens, engine.max_model_len - len(tokens))
-        searches.append(Search(len(tokens), max_tokens, [Beam(tokens, 0.0)], request.cache_salt))
+        searches.append(Search(len(searches), len(tokens), max_tokens, [Beam(tokens, 0.0)], request.cache_salt))
         check_last_round(engine, searches[-1], sampling)
     request_ids: list[str] = []  # of the newest round: the scheduler may hold their K/V
     try:
@@ -74,7 +75,7 @@ def beam_search(
                 search.kv_saved = max(search.kv_saved, kv_saved)
                 advance(search, outputs, num_candidates, eos, params)
                 if not search.running:
-                    on_done(searches.index(search))
+                    on_done(search.index)
     finally:
         engine.core.scheduler.free_held(request_ids)
     return [result(engine, search) for search in searches]

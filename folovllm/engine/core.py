@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterable
 
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
-from folovllm.messages import EngineCoreOutput
+from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.interface import ModelRunner
 from folovllm.scheduler.scheduler import Scheduler
@@ -61,18 +61,15 @@ class EngineCore:
         """Run one step. Without unfinished requests it does nothing and returns [].
 
         If the runner fails or is interrupted, the requests of this step are aborted before the exception is raised
-        again, because their K/V may be half written. Other requests are untouched.
+        again, because their K/V may be half written. Others go on; those that the step preempted compute their K/V
+        again.
         """
         if not self.scheduler.has_unfinished_requests():
             return []
         start = self.clock()
         step = self.scheduler.schedule()
         scheduled = self.clock()
-        try:
-            result = self.runner.execute_model(step)
-        except BaseException:
-            self.recorder.aborted += self.scheduler.undo_step(step)
-            raise
+        result = self._execute(step)
         executed = self.clock()
         requests = [self.scheduler.requests[share.request_id] for share in step.scheduled]
         for request in requests:
@@ -89,4 +86,11 @@ class EngineCore:
         if not self.scheduler.has_unfinished_requests():
             step = self.scheduler.schedule()
             if step.finished_req_ids:
-                self.runner.execute_model(step)
+                self._execute(step)
+
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        try:
+            return self.runner.execute_model(step)
+        except BaseException:
+            self.recorder.aborted += self.scheduler.undo_step(step)
+            raise

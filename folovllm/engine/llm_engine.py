@@ -152,6 +152,8 @@ class LLMEngine:
             ids = {user_id, *(r.request_id for r in submission.requests)}
             if self.is_live(user_id) or any(i in taken or i in self._request_states for i in ids):
                 raise ValueError(f"request_id={user_id!r} is in use; allowed: an id of no unfinished request")
+            for request in submission.requests:
+                self.core.scheduler.check_can_run(request)
             taken |= ids
         for submission in submissions:
             self._parent_requests[submission.user.request_id] = submission.user
@@ -204,15 +206,14 @@ class LLMEngine:
             return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
         has_work = self.core.has_unfinished_requests()
         outputs = self._step(final_only)
-        if request_ids is None:
-            outputs = [*self._undelivered.values(), *outputs]
-            self._undelivered.clear()
-        else:
-            self._undelivered |= {o.request_id: o for o in outputs if o.finished and o.request_id not in request_ids}
-            outputs = [o for o in outputs if o.request_id in request_ids]
+        ready = [] if request_ids is not None else list(self._undelivered.values())
+        self._undelivered |= {o.request_id: o for o in outputs if o.finished}
         if has_work and self.on_step is not None and self.trace:
-            self.on_step(self.trace[-1])
-        return outputs
+            self.on_step(self.trace[-1])  # if it raises, what has finished is returned by the next call
+        wanted = [*ready, *(o for o in outputs if request_ids is None or o.request_id in request_ids)]
+        for output in wanted:
+            self._undelivered.pop(output.request_id, None)
+        return wanted
 
     def _step(self, final_only: bool) -> list[RequestOutput]:
         try:

@@ -21,7 +21,8 @@ Invariants (between two calls; `check` tests them):
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 from folovllm.kv_cache.block_pool import NULL_BLOCK, BlockPool
 from folovllm.kv_cache.interface import (
@@ -51,6 +52,7 @@ class BlockTable:
     computed: int = 0
     chain: list[CachedBlock] = field(default_factory=list)  # the prefix cache's entries for its full blocks
     caches: bool = True  # whether its further blocks enter the cache
+    has_run: bool = False  # False for a fork that waits
 
 
 class BlockManager(KVCacheManager):
@@ -121,6 +123,7 @@ class BlockManager(KVCacheManager):
         table.blocks += self._get_new_blocks(num_new_blocks)
         if table.host_blocks:
             ops += self._swap_in(table)
+        table.has_run = True
         self._tables[request.request_id] = table
         if self.cache is not None and table.caches:
             self.cache.extend(request, table.chain, table.blocks, end // self.block_size)
@@ -166,6 +169,13 @@ class BlockManager(KVCacheManager):
         chain = source.chain[: num_tokens // self.block_size]
         self._tables[dst.request_id] = BlockTable(blocks, computed=num_tokens, chain=chain, caches=source.caches)
 
+    def can_reclaim(self, idle: Sequence[Request], request: Request) -> bool:
+        """Whether `idle` alone hold a block, or alone share the one that `request` writes into next."""
+        idle_refs = Counter(block for r in idle for block in self._tables[r.request_id].blocks)
+        table = self._tables.get(request.request_id, BlockTable())
+        written = table.blocks[table.computed // self.block_size :]
+        return any(self.pool.ref_cnt[block] - refs == (block in written) for block, refs in idle_refs.items())
+
     def cache_blocks(self, plan: KVPlan) -> None:
         """Count the plan's tokens as computed. Blocks that it filled are no longer pending."""
         table = self._tables[plan.request_id]
@@ -194,9 +204,7 @@ class BlockManager(KVCacheManager):
             return None
         self.free(request)
         host_blocks = self.host_pool.get_new_blocks(needed)
-        self._tables[request.request_id] = BlockTable(
-            host_blocks=host_blocks, computed=table.computed, chain=table.chain, caches=table.caches
-        )
+        self._tables[request.request_id] = replace(table, blocks=[], host_blocks=host_blocks)
         return tuple(SwapOut(block, host) for block, host in zip(table.blocks, host_blocks, strict=False))
 
     def reset_prefix_cache(self) -> None:
@@ -209,7 +217,7 @@ class BlockManager(KVCacheManager):
     def usage(self) -> KVUsage:
         """Held blocks, each counted once however many tables name it, and the slots written in them."""
         size = self.block_size
-        named = sum(len(table.blocks) for table in self._tables.values())
+        named = sum(len(table.blocks) for table in self._tables.values() if table.has_run)
         used = self.pool.num_used_slots
         return KVUsage(self.pool.num_blocks * size, self.pool.num_held * size, used, named * size)
 

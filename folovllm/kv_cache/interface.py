@@ -4,7 +4,7 @@ A KV manager does the accounting: which memory there is, and which request holds
 tensors and act on the plans and operations that travel in a `SchedulerOutput`. So one scheduler can drive a reservation
 per request (M1, M2) and blocks in a pool (M3, M4).
 
-The life of a request::
+The life of a request, without forks and swaps::
 
     why_never_fits -> get_computed_blocks -> allocate_slots -> cache_blocks -> allocate_slots -> ... -> free
 """
@@ -12,6 +12,7 @@ The life of a request::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from folovllm.request import Request
@@ -70,7 +71,7 @@ class KVUsage:
     capacity: int
     reserved: int
     used: int
-    unshared: int | None = None  # what `reserved` would be if every request had its own copy of shared blocks
+    unshared: int | None = None  # `reserved` if every request that has run had its own copy of shared blocks
 
     @property
     def free(self) -> int:
@@ -80,7 +81,7 @@ class KVUsage:
     @property
     def sharing_saves(self) -> float:
         """The share of memory that sharing saves against a copy for each request; 0 where nothing is shared."""
-        return 1 - self.reserved / self.unshared if self.unshared else 0.0
+        return max(0.0, 1 - self.reserved / self.unshared) if self.unshared else 0.0
 
 
 @dataclass(frozen=True)
@@ -131,9 +132,13 @@ class KVCacheManager(ABC):
         """
         raise RuntimeError(f"this cache cannot share K/V of {src.request_id!r} with {dst.request_id!r}")
 
+    def can_reclaim(self, idle: Sequence[Request], request: Request) -> bool:
+        """Whether freeing all of `idle` frees a block, or saves `request` the copy of one that it writes into."""
+        return False
+
     @abstractmethod
     def cache_blocks(self, plan: KVPlan) -> None:
-        """The forward that the plan was made for has written its K/V."""
+        """Count the plan's tokens as computed: the forward has written their K/V."""
 
     @abstractmethod
     def free(self, request: Request) -> None:

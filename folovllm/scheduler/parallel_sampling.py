@@ -24,14 +24,14 @@ class ParkedSamples:
         return self._by_leader.pop(leader_id, [])
 
     def remove(self, sample: Request) -> None:
-        """Take out one sample. Raises KeyError for one that is not parked."""
+        """Take out one sample. It must be parked."""
         leader_id = str(sample.parent_id)
         rest = [other for other in self.pop(leader_id) if other is not sample]
         if rest:
             self._by_leader[leader_id] = rest
 
     def promote(self, leader_id: str) -> Request | None:
-        """The leader is gone and the prompt is not computed: its first sample, if there is one, leads the others."""
+        """The leader ended before the prompt was computed: its first parked sample, if any, leads the others."""
         samples = self.pop(leader_id)
         if not samples:
             return None

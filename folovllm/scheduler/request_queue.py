@@ -2,10 +2,10 @@
 
 - fcfs: first come, first served.
 - priority: the lowest `priority` first; among equals, the earliest arrival.
-- sjf: shortest job first: the fewest tokens left at most, prompt and output together; among equals, the earliest
-  arrival. It gives the lowest mean waiting time and can starve long requests. vLLM does not have this one.
+- sjf: shortest job first: the smallest upper bound on tokens left to compute and to sample; among equals, the
+  earliest arrival. It gives the lowest mean waiting time and can starve long requests. vLLM does not have this one.
 
-No operation visits all waiting requests: each costs O(log n) on average.
+Each operation costs O(log n), amortized; `first` costs O(count log n).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class _Entry:
 class RequestQueue:
     """Waiting requests, each at most once, the smallest rank first, on a binary heap.
 
-    A request's rank must not change while it waits. A request that is removed from the middle leaves a gap. A gap is
+    A request's rank changes only with `update_rank`. A request that is removed from the middle leaves a gap. A gap is
     skipped when it reaches the front, and when there are more gaps than requests, the heap is built anew.
     """
 
@@ -47,7 +47,7 @@ class RequestQueue:
         self._insert(request, self._last_turn)
 
     def prepend_request(self, request: Request) -> None:
-        """Insert before all requests of the same rank: a preempted request, or a sample whose leader was admitted."""
+        """Insert before all requests of the same rank: a preempted request, or a fork that is new."""
         self._first_turn -= 1
         self._insert(request, self._first_turn)
 
@@ -76,6 +76,12 @@ class RequestQueue:
         if len(self._heap) > 2 * len(self._entries):
             self._heap = list(self._entries.values())
             heapq.heapify(self._heap)
+
+    def update_rank(self, request: Request) -> None:
+        """The request's rank has changed: move it, but keep its turn among equals. Raises KeyError if it is absent."""
+        turn = self._entries[request.request_id].turn
+        self.remove_request(request)
+        self._insert(request, turn)
 
     def first(self, count: int) -> list[Request]:
         """The first `count` requests in order, or all if there are fewer. They stay. O(count log n) on average."""

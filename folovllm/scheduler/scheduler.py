@@ -15,10 +15,10 @@ of the queue. It keeps its tokens, so its output does not change. A step that pr
 
 Where blocks can be shared, a request can start as a *fork*, with K/V of another one: samples fork the first sample of
 their prompt (`parallel_sampling.py`), and beams a finished request that is *held*: it keeps its K/V until `free_held`.
-The K/V of waiting forks and held requests is freed before any running request is preempted.
+The K/V of waiting forks and held requests is freed first when a running request needs a block.
 
 Invariants (between two calls):
-  1. An unfinished request is in exactly one of: `waiting`, `running`, parked (its leader computes the prompt).
+  1. An unfinished request is in exactly one of: `waiting`, `running`, parked (until its leader has the prompt's K/V).
   2. len(running) <= max_num_running_reqs, and a step has at most max_num_batched_tokens tokens.
   3. K/V is allocated to: running requests, held ones, waiting forks, and, on the host, swapped-out requests.
   4. No step visits all waiting requests.
@@ -61,13 +61,15 @@ class Scheduler:
         self.waiting: RequestQueue = create_request_queue(policy)
         self.running: list[Request] = []
         self._parked = ParkedSamples()
-        self._waiting_forks: dict[str, Request] = {}  # those in `waiting` that have K/V
+        self._waiting_forks: dict[str, Request] = {}  # those in `waiting` that still share blocks
         self._held: dict[str, Request] = {}  # finished, with K/V
         self._decodes_skipped = False  # by the last step
         self._finished_req_ids: list[str] = []  # for the next SchedulerOutput
 
     def check_can_run(self, request: Request) -> None:
-        """Raise ValueError, with the arithmetic, for a request that no step could ever run."""
+        """Raise ValueError for an id in use, and, with the arithmetic, for a request that no step could ever run."""
+        if request.request_id in self.requests or request.request_id in self._held:
+            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
         if request.num_prompt_tokens > self.max_num_batched_tokens and not self.chunked_prefill:
             raise ValueError(
                 f"request {request.request_id!r}: the prompt has {request.num_prompt_tokens} tokens and a step "
@@ -78,9 +80,7 @@ class Scheduler:
             raise ValueError(f"request {request.request_id!r} can never run: {reason}")
 
     def add_request(self, request: Request) -> None:
-        """Take a new request. Raises ValueError if it can never run or its id is in use; nothing is changed then."""
-        if request.request_id in self.requests or request.request_id in self._held:
-            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
+        """Take a new request. Raises ValueError as `check_can_run` does; nothing is changed then."""
         self.check_can_run(request)
         parent_id = request.parent_id if self.kv.can_share else None
         if parent_id in self.requests:
@@ -104,7 +104,8 @@ class Scheduler:
         Requests that it preempted compute their K/V again: what was swapped out before the failure is not known.
         """
         self._finished_req_ids[:0] = step.finished_req_ids
-        self._forget_waiting([self.requests[i] for i in reversed(step.preempted_req_ids) if i in self.requests])
+        for request in [self.requests[i] for i in step.preempted_req_ids if i in self.requests]:
+            self._drop_waiting_kv(request)
         # In reverse, so that samples that are promoted to the front of the queue keep the order of their leaders.
         aborted = [share.request_id for share in reversed(step.scheduled)]
         return self.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
@@ -132,15 +133,14 @@ class Scheduler:
         return step
 
     def _first_needs_step_without_decodes(self) -> bool:
-        """Whether the first waiting request fits the budget only without the decodes, and they may skip this step."""
-        can_admit = 0 < len(self.running) < self.max_num_running_reqs
-        if self.chunked_prefill or self._decodes_skipped or not self.waiting or not can_admit:
+        """Whether the first waiting request fits only without the decodes, a token each, which the last step had."""
+        can_admit = self.waiting and 0 < len(self.running) < self.max_num_running_reqs
+        if self.chunked_prefill or self._decodes_skipped or not can_admit:
             return False
         first = self.waiting.peek_request()
-        preempted = first.status is RequestStatus.PREEMPTED  # may catch up in chunks
-        num_new = 1 if preempted else first.num_tokens - self.kv.get_computed_blocks(first)
-        # One token per running request: those that catch up take more, but that is no reason to skip the decodes.
-        return num_new > self.max_num_batched_tokens - len(self.running)
+        if first.status is RequestStatus.PREEMPTED:  # it may catch up in chunks
+            return False
+        return first.num_tokens - self.kv.get_computed_blocks(first) > self.max_num_batched_tokens - len(self.running)
 
     def _schedule_running(self, step: SchedulerOutput) -> None:
         """Decodes, then requests that still compute their prompt or catch up after a preemption."""
@@ -154,10 +154,9 @@ class Scheduler:
     def _admit_waiting(self, step: SchedulerOutput) -> None:
         """Admit from the front of the queue. No request overtakes a first one that does not fit."""
         while self.waiting and len(self.running) < self.max_num_running_reqs:
-            admitted = self._admit(self.waiting.peek_request(), step)
-            # If nothing runs, only the blocks of held requests and waiting forks are left to free.
-            if not admitted and (self.running or not self._free_unused()):
-                break
+            first = self.waiting.peek_request()
+            if not self._admit(first, step) and (self.running or not self._free_idle_kv(first)):
+                break  # unless nothing runs, blocks will be freed by requests that finish
 
     def _admit(self, request: Request, step: SchedulerOutput) -> bool:
         """Move the first waiting request to `running` if the budget and the cache allow it; else change nothing."""
@@ -197,7 +196,7 @@ class Scheduler:
         step.add(ScheduledRequest(request.request_id, request.tokens(plan.start, end), plan.start, samples, plan))
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
-        """Take in what `step` sampled: count K/V, append tokens, finish what is complete. One output per new token."""
+        """Count K/V, append sampled tokens, finish what is complete. Returns an output per request with news."""
         outputs: list[EngineCoreOutput] = []
         forked: list[Request] = []
         for share, sampled, logprobs in zip(step.scheduled, result.sampled_token_ids, result.logprobs, strict=True):
@@ -206,7 +205,7 @@ class Scheduler:
                 continue  # finished from outside since the step was scheduled
             self.kv.cache_blocks(share.plan)
             request.num_computed_tokens += share.num_tokens
-            if request.num_computed_tokens >= request.num_prompt_tokens:
+            if request.num_computed_tokens >= request.num_prompt_tokens:  # fork before the leader may finish
                 forked += [self._fork(request, sample) for sample in self._parked.pop(request.request_id)]
             before = request.num_output_tokens
             for token in sampled:
@@ -226,12 +225,11 @@ class Scheduler:
     def _allocate_running(self, request: Request, num_new: int, step: SchedulerOutput) -> KVPlan | None:
         """Slots for a running request, at the cost of others if need be; None if it was itself preempted."""
         while (plan := self.kv.allocate_slots(request, num_new)) is None:
-            if self._free_unused():
+            if self._free_idle_kv(request):
                 continue
             victim = self.running[-1]
             if self.policy == "priority":
-                # The samples of a prompt are equal: then it is the last of them.
-                victim = max(reversed(self.running), key=lambda r: (r.priority, r.arrival_time))
+                victim = max(reversed(self.running), key=lambda r: (r.priority, r.arrival_time))  # samples tie
             self._preempt(victim, step)
             if victim is request:
                 return None
@@ -250,30 +248,31 @@ class Scheduler:
         victim.set_status(RequestStatus.PREEMPTED)
         self.waiting.prepend_request(victim)
 
-    def _free_unused(self) -> bool:
-        """Free the K/V of held requests and of waiting forks, which compute their prompts then. False if none."""
-        held, forks = list(self._held), list(self._waiting_forks.values())
-        self.free_held(held)
-        self._forget_waiting(forks)
-        return bool(held or forks)
+    def _free_idle_kv(self, request: Request) -> bool:
+        """Free the K/V of a held request or a waiting fork, if that is what `request` lacks. False if it is not."""
+        idle = [*self._waiting_forks.values(), *self._held.values()]
+        if not self.kv.can_reclaim(idle, request):
+            return False
+        if idle[-1].is_finished:
+            self.free_held([idle[-1].request_id])
+        else:
+            self._drop_waiting_kv(idle[-1])  # it will compute its whole prompt
+        return True
 
-    def _forget_waiting(self, requests: list[Request]) -> None:
-        """Free what waiting requests hold, and queue them again: their rank may count what is computed."""
-        for request in reversed(requests):
-            self.waiting.remove_request(request)
-            self.kv.free(request)
-            request.num_computed_tokens = 0
-            self._waiting_forks.pop(request.request_id, None)
-            self.waiting.prepend_request(request)
+    def _drop_waiting_kv(self, request: Request) -> None:
+        self.kv.free(request)
+        request.num_computed_tokens = 0
+        self._waiting_forks.pop(request.request_id, None)
+        self.waiting.update_rank(request)
 
-    def _fork(self, source: Request, request: Request) -> Request:
-        """Share the K/V of `request`'s prompt that `source` has, and return `request`, which is about to be queued."""
-        num_shared = request.num_prompt_tokens - 1  # it computes the last token, whose logits it samples from
+    def _fork(self, parent: Request, child: Request) -> Request:
+        """Let `child`, which is about to be queued, share `parent`'s K/V of its prompt. Returns `child`."""
+        num_shared = child.num_prompt_tokens - 1  # it computes the last token, whose logits it samples from
         if num_shared > 0:
-            self.kv.fork(source, request, num_shared)
-            request.num_computed_tokens = num_shared
-            self._waiting_forks[request.request_id] = request
-        return request
+            self.kv.fork(parent, child, num_shared)
+            child.num_computed_tokens = num_shared
+            self._waiting_forks[child.request_id] = child
+        return child
 
     def free_held(self, request_ids: Iterable[str]) -> None:
         """Free the K/V of held requests. Forks of them keep their share. Other ids are ignored."""
@@ -288,13 +287,14 @@ class Scheduler:
             self.waiting.remove_request(request)
         else:
             self._parked.remove(request)
-        if (next_leader := self._parked.promote(request.request_id)) is not None:
-            self.waiting.prepend_request(next_leader)
-        request.set_status(status)
         del self.requests[request.request_id]
         self._waiting_forks.pop(request.request_id, None)
         self._finished_req_ids.append(request.request_id)
+        request.set_status(status)
         if request.hold and self.kv.can_share and status.finish_reason in ("stop", "length"):
             self._held[request.request_id] = request
         else:
             self.kv.free(request)
+        # Samples are still parked if a leader ends before its prompt is computed: the next one leads.
+        if (next_leader := self._parked.promote(request.request_id)) is not None:
+            self.waiting.prepend_request(next_leader)

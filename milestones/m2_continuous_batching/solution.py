@@ -71,7 +71,7 @@ def continuous_steps(output_lens: Sequence[int], batch_size: int) -> int:
 class PriorityQueue:
     """Looks at everyone who waits to find the next, for clarity.
 
-    folovllm/scheduler/request_queue.py: `SortedQueue` keeps a heap, in which nobody is looked for: who leaves from the
+    folovllm/scheduler/request_queue.py: `RequestQueue` keeps a heap, in which nobody is looked for: who leaves from the
     middle leaves a gap, which is skipped when it comes to the front.
     """
 

@@ -616,6 +616,8 @@ class YourBlockManager(KVCacheManager):
     There is no host pool: a request that gives way computes its K/V again.
     """
 
+    can_share = True
+
     def __init__(self, make: Callable[[int, int], Any], num_blocks: int, block_size: int) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.answer = make(num_blocks, block_size)
@@ -647,6 +649,10 @@ class YourBlockManager(KVCacheManager):
         """`fork`."""
         self.answer.fork(src.request_id, dst.request_id, num_tokens)
         self.computed[dst.request_id] = num_tokens
+
+    def can_reclaim(self, idle: Sequence[Request], request: Request) -> bool:
+        """Forks that wait are freed as long as there are any."""
+        return bool(idle)
 
     def cache_blocks(self, plan: KVPlan) -> None:
         """The K/V that `append` made room for is written."""

@@ -16,7 +16,7 @@ def split_budget(
     budget: int,
     long_prefill_token_threshold: int = 0,
 ) -> list[tuple[str, int]]:
-    """A sort keeps the order of equals (`_schedule_running` and `_piece` in folovllm/scheduler/scheduler.py).
+    """A sort keeps the order of equals (`_schedule_running` and `_num_new_tokens` in folovllm/scheduler/scheduler.py).
 
     The engine asks for blocks as well, and for a seat, before it admits anybody.
     """
@@ -85,7 +85,7 @@ def full_blocks(token_ids: Sequence[int], block_size: int) -> Iterator[tuple[int
 
 
 def reusable_tokens(num_tokens: int, block_size: int, in_cache: Sequence[bool]) -> int:
-    """`_find` in folovllm/kv_cache/block_manager.py looks at no more than (num_tokens - 1) // block_size blocks."""
+    """`_hits` in folovllm/kv_cache/block_manager.py looks at no more than (num_tokens - 1) // block_size blocks."""
     if min(num_tokens, block_size) < 1 or len(in_cache) != num_tokens // block_size:
         raise ValueError(f"num_tokens={num_tokens}, block_size={block_size}, in_cache has {len(in_cache)} entries")
     found = [*in_cache, False].index(False)

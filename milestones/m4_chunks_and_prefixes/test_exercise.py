@@ -638,7 +638,7 @@ class YourPrefixCache(PrefixCache):
         found = self.index.find(tokens, request.cache_salt)
         if not isinstance(found, list) or len(found) > num_blocks:
             raise WrongAnswer(f"find returned {found!r} for {num_blocks} full blocks.")
-        return [CachedBlock(b"", None, (), request.cache_salt, None, block) for block in found]
+        return [CachedBlock(b"", None, (), request.cache_salt, block) for block in found]
 
     def extend(self, request: Request, chain: list[CachedBlock], blocks: Sequence[int], num_blocks: int) -> None:
         """Remember what the coming forward writes."""

@@ -28,7 +28,7 @@ def tokens_within(
 ) -> int:
     """More tokens never cost less, so halving finds the last count that fits.
 
-    The engine's own rule is `_piece` in folovllm/scheduler/scheduler.py: what the budget leaves, whatever it costs.
+    The engine's own rule is `_num_new_tokens` in folovllm/scheduler/scheduler.py: what the budget leaves, at any cost.
     """
     low, high = 0, missing
     while low < high:

@@ -175,7 +175,7 @@ def test_loops_without_end_are_stopped(tmp_path: Path) -> None:
     assert [check.kind for check in top_k.checks] == ["passed"] * 3 + ["too slow", "skipped", "skipped"]
     assert stop.status == "passed"  # the run goes on
     text = flat(render(report, file))
-    assert "Your answer was stopped after 2 seconds. Does a loop never end?" in text
+    assert "Your answer was stopped after 2 seconds. Is there an infinite loop?" in text
     assert "my_file.py, line" in text
 
 
@@ -288,8 +288,8 @@ def test_an_answer_in_another_file_may_be_the_only_one(tmp_path: Path) -> None:
     ("args", "words"),
     [
         (["m9"], "milestone='m9' has no exercises; allowed: m0, m1, m2, m3, m3-kernels, m4, m4-latency-target"),
-        (["m1", "--impl", "nowhere.py"], "nowhere.py' is not a Python file that exists"),
-        (["m1", "--impl", "milestones"], "is not a Python file that exists"),
+        (["m1", "--impl", "nowhere.py"], "nowhere.py' is not an existing Python file"),
+        (["m1", "--impl", "milestones"], "is not an existing Python file"),
         (["m1", "--only", "nothing"], "m1 has no exercise 'nothing'; allowed: apply_repetition_penalty"),
         (["m0", "--hint", "nothing"], "m0 has no exercise 'nothing'; allowed: linear_flops"),
         (["m1", "--time-limit", "0"], "time_limit=0.0 is not valid; allowed: seconds > 0"),

@@ -46,17 +46,6 @@ def test_lab_7_computes_a_system_prompt_twenty_times_ten_times_and_once() -> Non
     assert rows["finds what is written", "8192"] == rows["no cache", "8192"] == rows["no cache", "2048"] == [total, 0]
 
 
-def test_lab_7_waits_for_a_leader() -> None:
-    none, written, forward, follow = (
-        [int(cell) for cell in row[1:]] for row in table(LAB, "rule | prompt tokens computed")
-    )
-    assert none[0] == written[0] == 4 * 524  # "what is written helps nobody"
-    assert forward[0] == 4 * 524 - (64 + 128 + 192)
-    assert follow[0] == 4 * 524 - 3 * 512
-    assert len({none[1], written[1], forward[1], follow[1]}) == 1  # "nobody is slower for having waited"
-    assert "same tokens: True" in outputs_as_text(LAB)
-
-
 def test_lab_7_keeps_heads_and_loses_tails() -> None:
     tail_first, head_first = table(LAB, "order | blocks in the cache")
     assert (tail_first[2], head_first[2]) == ("4", "0")

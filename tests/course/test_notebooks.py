@@ -53,7 +53,6 @@ FIGURES = {
         "hit_rate_by_prefix",
         "slider_figure",
         "step_composition",
-        "request_gantt",
         "lru_order",
     ],
     "08_the_whole_engine": ["speed_waterfall", "memory_waterfall", "same_token_matrix", "request_gantt", "step_costs"],

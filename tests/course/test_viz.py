@@ -872,7 +872,11 @@ def test_a_block_map_agrees_with_the_books_of_a_real_pool() -> None:
         other = requests[(requests.index(request) + 1) % 4]
         if rng.random() < 0.3:
             books.free(request)
-        elif rng.random() < 0.3 and books.can_fork(request, 3):
+        elif (
+            rng.random() < 0.3
+            and request.request_id in books.snapshot().tables
+            and books.get_computed_blocks(request) >= 3
+        ):
             books.free(other)
             books.fork(request, other, 3)
         elif (plan := books.allocate_slots(request, int(rng.integers(1, 4)))) is not None:

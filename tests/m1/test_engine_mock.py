@@ -458,3 +458,24 @@ def test_a_request_that_can_never_run_is_refused_with_the_arithmetic():
         small.add_request("large", [1] * 9)
     check_empty(engine)
     check_empty(small)
+
+
+@pytest.mark.parametrize("step", [lambda e: e.step(), lambda e: e.step_for({"a", "b"}, final_only=True)])
+def test_what_finished_is_not_lost_when_the_observer_of_a_step_raises(step):
+    """Ctrl-C in a live view, say: the next call returns what the step completed."""
+    engine = mock_engine()
+    for name in "ab":
+        engine.add_request(name, [1, 2, 3], SamplingParams(max_tokens=1, ignore_eos=True))
+
+    def interrupted(trace):
+        raise KeyboardInterrupt
+
+    engine.on_step = interrupted
+    with pytest.raises(KeyboardInterrupt):
+        step(engine)
+    engine.on_step = None
+    done = []
+    while engine.has_unfinished_requests():
+        done += step(engine)
+    assert [o.request_id for o in done] == ["a", "b"] and all(o.finished for o in done)
+    check_empty(engine)

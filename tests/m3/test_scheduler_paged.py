@@ -694,27 +694,6 @@ def test_a_failed_step_that_swapped_somebody_out_makes_him_compute_his_tokens_ag
     check_all_free(engine)
 
 
-def test_nobody_forks_what_was_to_come_back_from_the_host_in_a_step_that_failed() -> None:
-    """The leader's blocks were reserved, and its K/V never arrived in them: its child must not start from there."""
-    engine = paged_mock_engine(2, num_blocks=5, num_host_blocks=8, policy="priority", preemption_mode="swap")
-    runner, scheduler = engine.core.runner, engine.core.scheduler
-    assert isinstance(runner, PagedMockRunner)
-    add(engine, "x", 4, 8, priority=0)
-    add(engine, "s", 8, 9, priority=1, n=2, seed=1)
-    steps_until(engine, preempted)
-    assert preempted(engine) == ["s/0"] and scheduler.requests["s/0"].num_computed_tokens == 12
-    add(engine, "z", 2, 9, priority=0)
-    steps_until(engine, lambda e: "x" not in e.core.scheduler.requests)
-    for block in runner.device:
-        block[:] = [None] * 4
-    step = failing(engine, before=True)
-    assert [s.request_id for s in step.scheduled] == ["z", "s/0"]
-    assert any(isinstance(op, SwapIn) for op in step.kv_ops)
-    done = run_to_the_end(engine)
-    assert done["s"][0][1] == mock_tokens(prompt_of("s", 8), wishes(9, n=2, seed=1).child(1))[0]
-    check_all_free(engine)
-
-
 def test_the_runner_hears_of_an_end_even_if_the_step_that_told_it_failed() -> None:
     engine = paged_mock_engine(num_blocks=8)
     add(engine, "short", 2, 1)
@@ -753,3 +732,23 @@ def test_the_trace_says_who_gave_way_and_what_was_moved() -> None:
         assert not set(step.preempted) & {r.request_id for r in step.requests}
         assert step.kv.used <= step.kv.reserved <= step.kv.capacity == 20
     assert ops == [op for step in engine.core.runner.steps for op in step.kv_ops]
+
+
+def test_an_id_that_is_held_is_refused_before_anything_is_queued() -> None:
+    engine = paged_mock_engine(num_blocks=16, block_size=4)
+    hold(engine, "h", prompt_of("h", 6), 1)
+    run_to_the_end(engine)
+    with pytest.raises(ValueError, match="request_id='h' is in use"):
+        add(engine, "h", 3, 2)
+    assert not engine.has_unfinished_requests()
+    engine.core.scheduler.free_held(["h"])
+    check_all_free(engine)
+
+
+def test_waiting_forks_that_share_all_their_blocks_with_a_running_request_stay() -> None:
+    """Freeing them would free nothing, and each would compute the prompt alone."""
+    engine = paged_mock_engine(max_num_seqs=2, num_blocks=8, block_size=4)
+    add(engine, "s", 9, 8, n=4, seed=1)
+    add(engine, "late", 4, 3)
+    run_to_the_end(engine)
+    assert engine.stats.prompt_tokens_computed == 9 + 3 + 4

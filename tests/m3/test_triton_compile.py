@@ -157,7 +157,7 @@ def test_every_limit_has_its_words() -> None:
         ({"threads": 512}, "registers, of 65536"),
         ({"spilled": 8}, "spilled"),
         ({"shared": 227 * 1024 + 1}, "shared memory"),
-        ({"tensor_cores": 0}, "tensor cores"),
+        ({"tensor_cores": 0}, "no tensor core"),
         ({"capability": 80}, "shared memory"),
     ):
         (problem, *_) = dataclasses.replace(fine, **change).problems(tensor_cores=True)

@@ -64,7 +64,7 @@ class HFRunner(ModelRunner):
         self.caches = PaddedCaches()
 
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """See `ModelRunner.execute`."""
+        """See `ModelRunner.execute_model`."""
         with cpu_threads(self.num_threads), torch.inference_mode():
             return self._execute(step)
 
