@@ -157,7 +157,7 @@ def open_checkpoint(source: ModelSource, hf_config: PretrainedConfig, load_forma
 
 
 def weight_files(source: ModelSource, load_format: str = "auto", named: str | None = None) -> tuple[Path, list[Path]]:
-    """The model's folder and the files that hold its weights, the last one first in rank; a hub id is downloaded.
+    """The model's folder, and the files of its weights: a later one counts more. A hub id is downloaded.
 
     named: the file or index that config.json names (`transformers_weights`). Raises ValueError if there are none.
     """
@@ -199,12 +199,19 @@ def canonical_name(name: str, known: Collection[str], prefix: str) -> str:
     return f"{prefix}.{name}" if f"{prefix}.{name}" in known else name
 
 
+def other_shapes(
+    found: Mapping[str, StoredTensor], weights: Mapping[str, Tensor]
+) -> list[tuple[str, Iterable[int], Iterable[int]]]:
+    """The tensors whose shape is not that of the weight they are for: name, shape in the file, shape of the weight."""
+    return [(n, t.shape, weights[n].shape) for n, t in found.items() if t.shape != tuple(weights[n].shape)]
+
+
 def check_complete(
     source: ModelSource,
-    missing: Iterable[str],
-    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]],
-    unused: Iterable[str],
-    untied: Mapping[str, str],
+    missing: Iterable[str] = (),
+    mismatched: Iterable[tuple[str, Iterable[int], Iterable[int]]] = (),
+    unused: Iterable[str] = (),
+    untied: Mapping[str, str] | None = None,
 ) -> None:
     """Raise ValueError for missing tensors and for shapes (file, config) that differ; warn of what else is odd.
 
@@ -218,7 +225,7 @@ def check_complete(
         raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {some(shapes)}")
     if unused := sorted(unused):
         logger.warning("%s: the model has no weights of these names, skipped: %s", source, some(unused))
-    for head, embedding in untied.items():
+    for head, embedding in (untied or {}).items():
         logger.warning(
             "%s: config.json ties %s to %s, but the checkpoint has both, and they differ: both are used",
             source, head, embedding,
@@ -228,7 +235,7 @@ def check_complete(
 def quantization_method(fields: Mapping[str, Any]) -> str | None:
     """The quantization that a config declares, for the whole model or a part of it; None for plain weights."""
     for name in _QUANTIZATION_FIELDS:
-        if fields.get(name):
+        if fields.get(name) is not None:
             return f"{name}: {_method_name(fields[name], name)}"
     mlx = fields.get("quantization")
     if isinstance(mlx, dict) and "bits" in mlx:

@@ -35,12 +35,12 @@ from folovllm.config import DTYPES, LOAD_FORMATS
 from folovllm.models.checkpoint import (
     DOWNLOAD_ADVICE,
     LOAD_ERRORS,
-    Checkpoint,
     ModelSource,
     check_complete,
     load_error,
     open_checkpoint,
     other_formats,
+    other_shapes,
     some,
 )
 from folovllm.models.dummy import build_dummy_model
@@ -250,7 +250,7 @@ def _load_checkpoint(
     check_has_weights(source)
     checkpoint = open_checkpoint(source, config, load_format)
     if checkpoint.odd_tensors():
-        _check_numbers(checkpoint, config)
+        checkpoint.check_numbers(*_weights_of(config))
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
@@ -264,6 +264,10 @@ def _load_checkpoint(
                 output_loading_info=True,  # makes the result a pair, which its type does not say
             )
     except LOAD_ERRORS as error:
+        # A tied head of another shape, for one, makes transformers compare what it never loaded.
+        weights, prefix = _weights_of(config)
+        found, _ = checkpoint.by_canonical_name(weights, prefix)
+        check_complete(source, mismatched=other_shapes(found, weights))
         raise load_error(source, "the weights", error) from error
     model, info = loaded
     if source.kind == "hub":  # only the weights are sure to be in the folder
@@ -282,11 +286,11 @@ def _load_checkpoint(
     return model.to(device)
 
 
-def _check_numbers(checkpoint: Checkpoint, config: PretrainedConfig) -> None:
-    """Raise ValueError if a weight of Hugging Face's model is stored as anything else than plain numbers."""
+def _weights_of(config: PretrainedConfig) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of Hugging Face's model by name, without their values, and the prefix of those of its body."""
     with _quiet(), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    checkpoint.check_numbers(model.state_dict(), model.base_model_prefix)
+    return model.state_dict(), model.base_model_prefix
 
 
 def check_has_weights(source: ModelSource) -> None:

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from folovllm.models.checkpoint import Checkpoint, StoredTensor, check_complete, open_checkpoint
+from folovllm.models.checkpoint import Checkpoint, StoredTensor, check_complete, open_checkpoint, other_shapes
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.dummy import fill_dummy_
 from folovllm.models.layers import Linear, empty_parameter
@@ -99,7 +99,7 @@ def fill_from(checkpoint: Checkpoint, decoder: Decoder) -> None:
     check_complete(
         checkpoint.source,
         wanted.keys() - found.keys(),
-        [(name, t.shape, wanted[name].shape) for name, t in found.items() if t.shape != tuple(wanted[name].shape)],
+        other_shapes(found, wanted),
         unused,
         {HEAD: EMBEDDING} if untied else {},
     )
