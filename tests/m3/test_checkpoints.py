@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from folovllm.models.loader import LoadSpec, load_config, resolve_model
 from folovllm.models.weights import load_decoder
 from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt, randomize, tiny_model
 
+ROOT = Path(__file__).resolve().parent.parent.parent
 SINGLE, INDEX, BIN, BIN_INDEX = WEIGHT_FILES
 EMBEDDING, HEAD, NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
 UP_PROJ = "model.layers.0.mlp.up_proj.weight"
@@ -681,3 +684,16 @@ def test_a_head_is_compared_in_the_format_of_the_model(dtype: torch.dtype, tied:
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype)
     assert (theirs.lm_head.weight is theirs.model.embed_tokens.weight) == tied
     assert decoder.config.tied_embeddings == tied
+
+
+def test_an_ordinary_checkpoint_needs_none_of_transformers_models() -> None:
+    """They cost seconds of every start: what they would say of names and ties is said by a few lines of ours."""
+    code = """
+import sys
+from folovllm import LLM
+LLM("folo-tiny", num_kv_blocks=16, device="cpu")
+names = ("transformers.modeling_utils", "transformers.core_model_loading", "torch._dynamo", "triton")
+print(*(name for name in names if name in sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
