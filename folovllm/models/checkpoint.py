@@ -15,6 +15,7 @@ is a weight in any other format than `DTYPES`.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import textwrap
 import zipfile
@@ -31,6 +32,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from folovllm.checks import invalid
 
 logger = logging.getLogger(__name__)
 
@@ -147,11 +150,14 @@ def open_checkpoint(source: ModelSource, hf_config: PretrainedConfig, load_forma
     if source.kind != "hub":
         _check_folder(source, Path(source.path_or_id))
     folder, files = weight_files(source, load_format, getattr(hf_config, "transformers_weights", None))
+    _check_folder(source, folder)  # of a hub id, what an earlier download left beside the weights
     tensors: dict[str, StoredTensor] = {}
     for file in files:
         try:
             tensors |= _list_safetensors(file) if file.suffix == ".safetensors" else _list_pickled(file)
         except LOAD_ERRORS as error:
+            if _is_lfs_pointer(file):
+                raise ValueError(f"{source}: {file.name} is a Git LFS pointer; `git lfs pull` gets the file") from error
             raise load_error(source, file.name, error) from error
     return Checkpoint(source, folder, tensors)
 
@@ -163,6 +169,8 @@ def weight_files(source: ModelSource, load_format: str = "auto", named: str | No
     """
     names = (named,) if named else WEIGHT_FILES[:2] if load_format == "safetensors" else WEIGHT_FILES
     where = source.path_or_id
+    if named:
+        _check_named(source, named)
     for name in names:
         try:
             # transformers' own functions: for a folder they look, for a hub id they also download.
@@ -286,6 +294,15 @@ def _check_folder(source: ModelSource, folder: Path) -> None:
         raise ValueError(f"{source}: {shard.name} is of a distributed checkpoint; allowed: {', '.join(WEIGHT_FILES)}")
 
 
+def _check_named(source: ModelSource, named: Any) -> None:
+    """Raise ValueError for a `transformers_weights` that transformers does not take."""
+    base = os.path.abspath(source.path_or_id)
+    inside = isinstance(named, str) and os.path.abspath(os.path.join(base, named)).startswith(base + os.sep)
+    if not inside or not named.endswith((".safetensors", ".safetensors.index.json")):
+        allowed = "a *.safetensors or *.safetensors.index.json file in the model's folder"
+        raise ValueError(f"{source}: {invalid('transformers_weights', named, allowed)}")
+
+
 def _list_safetensors(file: Path) -> dict[str, StoredTensor]:
     weights = safe_open(file, framework="pt")  # closed with the last StoredTensor; memory-mapped
     found = {}
@@ -300,10 +317,16 @@ def _list_pickled(file: Path) -> dict[str, StoredTensor]:
     # The format before torch 1.6 is no zip file, and cannot be memory-mapped.
     tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     found = {}
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor):
-            dtype = str(tensor.dtype).removeprefix("torch.")
-            found[name] = StoredTensor(tuple(tensor.shape), dtype, partial(tensors.get, name))
-        else:
-            found[name] = StoredTensor((), type(tensor).__name__, partial(tensors.get, name))
+    for name, value in tensors.items():  # also of other things than tensors
+        if not isinstance(name, str):
+            raise TypeError(f"the name {name!r} is no text")
+        dtype = str(getattr(value, "dtype", type(value).__name__)).removeprefix("torch.")
+        found[name] = StoredTensor(tuple(getattr(value, "shape", ())), dtype, partial(tensors.get, name))
     return found
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    if not file.is_file():
+        return False
+    with file.open("rb") as opened:
+        return opened.read(42) == b"version https://git-lfs.github.com/spec/v1"

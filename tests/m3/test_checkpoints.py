@@ -192,6 +192,43 @@ def a_file_that_config_names_and_is_not_there(folder: Path, tensors: Tensors) ->
     set_config(folder, transformers_weights="special.safetensors")
 
 
+def a_file_that_config_names_outside_of_the_folder(folder: Path, tensors: Tensors) -> None:
+    put(folder, tensors)
+    put(folder, tensors, "../outside.safetensors")
+    set_config(folder, transformers_weights="../outside.safetensors")
+
+
+def a_roundabout_name_in_config(folder: Path, tensors: Tensors) -> None:
+    put(folder, wrong(tensors))
+    put(folder, tensors, "special.safetensors")
+    set_config(folder, transformers_weights=f"../{folder.name}/special.safetensors")
+
+
+def a_bin_that_config_names(folder: Path, tensors: Tensors) -> None:
+    put(folder, tensors, BIN)
+    set_config(folder, transformers_weights=BIN)
+
+
+def a_file_without_metadata(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors, folder / SINGLE)
+
+
+def a_file_of_another_framework(folder: Path, tensors: Tensors) -> None:
+    save_file(tensors, folder / SINGLE, {"format": "mlx"})
+
+
+def a_git_lfs_pointer(folder: Path, tensors: Tensors) -> None:
+    (folder / SINGLE).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+
+
+def a_bin_that_holds_a_list(folder: Path, tensors: Tensors) -> None:
+    torch.save(list(tensors.values()), folder / BIN)
+
+
+def a_bin_with_a_number_as_a_name(folder: Path, tensors: Tensors) -> None:
+    torch.save({**tensors, 0: torch.ones(1)}, folder / BIN)
+
+
 def a_truncated_shard(folder: Path, tensors: Tensors) -> None:
     put_shards(folder, tensors)
     (folder / "model-2.safetensors").write_bytes((folder / "model-2.safetensors").read_bytes()[:-8])
@@ -241,6 +278,10 @@ def names_of_the_body_alone(folder: Path, tensors: Tensors) -> None:
 
 def names_with_the_prefix_twice(folder: Path, tensors: Tensors) -> None:
     put(folder, {f"model.{name}": tensor for name, tensor in tensors.items()})
+
+
+def names_with_another_prefix(folder: Path, tensors: Tensors) -> None:
+    put(folder, {f"module.{name}": tensor for name, tensor in tensors.items()})
 
 
 def two_names_for_one_weight(folder: Path, tensors: Tensors) -> None:
@@ -345,6 +386,17 @@ FILES: dict[Layout, tuple[str, str]] = {
     a_file_that_config_names: ("", ""),
     an_index_that_config_names: ("", ""),
     a_file_that_config_names_and_is_not_there: ("allowed: special.safetensors", ""),
+    a_file_that_config_names_outside_of_the_folder: (
+        r"transformers_weights='\.\./.*' is not valid; allowed: a \*.safetensors or",
+        "",
+    ),
+    a_roundabout_name_in_config: ("", ""),
+    a_bin_that_config_names: (r"transformers_weights='pytorch_model.bin' is not valid; allowed: a \*.safetensors", ""),
+    a_file_without_metadata: ("", ""),
+    a_file_of_another_framework: ("", ""),
+    a_git_lfs_pointer: (f"{SINGLE} is a Git LFS pointer", ""),
+    a_bin_that_holds_a_list: (f"cannot load {BIN}", ""),
+    a_bin_with_a_number_as_a_name: (f"cannot load {BIN}: the name 0 is no text", ""),
     a_truncated_shard: ("cannot load model-2.safetensors", ""),
     a_tensor_in_two_shards: ("", ""),
     a_tensor_that_the_index_lacks: ("", ""),
@@ -354,6 +406,7 @@ FILES: dict[Layout, tuple[str, str]] = {
     an_empty_index: (f"cannot load {INDEX}: it names no file", ""),
     names_of_the_body_alone: ("", ""),
     names_with_the_prefix_twice: ("", ""),
+    names_with_another_prefix: ("lacks lm_head.weight, model.embed_tokens.weight, .* more$", ""),
     two_names_for_one_weight: ("", ""),
     a_head_in_the_body: ("", ""),
     no_head: (f"lacks {HEAD}$", ""),
@@ -396,10 +449,10 @@ def test_every_milestone_reads_what_transformers_reads(
     oracle_stats: OracleStats, caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     model = tiny_model(family, seed=3, tie_word_embeddings=tied)
-    model.config.save_pretrained(tmp_path)
-    tensors = {name: tensor.detach() for name, tensor in model.named_parameters()}
-    layout(tmp_path, tensors)
-    check_answer(tmp_path, engine, says, oracle_stats, caplog)
+    folder = tmp_path / "model"
+    model.config.save_pretrained(folder)
+    layout(folder, {name: tensor.detach() for name, tensor in model.named_parameters()})
+    check_answer(folder, engine, says, oracle_stats, caplog)
 
 
 def check_answer(
