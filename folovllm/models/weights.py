@@ -109,16 +109,19 @@ def fill_from(checkpoint: Checkpoint, decoder: Decoder) -> None:
 
 def tie(found: dict[str, StoredTensor], decoder: Decoder) -> bool:
     """Leave one tensor of the tied pair, under the embedding's name. False if both are stored, and differ."""
-    if HEAD not in found:
+    head = found.pop(HEAD, None)
+    if head is None:
         return True
-    head = found.pop(HEAD)
     embedding = found.setdefault(EMBEDDING, head)
-    if embedding is head:
+    # transformers, too, compares them in the model's format.
+    if have_same_values(embedding, head, decoder.dtype):
         return True
-    # Compared in the model's format, as in transformers.
-    same = embedding.shape == head.shape and torch.equal(
-        embedding.read().to(decoder.dtype), head.read().to(decoder.dtype)
-    )
-    if not same:
-        found[HEAD] = head
-    return same
+    found[HEAD] = head
+    return False
+
+
+def have_same_values(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal once cast to `dtype`."""
+    if one is other or one.shape != other.shape:
+        return one is other
+    return torch.equal(one.read().to(dtype), other.read().to(dtype))

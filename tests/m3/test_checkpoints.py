@@ -627,8 +627,10 @@ OTHER_FORMATS = (
 
 
 @each_engine
-@pytest.mark.parametrize("file", [SINGLE, BIN])
-@pytest.mark.parametrize("dtype", OTHER_FORMATS, ids=str)
+@pytest.mark.parametrize(
+    ("dtype", "file"), [*((dtype, SINGLE) for dtype in OTHER_FORMATS), (torch.float8_e4m3fn, BIN), (torch.int8, BIN)]
+)
+@pytest.mark.filterwarnings("ignore:Casting complex values")
 def test_a_weight_is_never_taken_as_numbers_that_it_is_not(
     dtype: torch.dtype, file: str, engine: str, folder: Path
 ) -> None:
