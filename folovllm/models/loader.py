@@ -1,7 +1,8 @@
 """Find the files of a model, and load its config, tokenizer and Hugging Face model.
 
-A name is, in this order: a bundled model, a folder, a hub id (`org/name`). A bad checkpoint raises one ValueError that
-names the file or tensor. `from_pretrained` only warns if it initialises missing tensors at random; here it is an error.
+A name is, in this order: a bundled model, a folder, a hub id (`org/name`). What a checkpoint may look like is in
+`folovllm.models.checkpoint`. `from_pretrained` only warns if it initialises missing tensors at random; here it is an
+error.
 
 Annotations say `transformers.PreTrainedModel` because importing that name loads torch's compiler and Triton.
 """
@@ -10,19 +11,16 @@ from __future__ import annotations
 
 import platform
 import re
-import textwrap
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import transformers
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,6 +32,17 @@ from transformers import (
 
 from folovllm.checks import check_choice, invalid
 from folovllm.config import DTYPES, LOAD_FORMATS
+from folovllm.models.checkpoint import (
+    DOWNLOAD_ADVICE,
+    LOAD_ERRORS,
+    ModelSource,
+    check_complete,
+    load_error,
+    open_checkpoint,
+    other_formats,
+    other_shapes,
+    some,
+)
 from folovllm.models.dummy import build_dummy_model
 
 BUNDLED_MODEL = "folo-tiny"
@@ -47,27 +56,6 @@ BUNDLED = (BUNDLED_MODEL, *BUNDLED_CONFIGS)
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "spiece.model", "vocab.json", "vocab.txt", "tekken.json")
 _WEIGHT_FILES = ("*.safetensors", "pytorch_model*.bin")
-_DOWNLOAD_ADVICE = (
-    "to use a model from the hub, run `hf download ORG/NAME --local-dir DIR` and pass DIR, "
-    "or pass the id ORG/NAME where there is a network"
-)
-# What transformers, safetensors and json raise for a bad checkpoint.
-_LOAD_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class ModelSource:
-    """Where a model's files are."""
-
-    name: str
-    path_or_id: str  # what `from_pretrained` takes: a folder, or a hub id
-    kind: Literal["bundled", "config", "local", "hub"]
-    has_weights: bool  # False for bundled configs and folders without weight files; assumed for a hub id
-
-    def __str__(self) -> str:
-        return self.name if self.kind == "bundled" else f"{self.name} ({self.path_or_id})"
 
 
 @dataclass(frozen=True)
@@ -102,7 +90,10 @@ def resolve_model(model: str) -> ModelSource:
     path = Path(model).expanduser()
     if path.is_dir():
         if not (path / "config.json").is_file():
-            raise ValueError(f"model={model!r} is a folder without config.json, so it is not a Hugging Face model")
+            raise ValueError(
+                f"model={model!r} is a folder without config.json{other_formats(path)}, so it is not a Hugging Face "
+                "model; allowed: a folder with config.json and the weights"
+            )
         has_weights = any(True for pattern in _WEIGHT_FILES for _ in path.glob(pattern))
         return ModelSource(path.resolve().name, str(path), "local", has_weights)
     if path.exists():
@@ -110,8 +101,8 @@ def resolve_model(model: str) -> ModelSource:
     if _HUB_ID.fullmatch(model):
         return ModelSource(model, model, "hub", has_weights=True)
     if "/" in model or "\\" in model or model.startswith((".", "~")):
-        raise ValueError(f"model={model!r} looks like a path, but there is no such folder; {_DOWNLOAD_ADVICE}")
-    raise ValueError(f"model={model!r} is unknown; bundled models are {', '.join(BUNDLED)}; {_DOWNLOAD_ADVICE}")
+        raise ValueError(f"model={model!r} looks like a path, but there is no such folder; {DOWNLOAD_ADVICE}")
+    raise ValueError(f"model={model!r} is unknown; bundled models are {', '.join(BUNDLED)}; {DOWNLOAD_ADVICE}")
 
 
 def load_config(source: ModelSource) -> PretrainedConfig:
@@ -119,8 +110,8 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     try:
         with _quiet():
             return AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=False)
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, "config.json", error) from error
+    except LOAD_ERRORS as error:
+        raise load_error(source, "config.json", error) from error
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig | None:
@@ -133,10 +124,10 @@ def load_generation_config(source: ModelSource) -> GenerationConfig | None:
     try:
         with _quiet():
             return GenerationConfig.from_pretrained(source.path_or_id)
-    except _LOAD_ERRORS as error:
+    except LOAD_ERRORS as error:
         if source.kind == "hub" and isinstance(error, OSError):  # the model exists, so this file does not
             return None
-        raise _load_error(source, "generation_config.json", error) from error
+        raise load_error(source, "generation_config.json", error) from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
@@ -151,8 +142,8 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     try:
         with _quiet():
             return AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=False)
-    except (*_LOAD_ERRORS, ImportError) as error:
-        raise _load_error(source, "the tokenizer", error) from error
+    except (*LOAD_ERRORS, ImportError) as error:
+        raise load_error(source, "the tokenizer", error) from error
 
 
 def eos_token_ids(
@@ -257,10 +248,13 @@ def _load_checkpoint(
     attn_implementation: str,
 ) -> transformers.PreTrainedModel:
     check_has_weights(source)
+    checkpoint = open_checkpoint(source, config, load_format)
+    if checkpoint.odd_tensors():
+        checkpoint.check_numbers(*_weights_of(config))
     try:
         with _quiet():
             loaded: Any = AutoModelForCausalLM.from_pretrained(
-                source.path_or_id,
+                str(checkpoint.folder),
                 config=config,
                 dtype=dtype,
                 attn_implementation=attn_implementation,
@@ -269,63 +263,43 @@ def _load_checkpoint(
                 ignore_mismatched_sizes=True,  # reported below, in one message
                 output_loading_info=True,  # makes the result a pair, which its type does not say
             )
-    except _LOAD_ERRORS as error:
-        raise _load_error(source, _damaged_file(source) or "the weights", error) from error
+    except LOAD_ERRORS as error:
+        # A tied head of another shape, for one, makes transformers compare what it never loaded.
+        weights, prefix = _weights_of(config)
+        found, _ = checkpoint.by_canonical_name(weights, prefix)
+        check_complete(source, mismatched=other_shapes(found, weights))
+        raise load_error(source, "the weights", error) from error
     model, info = loaded
-    tied = model.all_tied_weights_keys if config.get_text_config().tie_word_embeddings else {}
-    missing = sorted(set(info["missing_keys"]) - set(tied))
-    mismatched = sorted(
-        f"{name} (file {list(found)}, config {list(expected)})" for name, found, expected in info["mismatched_keys"]
-    )
-    if missing:
-        raise ValueError(f"{source}: the checkpoint lacks {some(missing)}")
-    if mismatched:
-        raise ValueError(f"{source}: the checkpoint has another shape than config.json says for {some(mismatched)}")
+    if source.kind == "hub":  # only the weights are sure to be in the folder
+        model.generation_config = load_generation_config(source) or model.generation_config
     if info["error_msgs"]:
         raise ValueError(f"{source}: the checkpoint cannot be loaded: {some(list(info['error_msgs']))}")
+    tied = model.all_tied_weights_keys
+    declared = model.get_expanded_tied_weights_keys(all_submodels=True)
+    check_complete(
+        source,
+        set(info["missing_keys"]) - set(tied),
+        info["mismatched_keys"],
+        info["unexpected_keys"],
+        {head: embedding for head, embedding in declared.items() if head not in tied},
+    )
     return model.to(device)
 
 
+def _weights_of(config: PretrainedConfig) -> tuple[dict[str, torch.Tensor], str]:
+    """The weights of Hugging Face's model by name, without their values, and the prefix of those of its body."""
+    with _quiet(), torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.state_dict(), model.base_model_prefix
+
+
 def check_has_weights(source: ModelSource) -> None:
-    """Raise ValueError for a source without weights."""
+    """Raise ValueError for a bundled shape, which has no weights."""
     if source.kind == "config":
         raise ValueError(
             f"model={source.name!r} is bundled as a shape without weights: pass load_format='dummy' for random ones, "
             f"or the hub id {BUNDLED_CONFIGS[source.name]!r} for the real ones"
         )
-    if not source.has_weights:
-        raise ValueError(
-            f"{source}: the folder has no weight files ({', '.join(_WEIGHT_FILES)}); "
-            "load_format='dummy' gives random weights"
-        )
-
-
-def some(items: list[str]) -> str:
-    """The first four items, and the number of the others."""
-    return ", ".join(items[:4]) + (f" and {len(items) - 4} more" if len(items) > 4 else "")
-
-
-def _load_error(source: ModelSource, what: str, error: BaseException) -> ValueError:
-    """The ValueError for any failure to load `what`. If a hub id cannot be downloaded, it says what to do instead."""
-    reason = textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" …")
-    if source.kind == "hub" and isinstance(error, OSError):
-        return ValueError(
-            f"cannot get {what} of {source.name!r} from the hub or its cache: {reason}; {_DOWNLOAD_ADVICE}"
-        )
-    return ValueError(f"{source}: cannot load {what}: {reason}")
-
-
-def _damaged_file(source: ModelSource) -> str | None:
-    """The name of a folder's first safetensors file that does not open, e.g. because it is truncated."""
-    if source.kind == "hub":
-        return None
-    for file in sorted(Path(source.path_or_id).glob("*.safetensors")):
-        try:
-            with safe_open(file, framework="pt"):
-                pass
-        except (OSError, SafetensorError):
-            return file.name
-    return None
 
 
 @contextmanager

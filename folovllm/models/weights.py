@@ -6,38 +6,37 @@ in memory twice.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
-from pathlib import Path
-from pickle import UnpicklingError
+from dataclasses import replace
 
 import torch
-from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from folovllm.models.checkpoint import Checkpoint, StoredTensor, check_complete, open_checkpoint, other_shapes
 from folovllm.models.decoder import Decoder, DecoderConfig
 from folovllm.models.dummy import fill_dummy_
-from folovllm.models.layers import Linear
-from folovllm.models.loader import LoadSpec, ModelSource, check_has_weights, some
+from folovllm.models.layers import Linear, empty_parameter
+from folovllm.models.loader import LoadSpec, check_has_weights
 
-INDEX = "model.safetensors.index.json"
-IGNORED = ("rotary_emb.inv_freq",)  # in old checkpoints; computed from the config
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 
 
 def load_decoder(spec: LoadSpec) -> Decoder:
     """Our decoder with the weights of a checkpoint, ready for inference.
 
-    Raises ValueError for a model that the decoder does not support, for a damaged or missing file, and for a tensor
-    that is missing, unknown or of another shape than the config says.
+    Raises ValueError for a model that the decoder does not support, for a checkpoint as `open_checkpoint` does, and for
+    tensors that are missing or of another shape than the config says.
     """
     config = DecoderConfig.from_hf(spec.hf_config)
+    checkpoint = None
+    if spec.load_format != "dummy":
+        check_has_weights(spec.source)
+        checkpoint = open_checkpoint(spec.source, spec.hf_config, spec.load_format)
     max_positions = spec.max_positions or spec.hf_config.max_position_embeddings
     decoder = Decoder(config, max_positions, spec.dtype, spec.device)
-    if spec.load_format == "dummy":
+    if checkpoint is None:
         fill_dummy(decoder, spec.seed)
     else:
-        fill_from(spec.source, decoder, spec.load_format)
+        fill_from(checkpoint, decoder)
     decoder.pack()
     return decoder.eval()
 
@@ -86,69 +85,43 @@ def fill_dummy(decoder: Decoder, seed: int) -> None:
         fill_dummy_(name, target, seed)
 
 
-def fill_from(source: ModelSource, decoder: Decoder, load_format: str) -> None:
+def fill_from(checkpoint: Checkpoint, decoder: Decoder) -> None:
     """Copy a checkpoint into the decoder. Raises ValueError as `load_decoder` does."""
-    check_has_weights(source)
-    folder = Path(source.path_or_id) if source.kind != "hub" else _download(source)
+    # As in Hugging Face's model, a tied head has a name, too.
+    names = {HEAD: decoder.embedding.data} | targets(decoder)
+    checkpoint.check_numbers(names, "model")
+    found, unused = checkpoint.by_canonical_name(names, "model")
+    untied = decoder.config.tied_embeddings and not tie(found, decoder)
+    if untied:
+        decoder.head.weight = empty_parameter(*decoder.embedding.shape, dtype=decoder.dtype, device=decoder.device)
+        decoder.config = replace(decoder.config, tied_embeddings=False)
     wanted = targets(decoder)
-    tied = decoder.config.tied_embeddings
-    for name, tensor in read_tensors(source, folder, load_format):
-        if name.endswith(IGNORED) or (tied and name == "lm_head.weight"):
-            continue
-        target = wanted.pop(name, None)
-        if target is None:
-            raise ValueError(f"{source}: the checkpoint has {name}, which is no weight of a {decoder.config}")
-        if target.shape != tensor.shape:
-            raise ValueError(
-                f"{source}: the checkpoint has another shape than config.json says for {name} "
-                f"(file {list(tensor.shape)}, config {list(target.shape)})"
-            )
-        target.copy_(tensor)
-    if wanted:
-        raise ValueError(f"{source}: the checkpoint lacks {some(list(wanted))}")
+    check_complete(
+        checkpoint.source,
+        wanted.keys() - found.keys(),
+        other_shapes(found, wanted),
+        unused,
+        {HEAD: EMBEDDING} if untied else {},
+    )
+    for name, stored in found.items():
+        wanted[name].copy_(stored.read())
 
 
-def read_tensors(source: ModelSource, folder: Path, load_format: str) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors of a checkpoint, in the order of the files.
-
-    Safetensors files are memory-mapped. Without any, "auto" takes PyTorch's own files. Raises ValueError for a
-    file that cannot be read.
-    """
-    try:
-        files = weight_files(folder)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{source}: cannot load {INDEX}: {error}") from error
-    if files:
-        for file in files:
-            try:
-                with safe_open(file, framework="pt") as weights:
-                    for name in weights.keys():  # noqa: SIM118 (it is no dict)
-                        yield name, weights.get_tensor(name)
-            except (OSError, SafetensorError) as error:
-                raise ValueError(f"{source}: cannot load {file.name}: {error}") from error
-        return
-    pickled = sorted(folder.glob("pytorch_model*.bin"))
-    if load_format == "safetensors" or not pickled:
-        raise ValueError(f"{source}: the folder has no *.safetensors; load_format='dummy' gives random weights")
-    for file in pickled:
-        try:
-            tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except (OSError, EOFError, RuntimeError, UnpicklingError) as error:
-            raise ValueError(f"{source}: cannot load {file.name}: {error}") from error
-        yield from tensors.items()
+def tie(found: dict[str, StoredTensor], decoder: Decoder) -> bool:
+    """Leave one tensor of the tied pair, under the embedding's name. False if both are stored, and differ."""
+    head = found.pop(HEAD, None)
+    if head is None:
+        return True
+    embedding = found.setdefault(EMBEDDING, head)
+    # transformers, too, compares them in the model's format.
+    if have_same_values(embedding, head, decoder.dtype):
+        return True
+    found[HEAD] = head
+    return False
 
 
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a model: those of its index, or model.safetensors, or all in the folder."""
-    if (folder / INDEX).is_file():
-        names = json.loads((folder / INDEX).read_text(encoding="utf-8"))["weight_map"].values()
-        return [folder / name for name in sorted(set(names))]
-    single = folder / "model.safetensors"
-    return [single] if single.is_file() else sorted(folder.glob("*.safetensors"))
-
-
-def _download(source: ModelSource) -> Path:
-    try:
-        return Path(snapshot_download(source.path_or_id, allow_patterns=["*.safetensors", "*.json"]))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"cannot get the weights of {source.name!r} from the hub or its cache: {error}") from error
+def have_same_values(one: StoredTensor, other: StoredTensor, dtype: torch.dtype) -> bool:
+    """Whether two tensors are equal once cast to `dtype`."""
+    if one is other or one.shape != other.shape:
+        return one is other
+    return torch.equal(one.read().to(dtype), other.read().to(dtype))
