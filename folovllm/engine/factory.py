@@ -104,7 +104,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
             model = load_hf_model(source, dtype, device, spec.load_format, spec.seed)
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
         batching = config.batching or next(iter(config.preset.batchings), "loop")
-        check_side_by_side(model, batching)
+        check_side_by_side(model, batching, max_model_len)
         runner = HFRunner(model, sampler, batching, num_threads=step_threads(config, hf_config, device)[0])
     scheduler = Scheduler(
         kv,

@@ -28,7 +28,7 @@ from folovllm.math_utils import cdiv
 from folovllm.messages import ScheduledRequest
 from folovllm.models.loader import LoadSpec, load_hf_model
 from folovllm.models.paged_model import KVShape
-from folovllm.runner.hf.check import MODEL_ERRORS, reference_logits, too_far, trial_texts, why_not_side_by_side
+from folovllm.runner.hf.check import MODEL_ERRORS, too_far, trial_texts, why_not_side_by_side
 from folovllm.runner.input_batch import InputBatch
 
 LENGTHS = (9, 6)  # tokens of the two texts
@@ -53,29 +53,32 @@ def checked(model: transformers.PreTrainedModel, backend: AttentionBackend, max_
     paged = try_in_blocks(model, backend, max_positions)
     if isinstance(paged, HFPagedModel):
         return paged
-    raise ValueError(
-        f"model_type={model.config.model_type!r} cannot have its K/V in blocks: {paged}; {advice(model, backend)}"
-    )
+    kind, what_runs_it = model.config.model_type, advice(model, backend, max_positions)
+    raise ValueError(f"model_type={kind!r} cannot have its K/V in blocks: {paged}; {what_runs_it}")
 
 
-def advice(model: transformers.PreTrainedModel, backend: AttentionBackend) -> str:
-    """What runs a model that failed the check with this backend."""
+def advice(model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int) -> str:
+    """What runs a model that failed the check with this backend, if anything does."""
     if not isinstance(backend, TorchBackend) and isinstance(try_in_blocks(model, TorchBackend(), 0), HFPagedModel):
-        return "attention_backend='torch' runs it"
+        return "allowed: attention_backend='torch', which runs it"
     if model.config._attn_implementation == IMPLEMENTATION:  # some models do not let it be replaced
         model.set_attn_implementation(model.get_correct_attn_implementation(None))  # as at m1 and m2
-    reasons = {name: why_not_side_by_side(model, batching) for name, batching in (("m1", "loop"), ("m2", "padded"))}
+    reasons = {
+        name: why_not_side_by_side(model, batching, max_positions)
+        for name, batching in (("m1", "loop"), ("m2", "padded"))
+    }
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
-        return f"nor can milestones m1 and m2 run it: {reasons['m1']}"
-    return f"with Hugging Face's own attention milestone{'s' * (len(able) > 1)} {' and '.join(able)} can run it"
+        return f"milestones m1 and m2 cannot run it either: {reasons['m1']}"
+    return f"allowed: milestone {' or '.join(able)}, which runs it with Hugging Face's own attention"
 
 
 def try_in_blocks(
     model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int
 ) -> HFPagedModel | str:
     """The paged model of a model, or why there is none."""
-    texts = trial_texts(model, LENGTHS)
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", max(LENGTHS))
+    texts = trial_texts(model, [min(n, longest) for n in LENGTHS])
     register()
     try:
         if model.config._attn_implementation == IMPLEMENTATION:
@@ -115,6 +118,12 @@ class TrialStep(PagedStep):
         if layer not in self.pools:
             self.pools[layer] = LayerKV(*(key.new_zeros(shape) for shape in shapes))
         return self.pools[layer]
+
+
+@torch.inference_mode()
+def reference_logits(model: transformers.PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
+    """Logits of every token of one text with the model's own attention, [L, V]."""
+    return model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits[0]
 
 
 @torch.inference_mode()

@@ -1,9 +1,9 @@
-"""Check, before any request, that Hugging Face's forward gives a text the same logits beside others as alone.
+"""Check, before any request, that a model gives a text the logits of Hugging Face's `generate`, whoever is beside it.
 
 transformers does not say which models obey positions and a mask of padding, or keep all K/V in a cache that can be cut
 into rows. The text of those that do not is plausible but wrong. So three short texts are run both ways::
 
-    reference:  each text alone, without a cache
+    reference:  `generate` of each text alone
     ours:       prefill a and b | prefill c | decode a, b and c | decode them again          each step one forward,
                                                                                 or with "loop" one per text
 
@@ -13,10 +13,11 @@ The paged milestones have a check of their own (`folovllm.contrib.transformers.c
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from folovllm.kv_cache.interface import KVPlan
 from folovllm.messages import ScheduledRequest
@@ -27,8 +28,10 @@ from folovllm.sampling.sampler import Sampler
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
 
-LENGTHS = (9, 5, 6)  # tokens of the three texts
-NUM_DECODES = 2  # of which each text's last tokens are decoded
+LENGTHS = (9, 5, 6)  # tokens of the three texts, before those that are generated
+NEW_TOKENS = 3
+# Config fields with a length from which on attention selects some keys of a row, of which padding then takes places.
+SELECTION_FIELDS = ("keep_window_size",)
 # The largest relative distance between two rows of logits that counts as rounding. A model without attention, or one
 # that reads another request's tokens, is about 1 away.
 TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.7}
@@ -36,64 +39,84 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.7}
 MODEL_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError, NotImplementedError)
 
 
-def check_side_by_side(model: PreTrainedModel, batching: str) -> None:
-    """Raise ValueError for a model that `HFRunner` cannot run with that batching.
+def check_side_by_side(model: PreTrainedModel, batching: str, max_model_len: int) -> None:
+    """Raise ValueError for a model that `HFRunner` cannot run with that batching, for requests of at most that length.
 
     Families that our own decoder has are not tried again: tests hold them against Hugging Face at every milestone.
     """
-    if model.config.model_type in MODEL_TYPES or (reason := why_not_side_by_side(model, batching)) is None:
+    kind = model.config.model_type
+    if kind in MODEL_TYPES or (reason := why_not_side_by_side(model, batching, max_model_len)) is None:
         return
-    alone = batching != "loop" and why_not_side_by_side(model, "loop") is None
+    if batching != "loop" and (alone := why_not_side_by_side(model, "loop", max_model_len)) is None:
+        raise ValueError(
+            f"batching={batching!r} is not valid for model_type={kind!r}: {reason}; allowed: 'loop', or milestone m1"
+        )
     raise ValueError(
-        f"model_type={model.config.model_type!r} cannot run with batching={batching!r}: {reason}; "
-        + ("batching='loop' and milestone m1 can run it" if alone else "milestone m1 cannot run it either")
+        f"model_type={kind!r} cannot run at milestones m1 and m2: {reason if batching == 'loop' else alone}"
     )
 
 
-def why_not_side_by_side(model: PreTrainedModel, batching: str) -> str | None:
-    """Why `HFRunner` cannot run requests through this model with that batching; None if it can."""
-    texts = trial_texts(model, LENGTHS)
+def why_not_side_by_side(model: PreTrainedModel, batching: str, max_model_len: int) -> str | None:
+    """Why `HFRunner` cannot run requests of at most that length with this batching; None if it can."""
+    text = model.config.get_text_config()
+    for name in SELECTION_FIELDS if batching == "padded" else ():
+        if getattr(text, name, None) is not None and max_model_len > getattr(text, name):
+            return (
+                f"max_model_len={max_model_len} is above {name}={getattr(text, name)}, "
+                "from which on padding takes the place of tokens"
+            )
+    # A model may have no more positions than a few.
+    new_tokens = min(NEW_TOKENS, max_model_len)
+    prompts = trial_texts(model, [max(1, min(n, max_model_len - new_tokens + 1)) for n in LENGTHS])
     try:
-        expected = [reference_logits(model, ids) for ids in texts]  # each [L, V]
-        found = trial_rows(HFRunner(model, Sampler(0, model.device), batching), texts)
+        expected = [generate_alone(model, prompt, new_tokens) for prompt in prompts]
+        ours = trial_logits(HFRunner(model, Sampler(0, model.device), batching), prompts, [ids for ids, _ in expected])
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS as error:
         return str(error) or type(error).__name__
-    ours = torch.stack([row for _, _, row in found])  # [N, V]
-    return too_far(ours, torch.stack([expected[text][position] for text, position, _ in found]), "side by side")
+    how = "from a cache" if batching == "loop" else "beside other requests"
+    return too_far(torch.cat(ours), torch.cat([logits for _, logits in expected]), how)
 
 
 def trial_texts(model: PreTrainedModel, lengths: Sequence[int]) -> list[list[int]]:
-    """Random texts of these lengths, or of as many tokens as the model has positions."""
-    text = model.config.get_text_config()
-    longest = getattr(text, "max_position_embeddings", None) or max(lengths)
+    """Random texts of these lengths."""
     generator = torch.Generator().manual_seed(0)
-    return [torch.randint(text.vocab_size, (min(n, longest),), generator=generator).tolist() for n in lengths]
+    vocab_size = model.config.get_text_config().vocab_size
+    return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+def generate_alone(model: PreTrainedModel, prompt: list[int], new_tokens: int) -> tuple[list[int], Tensor]:
+    """Greedy tokens of Hugging Face's `generate`, [N], and the logits of which they are the largest, [N, V]."""
+    settings = GenerationConfig(
+        do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, output_logits=True, return_dict_in_generate=True
+    )
+    input_ids = torch.tensor([prompt], device=model.device)  # [1, L]
+    hf: Any = model
+    # generate would fill from the model's own what a given configuration leaves unset.
+    own, model.generation_config = model.generation_config, settings
+    try:
+        out = hf.generate(input_ids, attention_mask=torch.ones_like(input_ids))
+    finally:
+        model.generation_config = own
+    return out.sequences[0, len(prompt) :].tolist(), torch.cat(out.logits)
 
 
 @torch.inference_mode()
-def reference_logits(model: PreTrainedModel, token_ids: Sequence[int]) -> Tensor:
-    """Logits of every token of one text with the model's own attention, [L, V]."""
-    return model(input_ids=torch.tensor([token_ids], device=model.device), use_cache=False).logits[0]
-
-
-@torch.inference_mode()
-def trial_rows(runner: HFRunner, texts: Sequence[list[int]]) -> list[tuple[int, int, Tensor]]:
-    """Logits [V] of tokens, each with its text and its position: of the last ones, decoded as far as texts allow."""
-    first = [max(1, len(ids) - NUM_DECODES) for ids in texts]
-    steps = [[(i, 0, first[i]) for i in range(len(texts) - 1)], [(len(texts) - 1, 0, first[-1])]]
-    steps += [[(i, n + k, n + k + 1) for i, n in enumerate(first) if n + k < len(texts[i])] for k in range(NUM_DECODES)]
-    found = []
+def trial_logits(runner: HFRunner, prompts: Sequence[list[int]], new: Sequence[list[int]]) -> list[Tensor]:
+    """The logits of `generate_alone` for each text, [N, V], with all texts in steps of their own."""
+    *first, last = range(len(prompts))
+    steps = [[(i, 0, prompts[i]) for i in first], [(last, 0, prompts[last])]]
+    for n in range(len(new[0]) - 1):
+        steps.append([(i, len(prompt) + n, [new[i][n]]) for i, prompt in enumerate(prompts)])
+    rows: list[list[Tensor]] = [[] for _ in prompts]
     for step in steps:
-        shares = [ScheduledRequest(str(i), texts[i][a:b], a, True, KVPlan(str(i), a, b - a)) for i, a, b in step]
+        shares = [ScheduledRequest(str(i), ids, a, True, KVPlan(str(i), a, len(ids))) for i, a, ids in step]
         for group in runner.groups(shares):
             logits, _ = runner.forward(group)  # [B, V]
-            found += [
-                (int(share.request_id), share.start + share.num_tokens - 1, row)
-                for share, row in zip(group, logits, strict=True)
-            ]
-    return found
+            for share, row in zip(group, logits, strict=True):
+                rows[int(share.request_id)].append(row)
+    return [torch.stack(found) for found in rows]
 
 
 def too_far(ours: Tensor, theirs: Tensor, how: str) -> str | None:
