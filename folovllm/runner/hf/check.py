@@ -1,4 +1,4 @@
-"""Check, before any request, that a model gives a text the logits of Hugging Face's `generate`, whoever is beside it.
+"""Check, before any request, that a model gives a text the logits of Hugging Face's `generate`, also beside others.
 
 transformers does not say which models obey positions and a mask of padding, or keep all K/V in a cache that can be cut
 into rows. The text of those that do not is plausible but wrong. So three short texts are run both ways::
