@@ -60,7 +60,7 @@ def checked(model: transformers.PreTrainedModel, backend: AttentionBackend, max_
 def advice(model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int) -> str:
     """What runs a model that failed the check with this backend, if anything does."""
     if not isinstance(backend, TorchBackend) and isinstance(try_in_blocks(model, TorchBackend(), 0), HFPagedModel):
-        return "allowed: attention_backend='torch', which runs it"
+        return "attention_backend='torch' runs it"
     if model.config._attn_implementation == IMPLEMENTATION:  # some models do not let it be replaced
         model.set_attn_implementation(model.get_correct_attn_implementation(None))  # as at m1 and m2
     reasons = {
@@ -70,7 +70,8 @@ def advice(model: transformers.PreTrainedModel, backend: AttentionBackend, max_p
     able = [name for name, reason in reasons.items() if reason is None]
     if not able:
         return f"milestones m1 and m2 cannot run it either: {reasons['m1']}"
-    return f"allowed: milestone {' or '.join(able)}, which runs it with Hugging Face's own attention"
+    runs = "milestones m1 and m2 run" if len(able) > 1 else f"milestone {able[0]} runs"
+    return f"{runs} it, with Hugging Face's own attention"
 
 
 def try_in_blocks(

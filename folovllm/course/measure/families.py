@@ -51,10 +51,6 @@ MLA_EXPERTS = {
     **MLA, **EXPERTS, "n_routed_experts": 4, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1
 }  # fmt: skip
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # for configs that insist on them
-LONG_ROPE = {
-    "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 32,
-    "short_factor": [1.0] * 8, "long_factor": [4.0] * 8,
-}  # fmt: skip
 # What each adds to `FIELDS`; all fields that only change numbers are set so that forgetting one changes tokens.
 FAMILIES: dict[str, dict[str, Any]] = {
     "llama": GQA,
@@ -113,6 +109,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "stablelm": GQA,
     "diffllama": GQA,
     "mimo_v2_flash": {**GQA, **EXPERTS},
+    "gemma4_unified_text": {**GQA, **EXPERTS},
     "hrm_text": GQA,
     "doge": {**GQA, "keep_window_size": 8},  # from 8 tokens on it attends to some, and padding would take their places
     # Layers with a running state, or that start again at some position, or select tokens.
