@@ -183,7 +183,7 @@ def pool_table(llm: LLM) -> Table:
 
 def storage_bytes(llm: LLM) -> int:
     """Bytes of the pool on the device, including its null block."""
-    return cast(PagedRunner, llm.engine.core.runner).storage.device_pool.nbytes
+    return cast(PagedRunner, llm.engine.core.runner).storage.num_bytes
 
 
 def mean_empty(steps: Sequence[StepTrace]) -> float:

@@ -25,6 +25,7 @@ from claims import (
     chapter_6,
     chapter_7,
     chapter_8,
+    compatibility_families,
     interview,
 )
 from claims.ledger import ROOT, Claim, ClaimError, Table, text
@@ -41,6 +42,7 @@ CHAPTERS: tuple[ModuleType, ...] = (
     chapter_8,
     *THEMES,
     interview,
+    compatibility_families,
 )
 
 

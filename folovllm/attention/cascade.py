@@ -10,7 +10,7 @@ K/V is attended to in a second product, and the two results are merged by their 
     out = (exp(lse_1) out_1 + exp(lse_2) out_2) / (exp(lse_1) + exp(lse_2))
 
 This is exact: the softmax over a union of keys is this mean of the softmaxes over its parts, as in flash attention and
-split-KV.
+split-KV. A sink is a part whose lse is its score and whose out is 0.
 """
 
 from __future__ import annotations
@@ -107,12 +107,32 @@ def unstack_rows(rows: Tensor, length: int) -> Tensor:
 
 
 def attend_part(
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    scale: float,
+    mask: Tensor | None = None,
+    softcap: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Attention over some of the keys: outputs [B, H, L, Dv] and float32 log-sum-exps of the scores [B, H, L].
+
+    query: [B, H, L, D]. keys: [B, H, S, D]. values: [B, H, S, Dv]. mask: added to the scores, [B or 1, 1, L, S].
+    """
+    if softcap is None and keys.shape == values.shape and query.device.type == "cpu" and parts_work():
+        return flash_part(query, keys, values, scale, mask)
+    scores = query.float() @ keys.float().transpose(2, 3) * scale  # [B, H, L, S]
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    if mask is not None:
+        scores = scores + mask
+    lse = scores.logsumexp(dim=-1)  # [B, H, L]
+    return ((scores - lse[..., None]).exp() @ values.float()).to(query.dtype), lse
+
+
+def flash_part(
     query: Tensor, keys: Tensor, values: Tensor, scale: float, mask: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Attention over some of the keys: outputs [B, H, L, D] and float32 log-sum-exps of the scores [B, H, L].
-
-    query: [B, H, L, D]. keys, values: [B, H, S, D]. mask: added to the scores, [B or 1, 1, L, S].
-    """
+    """`attend_part` by torch's own kernel: for a CPU, values of the keys' size, and no softcap."""
     out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
         query, keys, values, 0.0, False, attn_mask=mask, scale=scale
     )
@@ -125,22 +145,29 @@ def merge_parts(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> T
     return torch.lerp(out.float(), other.float(), share).to(out.dtype)
 
 
-def causal_rows(query_len: int, kv_len: int, groups: int, dtype: torch.dtype) -> Tensor:
+def with_sinks(out: Tensor, lse: Tensor, sinks: Tensor | None) -> Tensor:
+    """Outputs [L, Hq, Dv] over all keys, with log-sum-exps [L, Hq], once each head's sink [Hq] has taken its share."""
+    return out if sinks is None else (out * torch.sigmoid(lse - sinks.float())[..., None]).to(out.dtype)
+
+
+def causal_rows(
+    query_len: int, kv_len: int, groups: int, dtype: torch.dtype, sliding_window: int | None = None
+) -> Tensor:
     """The causal mask for the rows of `stack_rows`, to be added to scores: [1, 1, G * L, S]."""
-    hidden = ~visible_tokens(query_len, kv_len, None)  # [L, S]
+    hidden = ~visible_tokens(query_len, kv_len, sliding_window)  # [L, S]
     mask = torch.zeros(query_len, kv_len, dtype=dtype).masked_fill_(hidden, -math.inf)
     return mask.repeat(groups, 1)[None, None]
 
 
 @cache
 def parts_work() -> bool:
-    """Whether this torch has the private function that `attend_part` calls, with the meaning that we rely on."""
+    """Whether this torch has the private function that `flash_part` calls, with the meaning that we rely on."""
     generator = torch.Generator().manual_seed(0)
     query, keys, values = (torch.randn(1, 2, n, 16, generator=generator) for n in (3, 7, 7))
     mask = torch.zeros(1, 1, 3, 7)
     mask[..., 5:] = -math.inf
     try:
-        out, lse = attend_part(query, keys, values, 0.5, mask)
+        out, lse = flash_part(query, keys, values, 0.5, mask)
     except (AttributeError, RuntimeError, TypeError):
         return False
     scores = query @ keys.transpose(2, 3) * 0.5 + mask

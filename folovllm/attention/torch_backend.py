@@ -31,6 +31,7 @@ from folovllm.attention.cascade import (
     parts_work,
     stack_rows,
     unstack_rows,
+    with_sinks,
 )
 from folovllm.attention.metadata import AttentionMetadata
 from folovllm.attention.reference import visible_tokens
@@ -113,7 +114,7 @@ class StepLayout:
 
 
 class TorchBackend(AttentionBackend):
-    """`scaled_dot_product_attention` per request. Raises ValueError for a softcap, which it does not support.
+    """`scaled_dot_product_attention` per request, or plain products where it does not know the formula.
 
     On a CPU a prefix that several requests share is read once for all of them (`folovllm.attention.cascade`).
     """
@@ -125,8 +126,6 @@ class TorchBackend(AttentionBackend):
         self._layout: StepLayout | None = None
 
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
-        if params.softcap is not None:
-            raise ValueError(f"softcap={params.softcap} is not valid with attention_backend='torch'; allowed: None")
         if self._layout is None or self._layout.meta is not meta:
             self._layout = StepLayout(meta)
         layout = self._layout
@@ -135,22 +134,31 @@ class TorchBackend(AttentionBackend):
         pool = kv.flat()  # each [slots, Hkv, D]
         blocks = places.scattered_blocks
         gathered = pool if blocks is None else self._scattered.gather(kv, blocks).flat()
-        out = torch.zeros_like(query)  # [T, Hq, D]
+        out = query.new_zeros(*query.shape[:2], kv.values.shape[-1])  # [T, Hq, Dv]
         grouped = {index for group in layout.groups for index in group.requests} if shares else set()
         for index, (start, query_len) in enumerate(zip(layout.query_starts, meta.query_lens, strict=True)):
             if index not in grouped:
                 rows = slice(start, start + query_len)
                 attend_one = decode if query_len == 1 else prefill
+                if params.softcap is not None or params.sinks is not None:
+                    attend_one = attend_plainly
                 out[rows] = attend_one(query[rows], *places.read(index, pool, gathered), params)
         if shares:
-            self._attend_groups(out, query, kv, layout, params.scale, gathered)
+            self._attend_groups(out, query, kv, layout, params, gathered)
         return out
 
     def _attend_groups(
-        self, out: Tensor, query: Tensor, kv: LayerKV, layout: StepLayout, scale: float, gathered: KeysValues
+        self,
+        out: Tensor,
+        query: Tensor,
+        kv: LayerKV,
+        layout: StepLayout,
+        params: AttentionParams,
+        gathered: KeysValues,
     ) -> None:
         """Fill the rows of `out` that belong to groups: first over each request's own K/V, then over the shared."""
         meta, pool, num_kv_heads = layout.meta, kv.flat(), kv.keys.shape[2]
+        scale, softcap = params.scale, params.softcap
         lse = torch.zeros(query.shape[:2])  # [T, Hq], of the part in `out`
         tails = layout.tails
         if tails is not None:
@@ -159,7 +167,7 @@ class TorchBackend(AttentionBackend):
                 part.index_fill_(0, tails.empty, 0)  # these may hold NaN, and 0 * NaN is NaN
             keys, values = (x.unflatten(0, (len(tails.rows), -1)).transpose(1, 2) for x in flat)  # each [M, Hkv, S, D]
             rows = query[tails.rows].unflatten(1, (num_kv_heads, -1))  # [M, Hkv, G, D]
-            part, part_lse = attend_part(rows, keys, values, scale, tails.mask.to(query.dtype))
+            part, part_lse = attend_part(rows, keys, values, scale, tails.mask.to(query.dtype), softcap)
             out[tails.rows], lse[tails.rows] = part.flatten(1, 2), part_lse.flatten(1, 2)
         for group, tokens in zip(layout.groups, layout.group_rows, strict=True):  # tokens: [N]
             for index in group.requests:
@@ -168,7 +176,7 @@ class TorchBackend(AttentionBackend):
                     keys, values = heads_first(*layout.places_after_groups.read(index, pool, gathered))
                     mask = causal_rows(length, keys.shape[2], query.shape[1] // num_kv_heads, query.dtype)
                     stacked = stack_rows(query[start : start + length], num_kv_heads)
-                    part, part_lse = attend_part(stacked, keys, values, scale, mask)
+                    part, part_lse = attend_part(stacked, keys, values, scale, mask, softcap)
                     out[start : start + length] = unstack_rows(part, length)
                     lse[start : start + length] = unstack_rows(part_lse, length)
             shared = meta.tables[group.requests[0]][: group.num_blocks]
@@ -178,8 +186,10 @@ class TorchBackend(AttentionBackend):
             else:
                 keys, values = heads_first(*self._prefix.gather(kv, torch.tensor(shared)).flat())
             stacked = stack_rows(query[tokens], num_kv_heads)  # [1, Hkv, G * N, D]
-            part, part_lse = (unstack_rows(x, len(tokens)) for x in attend_part(stacked, keys, values, scale))
-            out[tokens] = merge_parts(out[tokens], lse[tokens], part, part_lse)
+            both = attend_part(stacked, keys, values, scale, softcap=softcap)
+            part, part_lse = (unstack_rows(x, len(tokens)) for x in both)
+            merged = merge_parts(out[tokens], lse[tokens], part, part_lse)  # [N, Hq, Dv]
+            out[tokens] = with_sinks(merged, torch.logaddexp(lse[tokens], part_lse), params.sinks)
 
 
 class BlockScratch:
@@ -191,9 +201,15 @@ class BlockScratch:
     def gather(self, kv: LayerKV, blocks: Tensor) -> LayerKV:
         """The named blocks, [blocks], one after the other."""
         scratch = self._kv
-        if scratch is None or len(scratch.keys) < len(blocks) or scratch.keys.shape[1:] != kv.keys.shape[1:]:
-            shape = (len(blocks) * 5 // 4, *kv.keys.shape[1:])
-            scratch = self._kv = LayerKV(kv.keys.new_empty(shape), kv.values.new_empty(shape))
+        shapes = kv.keys.shape[1:], kv.values.shape[1:]
+        if (
+            scratch is None
+            or len(scratch.keys) < len(blocks)
+            or (scratch.keys.shape[1:], scratch.values.shape[1:]) != shapes
+        ):
+            size = len(blocks) * 5 // 4
+            keys, values = (x.new_empty(size, *shape) for x, shape in zip((kv.keys, kv.values), shapes, strict=True))
+            scratch = self._kv = LayerKV(keys, values)
         gathered = LayerKV(scratch.keys[: len(blocks)], scratch.values[: len(blocks)])
         torch.index_select(kv.keys, 0, blocks, out=gathered.keys)
         torch.index_select(kv.values, 0, blocks, out=gathered.values)
@@ -206,16 +222,16 @@ def heads_first(keys: Tensor, values: Tensor) -> KeysValues:
 
 
 def decode(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-    """The last of S tokens, [1, Hq, D], over keys and values of [S, Hkv, D]: [1, Hq, D]."""
+    """The last of S tokens, [1, Hq, D], over keys [S, Hkv, D] and values [S, Hkv, Dv]: [1, Hq, Dv]."""
     _, num_heads, dim = query.shape
     if params.sliding_window is not None:
         keys, values = keys[-params.sliding_window :], values[-params.sliding_window :]
     rows = query.view(1, keys.shape[1], num_heads // keys.shape[1], dim)  # [1, Hkv, G, D]
-    return scaled_dot_product_attention(rows, *heads_first(keys, values), scale=params.scale).view(1, num_heads, dim)
+    return scaled_dot_product_attention(rows, *heads_first(keys, values), scale=params.scale).view(1, num_heads, -1)
 
 
 def prefill(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
-    """The last L of S tokens, [L, Hq, D], over keys and values of [S, Hkv, D]: [L, Hq, D]."""
+    """The last L of S tokens, [L, Hq, D], over keys [S, Hkv, D] and values [S, Hkv, Dv]: [L, Hq, Dv]."""
     query_len, kv_len = query.shape[0], keys.shape[0]
     q, k, v = (x.transpose(0, 1)[None] for x in (query, keys, values))  # [1, H, L or S, D]
     causal = query_len == kv_len and (params.sliding_window is None or kv_len <= params.sliding_window)
@@ -225,3 +241,17 @@ def prefill(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams
         q, k, v, attn_mask=mask, is_causal=causal, scale=params.scale, enable_gqa=q.shape[1] != k.shape[1]
     )
     return out[0].transpose(0, 1)
+
+
+def attend_plainly(query: Tensor, keys: Tensor, values: Tensor, params: AttentionParams) -> Tensor:
+    """`decode` and `prefill` in plain products, with a softcap and sinks: queries [L, Hq, D] to [L, Hq, Dv]."""
+    query_len, num_kv_heads = len(query), keys.shape[1]
+    if params.sliding_window is not None:  # no query of these sees more
+        seen = params.sliding_window + query_len - 1
+        keys, values = keys[-seen:], values[-seen:]
+    mask = causal_rows(query_len, len(keys), query.shape[1] // num_kv_heads, query.dtype, params.sliding_window).to(
+        query.device
+    )
+    part = attend_part(stack_rows(query, num_kv_heads), *heads_first(keys, values), params.scale, mask, params.softcap)
+    out, lse = (unstack_rows(x, query_len) for x in part)
+    return with_sinks(out, lse, params.sinks)

@@ -54,19 +54,19 @@ class TritonBackend(AttentionBackend):
     def write(self, kv: LayerKV, key: Tensor, value: Tensor, meta: AttentionMetadata) -> None:
         key, value = with_contiguous_heads(key), with_contiguous_heads(value)
         keys, values = kv.flat()
-        num_tokens, width = len(key), key.shape[1] * key.shape[2]
+        num_tokens, widths = len(key), [x.shape[1] * x.shape[2] for x in (key, value)]
         with self._on_device():
-            write_kernel[(num_tokens, triton.cdiv(width, WRITE_CHUNK))](
+            write_kernel[(num_tokens, triton.cdiv(max(widths), WRITE_CHUNK))](
                 key, value, keys, values, meta.slot_mapping, key.stride(0), value.stride(0),
-                WIDTH=width, CHUNK=WRITE_CHUNK,
+                WIDTH=widths[0], VALUE_WIDTH=widths[1], CHUNK=WRITE_CHUNK,
             )  # fmt: skip
 
     def attend(self, query: Tensor, kv: LayerKV, meta: AttentionMetadata, params: AttentionParams) -> Tensor:
         num_tokens, num_heads, dim = query.shape
-        num_kv_heads, num_requests = kv.keys.shape[2], len(meta.seq_lens)
-        configs = self.configs or choose_configs(query.dtype, dim, self.capability)
+        num_kv_heads, num_requests, value_dim = kv.keys.shape[2], len(meta.seq_lens), kv.values.shape[3]
+        configs = self.configs or choose_configs(query.dtype, max(dim, value_dim), self.capability)
         config = configs.decode if meta.only_decodes else configs.prefill
-        constants = attention_constants(config, num_heads, num_kv_heads, dim, meta.block_size, params)
+        constants = attention_constants(config, num_heads, num_kv_heads, (dim, value_dim), meta.block_size, params)
         # A block of queries for every BLOCK_Q tokens, and one for each request because its last block is rounded up.
         q_blocks = num_tokens // (config.rows // constants["HEADS"]) + num_requests
         heads = num_kv_heads * triton.cdiv(constants["GROUP"], constants["HEADS"])
@@ -74,39 +74,40 @@ class TritonBackend(AttentionBackend):
         # A captured launch may be replayed for a step with fewer tokens.
         padded = num_tokens > meta.num_tokens or (query.is_cuda and torch.cuda.is_current_stream_capturing())
         query = with_contiguous_heads(query)
-        shape, device = (num_tokens, num_heads, dim), query.device
+        shape, device = (num_tokens, num_heads, value_dim), query.device
         keys, values = kv.flat()
         if segments > 1:
-            out = torch.empty(shape, dtype=query.dtype, device=device)  # [T, Hq, D]
+            out = torch.empty(shape, dtype=query.dtype, device=device)  # [T, Hq, Dv]
             splits = (num_tokens, num_heads, segments)
-            partial_out = torch.empty(*splits, constants["PADDED_DIM"], dtype=torch.float32, device=device)
+            partial_out = torch.empty(*splits, constants["PADDED_VALUE"], dtype=torch.float32, device=device)
             partial_max = torch.empty(splits, dtype=torch.float32, device=device)
             partial_sum = torch.empty(splits, dtype=torch.float32, device=device)
         else:  # no program writes rows of padding
-            out = (torch.zeros if padded else torch.empty)(shape, dtype=query.dtype, device=device)  # [T, Hq, D]
+            out = (torch.zeros if padded else torch.empty)(shape, dtype=query.dtype, device=device)  # [T, Hq, Dv]
             partial_out = partial_max = partial_sum = out  # not touched
+        sinks = out if params.sinks is None else params.sinks  # not touched
         with self._on_device():
             attention_kernel[(q_blocks, heads, segments)](
-                query, keys, values, out, meta.block_table, meta.seq_lens, meta.query_start_loc,
+                query, keys, values, out, sinks, meta.block_table, meta.seq_lens, meta.query_start_loc,
                 partial_out, partial_max, partial_sum, num_requests, params.scale, params.softcap or 1.0,
-                query.stride(0), keys.stride(0), meta.block_table.stride(0), **constants, SEGMENTS=segments,
-                num_warps=config.warps, num_stages=config.stages,
+                query.stride(0), keys.stride(0), values.stride(0), meta.block_table.stride(0),
+                **constants, SEGMENTS=segments, num_warps=config.warps, num_stages=config.stages,
             )  # fmt: skip
             if segments > 1:
                 reduce_kernel[(num_tokens * num_heads,)](
                     out, partial_out, partial_max, partial_sum, meta.query_start_loc, num_requests,
-                    NUM_HEADS=num_heads, HEAD_DIM=dim, PADDED_DIM=constants["PADDED_DIM"], SEGMENTS=segments,
+                    NUM_HEADS=num_heads, VALUE_DIM=value_dim, PADDED_VALUE=constants["PADDED_VALUE"], SEGMENTS=segments,
                 )  # fmt: skip
         return out
 
     def copy_blocks(self, pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        layers, _, _, *block = pool.shape
+        layers, parts, _, *block = pool.shape
         numbers = block[0] * block[1] * block[2]
         pin = pool.device.type == "cuda"  # a copy from pinned memory is asynchronous
         for together in independent(pairs):
             table = torch.tensor(together, dtype=torch.int32, pin_memory=pin).to(pool.device, non_blocking=True)
             with self._on_device():
-                copy_kernel[(len(together), 2 * layers, triton.cdiv(numbers, COPY_CHUNK))](
+                copy_kernel[(len(together), parts * layers, triton.cdiv(numbers, COPY_CHUNK))](
                     pool, table, pool.stride(1), BLOCK_NUMBERS=numbers, CHUNK=COPY_CHUNK
                 )
 
@@ -116,22 +117,32 @@ class TritonBackend(AttentionBackend):
 
 
 def attention_constants(
-    config: KernelConfig, num_heads: int, num_kv_heads: int, head_dim: int, block_size: int, params: AttentionParams
+    config: KernelConfig,
+    num_heads: int,
+    num_kv_heads: int,
+    head_dims: tuple[int, int],
+    block_size: int,
+    params: AttentionParams,
 ) -> dict[str, Any]:
-    """The compile-time constants of `attention_kernel`, without SEGMENTS."""
+    """The compile-time constants of `attention_kernel`, without SEGMENTS. head_dims: of keys, and of values."""
+    # tl.dot needs sides of at least 16.
+    padded_dim, padded_value = (max(16, triton.next_power_of_2(dim)) for dim in head_dims)
     group = num_heads // num_kv_heads
     return {
         "NUM_HEADS": num_heads,
         "GROUP": group,
         "HEADS": min(group, config.rows),
-        "HEAD_DIM": head_dim,
-        "PADDED_DIM": max(16, triton.next_power_of_2(head_dim)),  # tl.dot needs sides of at least 16
+        "HEAD_DIM": head_dims[0],
+        "VALUE_DIM": head_dims[1],
+        "PADDED_DIM": padded_dim,
+        "PADDED_VALUE": padded_value,
         "BLOCK_SIZE": block_size,
         "ROWS": config.rows,
         "TILE": config.tile,
         "TWO_LOOPS": config.two_loops and params.sliding_window is None,
         "WINDOW": params.sliding_window or 0,
         "SOFTCAP": params.softcap is not None,
+        "SINKS": params.sinks is not None,
         # The interpreter silently computes with bfloat16 as if it were an integer.
         "WIDEN": INTERPRETED,
     }

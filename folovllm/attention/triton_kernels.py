@@ -12,9 +12,9 @@ There are four kernels, each with a drawing of its work::
     reduce_kernel      merges the segments of the keys      one per token and query head
     copy_kernel        whole blocks, for copy-on-write      one per block, layer and chunk of the block
 
-A layer's pool is [blocks, block_size, Hkv, D], for keys and for values. Token j of a request is in block
-`table[j // block_size]` at offset `j % block_size`; its slot is block * block_size + offset. The size of a tile of keys
-does not depend on the block size, because each row of the tile looks up its own block.
+A layer's pool is [blocks, block_size, Hkv, D] for keys, and [blocks, block_size, Hkv, Dv] for values. Token j of a
+request is in block `table[j // block_size]` at offset `j % block_size`; its slot is block * block_size + offset. The
+size of a tile of keys does not depend on the block size, because each row of the tile looks up its own block.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ LOG2_E = tl.constexpr(1.4426950408889634)  # e^x = 2^(x * LOG2_E), and powers of
 @triton.jit
 def write_kernel(
     key: tl.tensor,  # [T, Hkv * D]
-    value: tl.tensor,  # [T, Hkv * D]
+    value: tl.tensor,  # [T, Hkv * Dv]
     keys: tl.tensor,  # [slots, Hkv * D]
-    values: tl.tensor,  # [slots, Hkv * D]
+    values: tl.tensor,  # [slots, Hkv * Dv]
     slot_mapping: tl.tensor,  # [T]
     stride_key: tl.tensor,
     stride_value: tl.tensor,
     WIDTH: tl.constexpr,
+    VALUE_WIDTH: tl.constexpr,
     CHUNK: tl.constexpr,
 ) -> None:
     """Store K and V of new tokens at their slots. Program (t, c) takes chunk c of token t.
@@ -47,12 +48,12 @@ def write_kernel(
     """
     token = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)  # [CHUNK]
-    mask = columns < WIDTH
+    mask, value_mask = columns < WIDTH, columns < VALUE_WIDTH
     slot = tl.load(slot_mapping + token)
     new_key = tl.load(key + token * stride_key + columns, mask=mask)  # [CHUNK]
-    new_value = tl.load(value + token * stride_value + columns, mask=mask)  # [CHUNK]
+    new_value = tl.load(value + token * stride_value + columns, mask=value_mask)  # [CHUNK]
     tl.store(keys + slot * WIDTH + columns, new_key, mask=mask)
-    tl.store(values + slot * WIDTH + columns, new_value, mask=mask)
+    tl.store(values + slot * VALUE_WIDTH + columns, new_value, mask=value_mask)
 
 
 @triton.jit
@@ -80,21 +81,24 @@ def find_request(query_start_loc: tl.tensor, q_block: tl.tensor, num_requests: t
 
 @triton.jit
 def attend_keys(
-    out: tl.tensor,  # [ROWS, PADDED_DIM]
+    out: tl.tensor,  # [ROWS, PADDED_VALUE]
     maximum: tl.tensor,  # [ROWS]
     total: tl.tensor,  # [ROWS]
     q: tl.tensor,  # [ROWS, PADDED_DIM]
     positions: tl.tensor,  # [ROWS]: of each row's token in its request
     keys: tl.tensor,  # [slots, Hkv, D], from this KV head on
-    values: tl.tensor,  # [slots, Hkv, D], from this KV head on
+    values: tl.tensor,  # [slots, Hkv, Dv], from this KV head on
     table: tl.tensor,  # [B]: the request's blocks
     first: tl.tensor,
     last: tl.tensor,
-    stride_slot: tl.tensor,
+    stride_key: tl.tensor,
+    stride_value: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     TILE: tl.constexpr,
     WINDOW: tl.constexpr,
@@ -118,10 +122,11 @@ def attend_keys(
     MASKED: some row does not see some key of the range. If every row sees every key, no mask is computed.
     """
     dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
+    value_dims = tl.arange(0, PADDED_VALUE)  # [PADDED_VALUE]
     for start in range(first, last, TILE):
         tokens = start + tl.arange(0, TILE)  # [TILE]
         k_mask = (dims < HEAD_DIM)[:, None]
-        v_mask = (dims < HEAD_DIM)[None, :]
+        v_mask = (value_dims < VALUE_DIM)[None, :]
         if MASKED:
             # Masked elements are 0. Slots after the request's last token are masked: they may hold NaN, and 0 * NaN is
             # NaN.
@@ -133,8 +138,10 @@ def attend_keys(
             blocks = tl.load(table + tokens // BLOCK_SIZE)  # [TILE]
         # In a large pool, offsets of elements exceed 32 bits.
         slots = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE  # [TILE]
-        k = tl.load(keys + slots[None, :] * stride_slot + dims[:, None], mask=k_mask, other=0.0)  # [PADDED_DIM, TILE]
-        v = tl.load(values + slots[:, None] * stride_slot + dims[None, :], mask=v_mask, other=0.0)  # [TILE, PADDED_DIM]
+        k_rows = keys + slots[None, :] * stride_key  # [1, TILE]
+        v_rows = values + slots[:, None] * stride_value  # [TILE, 1]
+        k = tl.load(k_rows + dims[:, None], mask=k_mask, other=0.0)  # [PADDED_DIM, TILE]
+        v = tl.load(v_rows + value_dims[None, :], mask=v_mask, other=0.0)  # [TILE, PADDED_VALUE]
         if WIDEN:
             k, v = k.to(tl.float32), v.to(tl.float32)
 
@@ -167,25 +174,29 @@ def attend_keys(
 def attention_kernel(
     query: tl.tensor,  # [T, Hq, D]
     keys: tl.tensor,  # [slots, Hkv, D]
-    values: tl.tensor,  # [slots, Hkv, D]
-    out: tl.tensor,  # [T, Hq, D]
+    values: tl.tensor,  # [slots, Hkv, Dv]
+    out: tl.tensor,  # [T, Hq, Dv]
+    sinks: tl.tensor,  # [Hq]; only with SINKS
     block_table: tl.tensor,  # [R, B]
     seq_lens: tl.tensor,  # [R]
     query_start_loc: tl.tensor,  # [R + 1]
-    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM]; the partial_* only with SEGMENTS > 1
+    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_VALUE]; the partial_* only with SEGMENTS > 1
     partial_max: tl.tensor,  # [T, Hq, SEGMENTS]
     partial_sum: tl.tensor,  # [T, Hq, SEGMENTS]
     num_requests: tl.tensor,
     scale: tl.tensor,
     softcap: tl.tensor,
     stride_query: tl.tensor,  # between tokens; the heads of a token are contiguous, as in all tensors here
-    stride_slot: tl.tensor,
+    stride_key: tl.tensor,
+    stride_value: tl.tensor,
     stride_table: tl.tensor,
     NUM_HEADS: tl.constexpr,
     GROUP: tl.constexpr,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
     PADDED_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
     TILE: tl.constexpr,
@@ -193,6 +204,7 @@ def attention_kernel(
     TWO_LOOPS: tl.constexpr,
     WINDOW: tl.constexpr,
     SOFTCAP: tl.constexpr,
+    SINKS: tl.constexpr,
     WIDEN: tl.constexpr,
 ) -> None:
     """Attention of one block of queries of one request, with the heads of one KV head, over one segment of its keys.
@@ -220,6 +232,9 @@ def attention_kernel(
     Segments. With SEGMENTS > 1 the keys are split into that many segments, with a program for each, and `reduce_kernel`
     merges them. Otherwise a decode with a long past would be the work of one program per head, on a GPU that runs
     hundreds in parallel (Flash-Decoding, 2023).
+
+    Sinks. A sink is the score of a token without a value. So a row with one starts as if that token had been seen: its
+    maximum is the sink and its sum is 1 (in the first segment only, or it would count several times).
     """
     BLOCK_Q: tl.constexpr = ROWS // HEADS
     CHUNKS: tl.constexpr = (GROUP + HEADS - 1) // HEADS
@@ -262,45 +277,52 @@ def attention_kernel(
         seen_by_all = tl.minimum(past + first_token + 1, last)
         whole = first + tl.maximum(seen_by_all - first, 0) // TILE * TILE
 
-    acc = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    acc = tl.zeros([ROWS, PADDED_VALUE], tl.float32)
     maximum = tl.full([ROWS], float("-inf"), tl.float32)
     total = tl.zeros([ROWS], tl.float32)
+    if SINKS and segment == 0:
+        maximum = tl.load(sinks + heads, mask=row_mask, other=float("-inf")).to(tl.float32) * LOG2_E
+        total = tl.where(maximum == float("-inf"), 0.0, 1.0)
     positions = past + tokens  # [ROWS]
     keys += kv_head * HEAD_DIM
-    values += kv_head * HEAD_DIM
+    values += kv_head * VALUE_DIM
     table = block_table + request.to(tl.int64) * stride_table
     if TWO_LOOPS:
         acc, maximum, total = attend_keys(
-            acc, maximum, total, q, positions, keys, values, table, first, whole, stride_slot, scale, softcap,
-            HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, WIDEN,
+            acc, maximum, total, q, positions, keys, values, table, first, whole,
+            stride_key, stride_value, scale, softcap, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE,
+            BLOCK_SIZE, TILE, WINDOW, SOFTCAP, False, WIDEN,
         )  # fmt: skip
     acc, maximum, total = attend_keys(
-        acc, maximum, total, q, positions, keys, values, table, whole, last, stride_slot, scale, softcap,
-        HEAD_DIM, PADDED_DIM, BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, WIDEN,
+        acc, maximum, total, q, positions, keys, values, table, whole, last,
+        stride_key, stride_value, scale, softcap, HEAD_DIM, VALUE_DIM, PADDED_DIM, PADDED_VALUE,
+        BLOCK_SIZE, TILE, WINDOW, SOFTCAP, True, WIDEN,
     )  # fmt: skip
 
     row = steps * NUM_HEADS + heads  # [ROWS]: of [T, Hq]
+    value_dims = tl.arange(0, PADDED_VALUE)  # [PADDED_VALUE]
     if SEGMENTS == 1:
         acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]  # padding rows have no keys
-        tl.store(out + row[:, None] * HEAD_DIM + dims[None, :], acc.to(out.dtype.element_ty), mask=mask)
+        value_mask = row_mask[:, None] & (value_dims < VALUE_DIM)[None, :]  # [ROWS, PADDED_VALUE]
+        tl.store(out + row[:, None] * VALUE_DIM + value_dims[None, :], acc.to(out.dtype.element_ty), mask=value_mask)
     else:
         place = row * SEGMENTS + segment  # [ROWS]
-        tl.store(partial_out + place[:, None] * PADDED_DIM + dims[None, :], acc, mask=row_mask[:, None])
+        tl.store(partial_out + place[:, None] * PADDED_VALUE + value_dims[None, :], acc, mask=row_mask[:, None])
         tl.store(partial_max + place, maximum, mask=row_mask)
         tl.store(partial_sum + place, total, mask=row_mask)
 
 
 @triton.jit(do_not_specialize=["num_requests"])
 def reduce_kernel(
-    out: tl.tensor,  # [T, Hq, D]
-    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_DIM]
+    out: tl.tensor,  # [T, Hq, Dv]
+    partial_out: tl.tensor,  # [T, Hq, SEGMENTS, PADDED_VALUE]
     partial_max: tl.tensor,  # [T, Hq, SEGMENTS]
     partial_sum: tl.tensor,  # [T, Hq, SEGMENTS]
     query_start_loc: tl.tensor,  # [R + 1]
     num_requests: tl.tensor,
     NUM_HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    PADDED_DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_VALUE: tl.constexpr,
     SEGMENTS: tl.constexpr,
 ) -> None:
     """Merge the segments of one token and head. This is the rescale between tiles again::
@@ -308,31 +330,31 @@ def reduce_kernel(
         segment    0        1        2                 m    = the largest of m0, m1, m2
         maximum    m0       m1       m2                sum  = s0 * 2^(m0 - m) + s1 * 2^(m1 - m) + s2 * 2^(m2 - m)
         sum        s0       s1       s2                out  = (o0 * 2^(m0 - m) + o1 * 2^(m1 - m) + ...) / sum
-        out        o0 [D]   o1 [D]   o2 [D]
+        out        o0 [Dv]   o1 [D]   o2 [D]
 
     A segment without keys has the maximum -inf, and so the factor 0. Padding rows, for which `attention_kernel` stores
     nothing, become 0.
     """
     row = tl.program_id(0).to(tl.int64)  # of [T, Hq]
     segments = tl.arange(0, SEGMENTS)  # [SEGMENTS]
-    dims = tl.arange(0, PADDED_DIM)  # [PADDED_DIM]
+    dims = tl.arange(0, PADDED_VALUE)  # [PADDED_VALUE]
     if row >= tl.load(query_start_loc + num_requests) * NUM_HEADS:
-        tl.store(out + row * HEAD_DIM + dims, tl.zeros([PADDED_DIM], out.dtype.element_ty), mask=dims < HEAD_DIM)
+        tl.store(out + row * VALUE_DIM + dims, tl.zeros([PADDED_VALUE], out.dtype.element_ty), mask=dims < VALUE_DIM)
         return
     place = row * SEGMENTS + segments  # [SEGMENTS]
     maxima = tl.load(partial_max + place)  # [SEGMENTS]
     sums = tl.load(partial_sum + place)  # [SEGMENTS]
-    outs = tl.load(partial_out + place[:, None] * PADDED_DIM + dims[None, :])  # [SEGMENTS, PADDED_DIM]
+    outs = tl.load(partial_out + place[:, None] * PADDED_VALUE + dims[None, :])  # [SEGMENTS, PADDED_VALUE]
     maximum = tl.max(maxima, 0)
     factors = tl.exp2(maxima - tl.where(maximum == float("-inf"), 0.0, maximum))  # [SEGMENTS]
     total = tl.sum(sums * factors, 0)
-    result = tl.sum(outs * factors[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [PADDED_DIM]
-    tl.store(out + row * HEAD_DIM + dims, result.to(out.dtype.element_ty), mask=dims < HEAD_DIM)
+    result = tl.sum(outs * factors[:, None], 0) / tl.where(total == 0.0, 1.0, total)  # [PADDED_VALUE]
+    tl.store(out + row * VALUE_DIM + dims, result.to(out.dtype.element_ty), mask=dims < VALUE_DIM)
 
 
 @triton.jit
 def copy_kernel(
-    pool: tl.tensor,  # [layers * 2, blocks, BLOCK_NUMBERS]: keys and values of a layer count as two
+    pool: tl.tensor,  # [layers, blocks, BLOCK_NUMBERS]: keys and values in one pool count as two layers
     pairs: tl.tensor,  # [pairs, 2]: from, to
     stride_layer: tl.tensor,
     BLOCK_NUMBERS: tl.constexpr,

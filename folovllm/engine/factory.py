@@ -22,6 +22,7 @@ from folovllm.kv_cache.interface import KVCacheManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.math_utils import cdiv
 from folovllm.models.decoder import DecoderConfig
+from folovllm.models.families import check_family
 from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
     LoadSpec,
@@ -36,6 +37,7 @@ from folovllm.models.loader import (
 )
 from folovllm.models.paged_model import PagedModel
 from folovllm.models.weights import load_decoder
+from folovllm.runner.hf.check import check_side_by_side
 from folovllm.runner.hf.hf_runner import HFRunner
 from folovllm.runner.input_batch import InputBatch
 from folovllm.runner.interface import ModelRunner
@@ -85,6 +87,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     source = resolve_model(config.model.model)
     hf_config = load_config(source)
     max_model_len = model_length(config, hf_config)
+    check_family(hf_config, max_model_len)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     spec = LoadSpec(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
@@ -101,6 +104,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
             model = load_hf_model(source, dtype, device, spec.load_format, spec.seed)
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
         batching = config.batching or next(iter(config.preset.batchings), "loop")
+        check_side_by_side(model, batching, max_model_len)
         runner = HFRunner(model, sampler, batching, num_threads=step_threads(config, hf_config, device)[0])
     scheduler = Scheduler(
         kv,

@@ -30,7 +30,7 @@ _MLP_OUTPUT_GAIN = 4.0
 
 
 def build_dummy_model(
-    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, attn_implementation: str
+    config: PretrainedConfig, dtype: torch.dtype, device: torch.device, seed: int, attn_implementation: str | None
 ) -> transformers.PreTrainedModel:
     """A model of `config` with the weights of `fill_dummy_`, allocated once, in `dtype` on `device`.
 

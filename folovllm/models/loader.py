@@ -168,13 +168,14 @@ def load_hf_model(
     device: torch.device,
     load_format: str = "auto",
     seed: int = 0,
-    attn_implementation: str = "sdpa",
+    attn_implementation: str | None = None,
 ) -> transformers.PreTrainedModel:
     """The model on `device` in `dtype`, ready for inference: eval mode, KV cache on, no gradients.
 
     load_format: "auto" takes any weight files, "safetensors" only those, "dummy" none of them (random weights of
-    `folovllm.models.dummy`, from `seed`). Raises ValueError, chained to its cause, if the weights are missing or
-    damaged, lack a tensor, or have another shape than the config says.
+    `folovllm.models.dummy`, from `seed`). attn_implementation: None is SDPA, or "eager" for a model without it. Raises
+    ValueError, chained to its cause, if the weights are missing or damaged, lack a tensor, or have another shape than
+    the config says.
     """
     check_choice("load_format", load_format, LOAD_FORMATS)
     config = load_config(source)
@@ -245,7 +246,7 @@ def _load_checkpoint(
     dtype: torch.dtype,
     device: torch.device,
     load_format: str,
-    attn_implementation: str,
+    attn_implementation: str | None,
 ) -> transformers.PreTrainedModel:
     check_has_weights(source)
     checkpoint = open_checkpoint(source, config, load_format)

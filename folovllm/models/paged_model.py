@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import torch
@@ -18,7 +18,13 @@ class KVShape:
 
     num_layers: int
     num_kv_heads: int
-    head_dim: int
+    head_dim: int  # of a key
+    v_head_dim: int | None = field(default=None, kw_only=True)  # of a value; None: as of a key
+
+    @property
+    def head_dims(self) -> tuple[int, int]:
+        """Head sizes of keys and of values."""
+        return self.head_dim, self.v_head_dim or self.head_dim
 
 
 class PagedModel(Protocol):

@@ -29,7 +29,7 @@ LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc's upper bound for M_MMAP_THRESHO
 def kv_block_bytes(model: PagedModel, block_size: int) -> int:
     """Bytes of a block: keys and values of `block_size` tokens in all layers."""
     kv = model.config
-    return 2 * kv.num_layers * block_size * kv.num_kv_heads * kv.head_dim * model.dtype.itemsize
+    return kv.num_layers * block_size * kv.num_kv_heads * sum(kv.head_dims) * model.dtype.itemsize
 
 
 def determine_available_memory(

@@ -36,7 +36,8 @@ def on_gpu(batch: Ragged) -> tuple[LayerKV, AttentionMetadata]:
 def check(batch: Ragged, params: AttentionParams) -> None:
     backend, (kv, meta) = TritonBackend(GPU), on_gpu(batch)
     backend.write(kv, batch.new(batch.keys).to(GPU), batch.new(batch.values).to(GPU), meta)
-    out = backend.attend(batch.query.to(GPU), kv, meta, params).cpu()
+    there = params if params.sinks is None else dataclasses.replace(params, sinks=params.sinks.to(GPU))
+    out = backend.attend(batch.query.to(GPU), kv, meta, there).cpu()
     expected, tolerance = expected_attention(batch, params), TOLERANCES[out.dtype]
     torch.testing.assert_close(out[: len(expected)].double(), expected, rtol=tolerance, atol=tolerance)
     assert (out[len(expected) :] == 0).all()
@@ -71,6 +72,15 @@ def test_windows_and_softcaps(
     dtype: torch.dtype, lengths: list[tuple[int, int]], window: int | None, softcap: float | None
 ) -> None:
     check(make_ragged(lengths, 16, (8, 2), 128, dtype=dtype), AttentionParams(128**-0.5, window, softcap))
+
+
+@each_format
+@each_step
+def test_sinks_and_values_of_another_size(dtype: torch.dtype, lengths: list[tuple[int, int]]) -> None:
+    for head_dim, value_dim, window in ((64, 64, 17), (192, 128, None)):
+        batch = make_ragged(lengths, 16, (8, 2), head_dim, dtype=dtype, value_dim=value_dim)
+        sinks = torch.linspace(-3, 3, 8, dtype=dtype)
+        check(batch, AttentionParams(head_dim**-0.5, window, None, sinks))
 
 
 @each_format

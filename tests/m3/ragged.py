@@ -46,12 +46,14 @@ def make_ragged(
     padding: tuple[int, int] = (0, 0),
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
+    value_dim: int | None = None,
 ) -> Ragged:
     """A batch with `lengths`, its past tokens stored, its new ones not.
 
     heads: query heads and KV heads. layout: "contiguous" gives each request neighbouring blocks, "scattered" any,
     "reversed" descending ones. shared_blocks: whole blocks of the first request's past that all others begin with, as
     far as theirs goes. spare_blocks: poisoned blocks at the end of each table. padding: rows of tokens and of requests.
+    value_dim: of a head's values, if that is not head_dim.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -60,7 +62,8 @@ def make_ragged(
 
     query_heads, kv_heads = heads
     keys = [normal(past + new, kv_heads, head_dim) for past, new in lengths]
-    values = [normal(past + new, kv_heads, head_dim) for past, new in lengths]
+    value_dim = value_dim or head_dim
+    values = [normal(past + new, kv_heads, value_dim) for past, new in lengths]
     counts = [-(-(past + new) // block_size) + spare_blocks for past, new in lengths]
     order = list(range(1, sum(counts) + 1))
     if layout == "scattered":
@@ -77,8 +80,8 @@ def make_ragged(
         for tensors in (keys, values):
             tensors[request][: common * block_size] = tensors[0][: common * block_size]
 
-    shape = (sum(counts) + 1, block_size, kv_heads, head_dim)
-    kv = LayerKV(torch.full(shape, math.nan, dtype=dtype), torch.full(shape, math.nan, dtype=dtype))
+    shapes = [(sum(counts) + 1, block_size, kv_heads, dim) for dim in (head_dim, value_dim)]
+    kv = LayerKV(*(torch.full(shape, math.nan, dtype=dtype) for shape in shapes))
     slots: list[int] = []
     for table, (past, new), key, value in zip(tables, lengths, keys, values, strict=True):
         for position in range(past):
@@ -106,7 +109,7 @@ def make_ragged(
 
 
 def expected_attention(batch: Ragged, params: AttentionParams) -> Tensor:
-    """What every new token should get, by the formula, token by token and head by head in float64: [T, Hq, D]."""
+    """What every new token should get, by the formula, token by token and head by head in float64: [T, Hq, Dv]."""
     out = []
     start = 0
     for (past, new), keys, values in zip(batch.lengths, batch.keys, batch.values, strict=True):
@@ -121,18 +124,20 @@ def expected_attention(batch: Ragged, params: AttentionParams) -> Tensor:
                 scores = k @ batch.query[start + row, head].double() * params.scale  # [S]
                 if params.softcap is not None:
                     scores = params.softcap * torch.tanh(scores / params.softcap)
-                weights = torch.exp(scores - scores.max())
-                heads.append(weights @ v / weights.sum())
+                sink = scores.new_tensor(-math.inf) if params.sinks is None else params.sinks[head].double()
+                most = torch.maximum(scores.max(), sink)
+                weights = torch.exp(scores - most)
+                heads.append(weights @ v / (weights.sum() + torch.exp(sink - most)))
             out.append(torch.stack(heads))
         start += new
     return torch.stack(out)
 
 
 def attend(backend: AttentionBackend, batch: Ragged, params: AttentionParams) -> Tensor:
-    """Write the new tokens and attend: the rows of requests, [T, Hq, D]. Padding must come out finite."""
+    """Write the new tokens and attend: the rows of requests, [T, Hq, Dv]. Padding must come out finite."""
     backend.write(batch.kv, batch.new(batch.keys), batch.new(batch.values), batch.meta)
     out = backend.attend(batch.query, batch.kv, batch.meta, params)
-    assert out.shape == batch.query.shape and out.dtype == batch.query.dtype
+    assert out.shape == (*batch.query.shape[:2], batch.kv.values.shape[-1]) and out.dtype == batch.query.dtype
     num_tokens = sum(batch.meta.query_lens)
     assert torch.isfinite(out[num_tokens:]).all()
     return out[:num_tokens]

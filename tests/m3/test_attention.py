@@ -220,16 +220,64 @@ def test_a_request_gets_the_same_alone_and_in_company(name: str) -> None:
         start += new
 
 
-def test_a_softcap_is_refused_by_name_where_there_is_none() -> None:
-    batch = make_ragged([(0, 3)], 4)
-    with pytest.raises(ValueError, match=r"softcap=20.0 is not valid with attention_backend='torch'; allowed: None"):
-        attend(TorchBackend(), batch, AttentionParams(0.25, None, 20.0))
+# Prefills, chunks and decodes, two of them behind one prefix: those are attended to as a group.
+SHARING = [(64, 1), (70, 1), (64, 5), *MIXED]
 
 
+def sinks(num_heads: int, scale: float = 2.0) -> torch.Tensor:
+    return torch.randn(num_heads, generator=torch.Generator().manual_seed(8)) * scale
+
+
+@backends
+@pytest.mark.parametrize("window", [None, 9])
 @pytest.mark.parametrize("softcap", [0.5, 2.0, 50.0])
-def test_the_reference_knows_a_softcap(softcap: float) -> None:
-    batch = make_ragged(MIXED, 8)
-    params = AttentionParams(0.7, 9, softcap)
-    close(attend(ReferenceBackend(), batch, params), expected_attention(batch, params), 5e-6)
-    without = expected_attention(batch, AttentionParams(0.7, 9))
+def test_a_softcap(name: str, softcap: float, window: int | None) -> None:
+    batch = make_ragged(SHARING, 8, shared_blocks=8)
+    params = AttentionParams(0.7, window, softcap)
+    close(attend(BACKENDS[name](), batch, params), expected_attention(batch, params), 5e-6)
+    without = expected_attention(batch, AttentionParams(0.7, window))
     assert (expected_attention(batch, params) - without).abs().max() > 1e-4  # it does something
+
+
+@backends
+@pytest.mark.parametrize("window", [None, 1, 9])
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_sinks(name: str, softcap: float | None, window: int | None) -> None:
+    """A head may attend to nothing: one more term in the sum of weights, which no window hides and no softcap caps."""
+    batch = make_ragged(SHARING, 8, shared_blocks=8)
+    params = AttentionParams(0.7, window, softcap, sinks(4))
+    close(attend(BACKENDS[name](), batch, params), expected_attention(batch, params), 5e-6)
+    without = expected_attention(batch, AttentionParams(0.7, window, softcap))
+    assert (expected_attention(batch, params) - without).abs().max() > 0.1
+
+
+@backends
+def test_sinks_far_above_and_below_all_scores(name: str) -> None:
+    batch = make_ragged(SHARING, 8, shared_blocks=8)
+    params = AttentionParams(0.7, sinks=torch.tensor([-torch.inf, -200.0, 200.0, 3.0]))
+    close(attend(BACKENDS[name](), batch, params), expected_attention(batch, params), 5e-6)
+
+
+@backends
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (16, 24), (192, 128), (8, 1)])
+def test_keys_and_values_of_two_sizes(name: str, head_dim: int, value_dim: int) -> None:
+    """DeepSeek's heads: a key has a part for the position, which a value lacks."""
+    for lengths, layout in ((SHARING, "scattered"), (MIXED, "contiguous")):
+        batch = make_ragged(lengths, 8, (4, 2), head_dim, layout, shared_blocks=8, value_dim=value_dim)
+        for params in (AttentionParams(0.2), AttentionParams(0.2, 9, 3.0, sinks(4))):
+            close(attend(BACKENDS[name](), batch, params), expected_attention(batch, params), 5e-6)
+
+
+def test_a_layer_of_two_sizes_after_one_of_one_size() -> None:
+    """Buffers for gathered blocks are reused only in the same shape."""
+    backend = TorchBackend()
+    for value_dim in (16, 24, 16, 8):
+        batch = make_ragged(SHARING, 8, shared_blocks=8, value_dim=value_dim)
+        close(attend(backend, batch, AttentionParams(0.2)), expected_attention(batch, AttentionParams(0.2)), 5e-6)
+
+
+@backends
+def test_softcaps_and_sinks_in_bfloat16_within_its_rounding(name: str) -> None:
+    batch = make_ragged(SHARING, 16, (8, 2), 64, dtype=torch.bfloat16, shared_blocks=4)
+    params = AttentionParams(0.125, None, 5.0, sinks(8).bfloat16())
+    close(attend(BACKENDS[name](), batch, params), expected_attention(batch, params), 2e-2)

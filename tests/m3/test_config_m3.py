@@ -142,7 +142,7 @@ def test_a_quarter_of_the_free_memory_of_a_cpu(
     runner = llm.engine.core.runner
     assert isinstance(runner, PagedRunner)
     null = block_bytes(block_size, number)  # one more block, which padding is written to
-    assert runner.storage.device_pool.nbytes == blocks * block_bytes(block_size, number) + null
+    assert runner.storage.num_bytes == blocks * block_bytes(block_size, number) + null
     assert runner.storage.layers[1].keys.shape == (blocks + 1, block_size, 2, 32)
 
 
@@ -234,8 +234,8 @@ def test_swap_space_is_host_memory_in_gib_and_only_for_swapping(folder: str) -> 
         runner = llm.engine.core.runner
         assert isinstance(runner, PagedRunner)
         assert manager_of(llm.engine).host_pool.num_blocks == expected
-        assert runner.storage.host_pool.nbytes == (expected + 1) * block_bytes(4)
-        assert runner.storage.host_pool.device.type == "cpu"
+        assert runner.storage.host_pools[0].nbytes == (expected + 1) * block_bytes(4)
+        assert runner.storage.host_pools[0].device.type == "cpu"
 
 
 def test_a_pool_smaller_than_the_model_serves_what_fits_and_refuses_the_rest(folder: str) -> None:

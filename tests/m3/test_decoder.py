@@ -70,7 +70,7 @@ class Paged:
 
     def __post_init__(self) -> None:
         self.storage = KVStorage(self.decoder.config, self.decoder.dtype, CPU, BLOCK_SIZE, 200)
-        self.storage.device_pool.fill_(torch.nan)  # nobody may read what was not written
+        self.storage.device_pools[0].fill_(torch.nan)  # nobody may read what was not written
         self.free = torch.randperm(200, generator=torch.Generator().manual_seed(0)).add(1).tolist()
 
     @torch.inference_mode()

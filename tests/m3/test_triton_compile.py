@@ -48,6 +48,9 @@ CHOSEN: list[Kernel] = [
     ("prefill", BFLOAT16, 128, {"heads": (32, 8)}),
     ("prefill", BFLOAT16, 256, {"softcap": 50.0}),
     ("prefill", FLOAT32, 256, {}),
+    ("prefill", BFLOAT16, 192, {"value_dim": 128}),
+    ("prefill", BFLOAT16, 64, {"sinks": True, "sliding_window": 128}),
+    ("decode", BFLOAT16, 64, {"sinks": True, "heads": (64, 8)}),
     ("decode", BFLOAT16, 128, {}),
     ("decode", FLOAT16, 256, {"sliding_window": 4096}),
     ("decode", FLOAT32, 128, {}),
@@ -62,6 +65,7 @@ EVERYTHING: list[Kernel] = [
         {"heads": (5, 1), "block_size": 1},
         {"heads": (71, 1), "block_size": 256},
         {"sliding_window": 512, "softcap": 50.0},
+        {"sinks": True, "value_dim": 64},
     )
 ]
 
@@ -157,7 +161,7 @@ def test_every_limit_has_its_words() -> None:
         ({"threads": 512}, "registers, of 65536"),
         ({"spilled": 8}, "spilled"),
         ({"shared": 227 * 1024 + 1}, "shared memory"),
-        ({"tensor_cores": 0}, "no tensor core"),
+        ({"tensor_cores": 0}, "tensor core"),
         ({"capability": 80}, "shared memory"),
     ):
         (problem, *_) = dataclasses.replace(fine, **change).problems(tensor_cores=True)

@@ -7,38 +7,32 @@ plausible but wrong. So two short texts are run both ways::
     ours:       step 1  | a third of a | a third of b |           one forward each, K/V in blocks of 4,
                 step 2  | rest of a          | rest of b   |      block tables interleaved
 
-Every layer must call the attention function exactly once per forward, all with K/V of one shape, and the logits must be
-equal up to rounding. Features that only start at some length are looked up in the config.
+Every layer must call the attention function exactly once per forward, all with K/V of the same shapes, and the logits
+must be equal up to rounding. What only starts at some length is read in the config (`folovllm.models.families`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import transformers
 from torch import Tensor
-from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend, LayerKV
+from folovllm.attention.torch_backend import TorchBackend
 from folovllm.contrib.transformers.decoder import IMPLEMENTATION, HFPagedModel, PagedStep, register
 from folovllm.kv_cache.interface import BlockPlan
 from folovllm.math_utils import cdiv
 from folovllm.messages import ScheduledRequest
 from folovllm.models.loader import LoadSpec, load_hf_model
 from folovllm.models.paged_model import KVShape
+from folovllm.runner.hf.check import MODEL_ERRORS, too_far, trial_texts, why_not_side_by_side
 from folovllm.runner.input_batch import InputBatch
 
-LAYER_TYPES = ("full_attention", "sliding_attention")  # K/V per token, of which all or the last ones are attended to
 LENGTHS = (9, 6)  # tokens of the two texts
 BLOCK_SIZE = 4
-# The largest relative distance between two rows of logits that counts as rounding. A model without attention, or one
-# that reads another request's tokens, is about 1 away.
-TOLERANCE = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.7}
-# What model code raises when it is called in an unforeseen way.
-MODEL_ERRORS = (ValueError, TypeError, AttributeError, RuntimeError, KeyError, IndexError)
 
 
 def load_hf_paged(spec: LoadSpec, backend: AttentionBackend) -> HFPagedModel:
@@ -47,42 +41,57 @@ def load_hf_paged(spec: LoadSpec, backend: AttentionBackend) -> HFPagedModel:
     Raises ValueError for a checkpoint as `load_hf_model` does, and for a model that fails the check.
     """
     longest = spec.max_positions or spec.hf_config.get_text_config().max_position_embeddings
-    check_config(spec.hf_config, longest)
     model = load_hf_model(spec.source, spec.dtype, spec.device, spec.load_format, spec.seed, "eager")
     return checked(model, backend, longest)
 
 
-def refused(hf_config: PretrainedConfig, reason: str) -> ValueError:
-    """The error for a model that would be wrong with K/V in blocks."""
-    return ValueError(
-        f"model_type={hf_config.model_type!r} cannot have its K/V in blocks: {reason}; "
-        "milestones m1 and m2 use Hugging Face's own attention"
-    )
+def checked(model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int) -> HFPagedModel:
+    """The paged model of a model with eager attention. Raises ValueError if it fails the check.
+
+    What the message recommends has been tried on this very model.
+    """
+    paged = try_in_blocks(model, backend, max_positions)
+    if isinstance(paged, HFPagedModel):
+        return paged
+    kind, what_runs_it = model.config.model_type, advice(model, backend, max_positions)
+    raise ValueError(f"model_type={kind!r} cannot have its K/V in blocks: {paged}; {what_runs_it}")
 
 
-def check_config(hf_config: PretrainedConfig, max_positions: int) -> None:
-    """Raise ValueError for unsupported features that a few tokens would not show."""
-    text = hf_config.get_text_config()
-    kinds = set(getattr(text, "layer_types", None) or LAYER_TYPES)
-    if not kinds <= set(LAYER_TYPES):
-        raise refused(
-            hf_config, f"it has layers of type {sorted(kinds - set(LAYER_TYPES))}, allowed: {', '.join(LAYER_TYPES)}"
-        )
-    for rope in rope_parameters(text):
-        # Once one token of a forward is past the original length, the frequencies of all its tokens change.
-        original = rope.get("original_max_position_embeddings", max_positions)
-        if rope.get("rope_type") == "longrope" and max_positions > original:
-            raise refused(
-                hf_config,
-                f"max_model_len={max_positions} is not valid with rope_type='longrope', which changes for all requests "
-                f"of a forward when one is longer than {original}; allowed: at most {original}",
-            )
+def advice(model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int) -> str:
+    """What runs a model that failed the check with this backend, if anything does."""
+    if not isinstance(backend, TorchBackend) and isinstance(try_in_blocks(model, TorchBackend(), 0), HFPagedModel):
+        return "attention_backend='torch' runs it"
+    if model.config._attn_implementation == IMPLEMENTATION:  # some models do not let it be replaced
+        model.set_attn_implementation(model.get_correct_attn_implementation(None))  # as at m1 and m2
+    reasons = {
+        name: why_not_side_by_side(model, batching, max_positions)
+        for name, batching in (("m1", "loop"), ("m2", "padded"))
+    }
+    able = [name for name, reason in reasons.items() if reason is None]
+    if not able:
+        return f"milestones m1 and m2 cannot run it either: {reasons['m1']}"
+    runs = "milestones m1 and m2 run" if len(able) > 1 else f"milestone {able[0]} runs"
+    return f"{runs} it, with Hugging Face's own attention"
 
 
-def rope_parameters(text: PretrainedConfig) -> list[dict[str, Any]]:
-    """The RoPE settings of a config: one, or one per type of layer, or none."""
-    given = getattr(text, "rope_parameters", None) or {}
-    return [given, *(value for value in given.values() if isinstance(value, dict))]
+def try_in_blocks(
+    model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int
+) -> HFPagedModel | str:
+    """The paged model of a model, or why there is none."""
+    longest = getattr(model.config.get_text_config(), "max_position_embeddings", max(LENGTHS))
+    texts = trial_texts(model, [min(n, longest) for n in LENGTHS])
+    register()
+    try:
+        if model.config._attn_implementation == IMPLEMENTATION:
+            model.set_attn_implementation("eager")
+        expected = [reference_logits(model, ids) for ids in texts]  # each [L, V]
+        model.set_attn_implementation(IMPLEMENTATION)
+        paged, logits = try_out(model, backend, texts, max_positions)
+    except torch.OutOfMemoryError:
+        raise
+    except MODEL_ERRORS as error:
+        return str(error) or type(error).__name__
+    return too_far(torch.cat(logits), torch.cat(expected), "for ragged tokens") or paged
 
 
 @dataclass
@@ -94,46 +103,22 @@ class TrialStep(PagedStep):
     dtype: torch.dtype = torch.float32  # of each pool
 
     def layer_kv(self, layer: int, key: Tensor, value: Tensor) -> LayerKV:
-        """Raises ValueError if keys and values, or two layers, differ in shape."""
+        """Raises ValueError if keys and values differ in number, or two layers in shape."""
         if key.dtype != self.dtype or value.dtype != self.dtype:
             raise ValueError(
                 f"layer {layer} has keys in {key.dtype} and values in {value.dtype}; allowed: {self.dtype}"
             )
-        shape = (self.num_blocks, BLOCK_SIZE, *key.shape[1:])
+        shapes = [(self.num_blocks, BLOCK_SIZE, *x.shape[1:]) for x in (key, value)]
         first = next(iter(self.pools.values()), None)
-        if key.shape != value.shape or (first is not None and first.keys.shape != shape):
+        as_first = first is None or [first.keys.shape, first.values.shape] == shapes
+        if key.shape[:2] != value.shape[:2] or not as_first:
             raise ValueError(
                 f"layer {layer} has keys of {list(key.shape[1:])} and values of {list(value.shape[1:])} per token "
-                "(heads, head size); allowed: one shape for both, and for all layers"
+                "(heads, head size); allowed: as many heads for both, and the same shapes in all layers"
             )
         if layer not in self.pools:
-            self.pools[layer] = LayerKV(key.new_zeros(shape), key.new_zeros(shape))
+            self.pools[layer] = LayerKV(*(key.new_zeros(shape) for shape in shapes))
         return self.pools[layer]
-
-
-def checked(model: transformers.PreTrainedModel, backend: AttentionBackend, max_positions: int) -> HFPagedModel:
-    """The paged model of a model with eager attention. Raises ValueError if it fails the check."""
-    text = model.config.get_text_config()
-    lengths = [min(n, getattr(text, "max_position_embeddings", n)) for n in LENGTHS]
-    generator = torch.Generator().manual_seed(0)
-    texts = [torch.randint(text.vocab_size, (n,), generator=generator).tolist() for n in lengths]
-    register()
-    try:
-        expected = [reference_logits(model, ids) for ids in texts]  # each [L, V]
-        model.set_attn_implementation(IMPLEMENTATION)
-        paged, logits = try_out(model, backend, texts, max_positions)
-    except torch.OutOfMemoryError:
-        raise
-    except MODEL_ERRORS as error:
-        raise refused(model.config, str(error) or type(error).__name__) from error
-    distance = max(row_distance(ours, theirs) for ours, theirs in zip(logits, expected, strict=True))
-    if not distance <= TOLERANCE[model.dtype]:  # also true for NaN
-        raise refused(
-            model.config,
-            f"its logits for ragged tokens are {distance:.1e} away from its own, one text at a time "
-            f"(relative to their size); allowed: at most {TOLERANCE[model.dtype]:.0e}",
-        )
-    return paged
 
 
 @torch.inference_mode()
@@ -169,16 +154,5 @@ def try_out(
         for share, rows in zip(shares, hidden.split([share.num_tokens for share in shares]), strict=True):
             logits[int(share.request_id)].append(paged.logits(rows))
     _, _, num_kv_heads, head_dim = pools[0].keys.shape
-    paged.config = KVShape(num_layers, num_kv_heads, head_dim)
+    paged.config = KVShape(num_layers, num_kv_heads, head_dim, v_head_dim=pools[0].values.shape[-1])
     return paged, [torch.cat(found) for found in logits]
-
-
-def row_distance(ours: Tensor, theirs: Tensor) -> float:
-    """The relative distance of two tensors of logits, [L, V] each: that of the worst row, or in 16 bits the median row.
-
-    In 16 bits, rounding can route a token to another expert, which changes one row a lot. A constant added to all
-    logits of a row is ignored, because it changes no probability.
-    """
-    wide = [x.float() - x.float().mean(dim=-1, keepdim=True) for x in (ours, theirs)]
-    rows = (wide[0] - wide[1]).norm(dim=-1) / wide[1].norm(dim=-1)  # [L]
-    return float(rows.max() if ours.dtype == torch.float32 else rows.median())

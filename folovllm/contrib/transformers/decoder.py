@@ -44,7 +44,7 @@ class PagedStep:
     calls: list[int] = field(default_factory=list)  # layers that called the attention function, in order
 
     def layer_kv(self, layer: int, key: Tensor, value: Tensor) -> LayerKV:
-        """The pool that the layer will write `key` and `value` to, each [T, Hkv, D]."""
+        """The pool that the layer will write `key` [T, Hkv, D] and `value` [T, Hkv, Dv] to."""
         return self.kv[layer]
 
 
@@ -62,16 +62,15 @@ def paged_attention(
     paged_step: PagedStep | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """The function that attention layers call: query [1, Hq, T, D], key and value [1, Hkv, T, D] to [1, T, Hq, D].
+    """The function that attention layers call: query [1, Hq, T, D] to [1, T, Hq, Dv].
 
-    attention_mask: the length of the sliding window, from `window_of_mask`; None for no window. Raises ValueError for
-    what the backends do not support; the check before the first request triggers it.
+    key, value: [1, Hkv, T, D] and [1, Hkv, T, Dv]. s_aux: sinks, [Hq]. attention_mask: the length of the sliding
+    window, from `window_of_mask`; None for no window. Raises ValueError for what the backends do not support; the check
+    before the first request triggers it.
     """
     layer = getattr(module, "layer_idx", None)
     if paged_step is None or layer is None:
         raise ValueError("its attention layers have no layer_idx, or do not pass on keyword arguments")
-    if s_aux is not None:
-        raise ValueError("its attention has sinks (s_aux), which no attention_backend has")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise ValueError("its attention is not causal (is_causal=False)")
     for name, given in others.items():
@@ -87,7 +86,7 @@ def paged_attention(
     kv = paged_step.layer_kv(layer, key, value)
     paged_step.calls.append(layer)
     paged_step.backend.write(kv, key, value, paged_step.meta)
-    params = AttentionParams(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap)
+    params = AttentionParams(query.shape[-1] ** -0.5 if scaling is None else scaling, window, softcap, s_aux)
     return paged_step.backend.attend(query, kv, paged_step.meta, params)[None], None
 
 

@@ -73,17 +73,22 @@ def compile_attention(
     block_size: int = 16,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    value_dim: int | None = None,
+    sinks: bool = False,
 ) -> Compiled:
-    """`attention_kernel` in that configuration, with its number of segments. heads: query heads and KV heads."""
-    constants = attention_constants(
-        config, *heads, head_dim, block_size, AttentionParams(1.0, sliding_window, softcap)
-    ) | {"SEGMENTS": config.segments}
+    """`attention_kernel` in that configuration, with its number of segments. heads: query heads and KV heads.
+
+    value_dim: the head size of values, if it is not that of keys.
+    """
+    params = AttentionParams(1.0, sliding_window, softcap, torch.zeros(heads[0]) if sinks else None)
+    constants = attention_constants(config, *heads, (head_dim, value_dim or head_dim), block_size, params)
+    constants |= {"SEGMENTS": config.segments}
     numbers, partial = POINTERS[dtype], "*fp32" if config.segments > 1 else POINTERS[dtype]
     types = {
-        **dict.fromkeys(("query", "keys", "values", "out"), numbers),
+        **dict.fromkeys(("query", "keys", "values", "out", "sinks"), numbers),
         **dict.fromkeys(("block_table", "seq_lens", "query_start_loc"), "*i32"),
         **dict.fromkeys(("partial_out", "partial_max", "partial_sum"), partial),
-        **dict.fromkeys(("num_requests", "stride_query", "stride_slot", "stride_table"), "i32"),
+        **dict.fromkeys(("num_requests", "stride_query", "stride_key", "stride_value", "stride_table"), "i32"),
         **dict.fromkeys(("scale", "softcap"), "fp32"),
     }
     return compile_kernel(attention_kernel, types, constants, capability, config.warps, config.stages)
@@ -91,8 +96,8 @@ def compile_attention(
 
 def compile_reduce(config: KernelConfig, capability: int, dtype: torch.dtype, head_dim: int) -> Compiled:
     """`reduce_kernel` for the segments of that configuration."""
-    constants = attention_constants(config, 8, 4, head_dim, 16, AttentionParams(1.0))
-    constants = {name: constants[name] for name in ("NUM_HEADS", "HEAD_DIM", "PADDED_DIM")}
+    constants = attention_constants(config, 8, 4, (head_dim, head_dim), 16, AttentionParams(1.0))
+    constants = {name: constants[name] for name in ("NUM_HEADS", "VALUE_DIM", "PADDED_VALUE")}
     types = {
         "out": POINTERS[dtype],
         **dict.fromkeys(("partial_out", "partial_max", "partial_sum"), "*fp32"),
@@ -109,7 +114,7 @@ def compile_write(capability: int, dtype: torch.dtype, width: int) -> Compiled:
         "slot_mapping": "*i64",
         **dict.fromkeys(("stride_key", "stride_value"), "i32"),
     }
-    return compile_kernel(write_kernel, types, {"WIDTH": width, "CHUNK": WRITE_CHUNK}, capability)
+    return compile_kernel(write_kernel, types, {"WIDTH": width, "VALUE_WIDTH": width, "CHUNK": WRITE_CHUNK}, capability)
 
 
 def compile_copy(capability: int, dtype: torch.dtype, block_numbers: int) -> Compiled:

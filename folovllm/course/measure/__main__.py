@@ -11,6 +11,7 @@
     python -m folovllm.course.measure prefixes     # chapter 7: requests with one system prompt (bundled model)
     python -m folovllm.course.measure whole        # chapter 8: one workload on every milestone, and the same tokens
     python -m folovllm.course.measure latency      # chapter 8: policies for a latency target, on a made-up machine
+    python -m folovllm.course.measure families     # the page on families: a tiny model of each, at each milestone
 
 Each part runs the models it is about, in rounds: see `folovllm.course.bench.rounds`. Run it while nothing else
 does. The chapters show these files.
@@ -40,13 +41,17 @@ from folovllm.course.measure.chapter_6 import chunks
 from folovllm.course.measure.chapter_7 import prefixes
 from folovllm.course.measure.chapter_8 import whole
 from folovllm.course.measure.chapter_8_latency import latency
+from folovllm.course.measure.families import families
 from folovllm.course.measure.measuring import as_text
 from folovllm.course.paths import RESULTS
 
 Part = Callable[[Console, int, Sequence[str]], list[tuple[str, dict[str, Any]]]]
 PARTS: dict[str, Part] = {
     part.__name__: part
-    for part in (*(workloads, cache, engine, batching, blocks, attention, ragged, chunks, prefixes, whole, latency),)
+    for part in (
+        *(workloads, cache, engine, batching, blocks, attention, ragged, chunks, prefixes, whole, latency),
+        families,
+    )
 }
 ROUNDS = 5
 

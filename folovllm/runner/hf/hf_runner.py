@@ -24,9 +24,6 @@ from folovllm.sampling.sampler import Sampler
 if TYPE_CHECKING:  # at run time this name would bring torch's compiler and Triton along
     from transformers import PreTrainedModel
 
-# Layers whose K/V is a list of tokens. Other layers keep a running state, which has no K/V to account for.
-SUPPORTED_LAYERS = {"full_attention", "sliding_attention"}
-
 
 @dataclass(frozen=True)
 class Padding:
@@ -51,11 +48,6 @@ class HFRunner(ModelRunner):
         clock: Callable[[], float] = time.perf_counter,
         num_threads: int | None = None,
     ) -> None:
-        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
-        if not layers <= SUPPORTED_LAYERS:
-            raise ValueError(
-                f"the model has layers of type {sorted(layers - SUPPORTED_LAYERS)}; allowed: {sorted(SUPPORTED_LAYERS)}"
-            )
         self.model = model
         self.batching = batching
         self.clock = clock
@@ -73,12 +65,12 @@ class HFRunner(ModelRunner):
         self.states.update(step)
         for request_id in step.finished_req_ids:
             self.caches.drop(request_id)
-        groups = self._groups(step.scheduled)
+        groups = self.groups(step.scheduled)
         prepared = self.clock()
         rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
         paddings = []
         for group in groups:
-            logits, padding = self._forward(group)  # [B, V]
+            logits, padding = self.forward(group)  # [B, V]
             rows.update(zip((share.request_id for share in group), logits, strict=True))
             paddings.append(padding)
         forwarded = self.clock()
@@ -94,7 +86,7 @@ class HFRunner(ModelRunner):
         }
         return result
 
-    def _groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
+    def groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
         """Which requests share a forward: prefills do, and so do decodes.
 
         Both at once would pad every decode's single token to the longest prompt.
@@ -105,7 +97,7 @@ class HFRunner(ModelRunner):
         decodes = [share for share in scheduled if share.start > 0]
         return [group for group in (prefills, decodes) if group]
 
-    def _forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
+    def forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
         """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
         request_ids = [share.request_id for share in group]
         batch = self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)

@@ -12,10 +12,11 @@ from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.attention import triton_backend
 from folovllm.attention.triton_backend import TritonBackend
 from folovllm.attention.triton_configs import KernelConfig, KernelConfigs
+from folovllm.course.measure.families import build
 from folovllm.runner.paged_runner import PagedRunner
 from tests.m3.cases import Case
 from tests.m3.helpers import check_all_free
-from tests.oracle import FAMILIES, OracleStats
+from tests.oracle import FAMILIES, OracleStats, assert_same_tokens, hf_greedy, random_prompt
 
 LENGTHS, NEW_TOKENS = (3, 17, 8), 6
 
@@ -111,3 +112,15 @@ def test_bfloat16_runs_to_the_end(tmp_path: Path, cases: Callable[[str], Case]) 
     both = set(logits[0]) & set(logits[1])
     assert len(both) >= 4
     assert all(abs(logits[0][token] - logits[1][token]) < 0.3 for token in both)
+
+
+@pytest.mark.parametrize("name", ["gemma2", "gpt_oss", "deepseek_v3"])
+def test_caps_sinks_and_two_sizes_of_heads(name: str, tmp_path: Path, oracle_stats: OracleStats) -> None:
+    """Families whose attention has more to it, on Hugging Face's code around the kernels."""
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    llm = LLM(str(tmp_path), attention_backend="triton", dtype="float32", device="cpu", num_kv_blocks=30, block_size=4)
+    prompts = [random_prompt(n, seed=n) for n in LENGTHS]
+    params = SamplingParams(temperature=0, max_tokens=4)
+    for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        assert_same_tokens(output.outputs[0].token_ids, hf_greedy(model, prompt, 4), model, prompt, oracle_stats)

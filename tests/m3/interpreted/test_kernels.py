@@ -137,6 +137,24 @@ def test_a_softcap(softcap: float) -> None:
         assert (expected_attention(batch, AttentionParams(0.7, window, softcap)) - without).abs().max() > 1e-4
 
 
+@pytest.mark.parametrize(("window", "softcap"), [(None, None), (9, None), (9, 2.0)])
+@pytest.mark.parametrize("segments", [1, 4])
+def test_sinks(window: int | None, softcap: float | None, segments: int) -> None:
+    """A head may attend to nothing: one more term in the sum of weights, however many segments its keys have."""
+    for lengths in (MIXED, DECODES):
+        batch = make_ragged(lengths, 8, (4, 2))
+        for sinks in (torch.tensor([-2.0, 0.5, 3.0, 1.0]), torch.tensor([-math.inf, -200.0, 200.0, 3.0])):
+            check(batch, AttentionParams(0.7, window, softcap, sinks), backend(16, 16, segments))
+
+
+@pytest.mark.parametrize(("head_dim", "value_dim"), [(24, 16), (16, 40), (192, 128), (8, 1)])
+def test_keys_and_values_of_two_sizes(head_dim: int, value_dim: int) -> None:
+    for lengths in ([(9, 1), (20, 1)], [(9, 1), (0, 7), (30, 5)]):
+        batch = make_ragged(lengths, 4, (6, 3), head_dim, padding=(3, 2), value_dim=value_dim)
+        for params in (AttentionParams(0.2), AttentionParams(0.2, 9, 3.0, torch.linspace(-2, 2, 6))):
+            check(batch, params)
+
+
 @pytest.mark.parametrize("softcap", [None, 30.0])
 def test_large_scores_do_not_overflow(softcap: float | None) -> None:
     for lengths in (DECODES[-2:], [(10, 1), (0, 8), (5, 40)]):
