@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import logging
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,9 @@ from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import KVCacheManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.math_utils import cdiv
+from folovllm.models.config_fields import check_fields
 from folovllm.models.decoder import DecoderConfig
+from folovllm.models.decoder_check import how_decoder_differs
 from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
     LoadSpec,
@@ -45,6 +48,8 @@ from folovllm.runner.paged_runner import PagedRunner
 from folovllm.runner.threads import choose_num_threads
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # steps on a GPU are padded to these, for CUDA graphs
 
@@ -84,6 +89,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     """
     source = resolve_model(config.model.model)
     hf_config = load_config(source)
+    check_fields(hf_config)
     max_model_len = model_length(config, hf_config)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
@@ -181,15 +187,19 @@ def load_paged_model(spec: LoadSpec, backend: AttentionBackend, model_impl: str 
     """The model of a checkpoint, ready for inference.
 
     model_impl: "folovllm" is our decoder, "transformers" is Hugging Face's model, "auto" is our decoder if it supports
-    the config. Raises ValueError for a config that the chosen one does not support, and for weights as `load_decoder`
-    and `load_hf_paged` do.
+    the config and computes the same. Raises ValueError for a config that the chosen one does not support, and for
+    weights as `load_decoder` and `load_hf_paged` do.
     """
-    lacks = None if model_impl == "transformers" else what_decoder_lacks(spec.hf_config)
+    if model_impl == "transformers":
+        return load_hf_paged(spec, backend)
+    lacks = what_decoder_lacks(spec.hf_config)
+    if lacks is None and spec.source.kind not in ("bundled", "config"):  # the tests check those
+        lacks = how_decoder_differs(spec.hf_config)
+        if lacks is not None and model_impl == "auto":
+            logger.warning("model=%r runs with model_impl='transformers': %s", spec.source.name, lacks)
     if model_impl == "folovllm" and lacks is not None:
         raise ValueError(f"model_impl='folovllm' is not valid for this model: {lacks}; or model_impl='auto'")
-    if model_impl == "transformers" or lacks is not None:
-        return load_hf_paged(spec, backend)
-    return load_decoder(spec)
+    return load_decoder(spec) if lacks is None else load_hf_paged(spec, backend)
 
 
 def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
@@ -199,6 +209,8 @@ def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
         rope_frequencies(config.rope, config.head_dim)
     except ValueError as error:
         return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"its config cannot be read: {type(error).__name__} {error}"
     return None
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from folovllm.models.config_fields import without_unread_windows
 from folovllm.runner.hf.padded_cache import PaddedCaches
 from folovllm.runner.interface import ModelRunner
 from folovllm.runner.sampling_states import SamplingStates
@@ -51,7 +52,8 @@ class HFRunner(ModelRunner):
         clock: Callable[[], float] = time.perf_counter,
         num_threads: int | None = None,
     ) -> None:
-        layers = set(getattr(model.config.get_text_config(), "layer_types", None) or ["full_attention"])
+        config = without_unread_windows(model.config)
+        layers = set(getattr(config, "layer_types", None) or ["full_attention"])
         if not layers <= SUPPORTED_LAYERS:
             raise ValueError(
                 f"the model has layers of type {sorted(layers - SUPPORTED_LAYERS)}; allowed: {sorted(SUPPORTED_LAYERS)}"
