@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -17,6 +17,7 @@ from folovllm.checks import check_choice, quoted
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
 from folovllm.engine.core import EngineCore
+from folovllm.engine.generation_defaults import GenerationDefaults, generation_defaults
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import KVCacheManager
@@ -29,6 +30,7 @@ from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
     LoadSpec,
     eos_token_ids,
+    generation_config_of,
     load_config,
     load_generation_config,
     load_hf_model,
@@ -63,6 +65,7 @@ class EngineParts:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
@@ -95,7 +98,10 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     spec = LoadSpec(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
     tokenizer = load_tokenizer(source)
-    generation_config = load_generation_config(source)
+    option = config.model.generation_config
+    own_file = option in ("auto", "vllm")
+    generation_config = load_generation_config(source) if own_file else generation_config_of(option)
+    defaults = generation_defaults(None if option == "vllm" else generation_config)
     sampler = Sampler(config.model.seed, device)
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
@@ -121,7 +127,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     vocab_size = int(hf_config.get_text_config().vocab_size)
     # An id without a logit is never sampled, so it cannot end a sequence.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
-    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len)
+    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults)
 
 
 def build_paged(
