@@ -1,7 +1,7 @@
 """What a model's generation_config.json says about sampling (vLLM: `ModelConfig.get_diff_sampling_param`).
 
 transformers' `generate` obeys the whole file. `SamplingParams` has a counterpart for some of its fields, and those are
-the parameters of requests that come without any. An explicit `SamplingParams` is taken as it stands, as in vLLM. Fields
+the parameters of requests that come without any. An explicit `SamplingParams` is taken unchanged, as in vLLM. Fields
 that change even greedy text and have no counterpart are refused: the engine's promise is Hugging Face's tokens.
 
 `generation_config="vllm"` leaves all of them unread, and a folder's file may take the place of the model's own.

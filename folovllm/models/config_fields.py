@@ -14,6 +14,7 @@ from typing import Any, cast
 from transformers import PretrainedConfig
 
 from folovllm.checks import invalid
+from folovllm.models.decoder import MODEL_TYPES
 
 WINDOW_FIELDS = ("sliding_window", "layer_types", "attention_chunk_size")  # what `DynamicCache` looks at
 
@@ -44,6 +45,11 @@ def check_fields(config: PretrainedConfig) -> None:
     padding = getattr(text, "pad_token_id", None)
     if isinstance(padding, int) and not -text.vocab_size <= padding < text.vocab_size:
         raise invalid("pad_token_id", padding, f"an id below vocab_size={text.vocab_size}, or null")
+    rope = getattr(text, "rope_parameters", None) or {}
+    partial = rope.get("partial_rotary_factor", 1.0)
+    if text.model_type in MODEL_TYPES and rope.get("rope_type", "default") != "default" and partial != 1.0:
+        # Hugging Face's scaled frequencies read it, and their rotation of whole heads does not.
+        raise invalid("partial_rotary_factor", partial, f"1.0 with rope_type={rope['rope_type']!r}")
     if not reads(text, "sliding_window"):
         return
     window = getattr(text, "sliding_window", None)

@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from folovllm import LLM, SamplingParams, baseline
 from folovllm.config import MILESTONES
-from tests.oracle import OracleStats, assert_same_tokens, random_prompt, tiny_model
+from tests.oracle import OracleStats, assert_same_tokens, random_prompt, randomize, tiny_config, tiny_model
 
 PROMPT = random_prompt(30)
 NUM_TOKENS = 8
@@ -70,12 +70,13 @@ def shared_model(family: str, made_with: str) -> PreTrainedModel:
 
 
 def save(folder: Path, family: str, made_with: dict[str, Any], written: dict[str, Any]) -> None:
-    """A checkpoint whose config.json then gets the fields `written`; None takes one away."""
+    """A checkpoint whose config.json then gets the fields `written`; layer_types=None takes them away."""
     shared_model(family, json.dumps(made_with)).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | written
-    (folder / "config.json").write_text(
-        json.dumps({k: v for k, v in config.items() if v is not None or k not in written})
-    )
+    file = folder / "config.json"
+    fields = json.loads(file.read_text()) | written
+    if fields.get("layer_types", ()) is None:
+        del fields["layer_types"]
+    file.write_text(json.dumps(fields))
 
 
 def tokens_without_cache(model: PreTrainedModel) -> list[int]:
@@ -91,10 +92,8 @@ def make_llm(folder: Path, milestone: str, **kwargs: Any) -> LLM:
 
 
 def name_of(case: tuple[str, dict[str, Any], dict[str, Any]]) -> str:
-    fields = {**case[1], **case[2]}
-    return f"{case[0]}: " + ", ".join(
-        f"{k}={v.get('rope_type') if isinstance(v, dict) else v}" for k, v in fields.items()
-    )
+    values = {k: v["rope_type"] if isinstance(v, dict) else v for k, v in {**case[1], **case[2]}.items()}
+    return f"{case[0]}: " + ", ".join(f"{k}={v}" for k, v in values.items())
 
 
 @pytest.mark.parametrize("case", CASES, ids=name_of)
@@ -102,16 +101,34 @@ def test_all_milestones_read_a_config_as_the_model_does(
     tmp_path: Path, case: tuple[str, dict[str, Any], dict[str, Any]], oracle_stats: OracleStats
 ) -> None:
     save(tmp_path, *case)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    check(tmp_path, oracle_stats)
+
+
+def check(folder: Path, oracle_stats: OracleStats) -> None:
+    """M0 to M4 generate what the model without a cache does."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     expected = tokens_without_cache(model)
     found = {"m0": baseline.generate_cached(model, PROMPT, NUM_TOKENS).token_ids}
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS)
     for milestone in MILESTONES:
         # A shorter neighbour brings padding at M2, and a second request into M3's and M4's flat steps.
-        llm = make_llm(tmp_path, milestone)
+        llm = make_llm(folder, milestone)
         found[milestone] = llm.generate([PROMPT, PROMPT[:5]], params, use_tqdm=False)[0].outputs[0].token_ids
     for token_ids in found.values():
         assert_same_tokens(token_ids, expected, model, PROMPT, oracle_stats)
+
+
+@pytest.mark.parametrize("family", ["gemma", "granite", "olmo2"])
+def test_families_on_the_transformers_way_ignore_a_window_as_well(
+    tmp_path: Path, family: str, oracle_stats: OracleStats
+) -> None:
+    fields = {k: v for k, v in tiny_config("llama").to_dict().items() if k not in ("model_type", "architectures")}
+    made = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields | DEFAULT))
+    randomize(made)
+    made.save_pretrained(tmp_path)
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | ALL_SLIDE))
+    check(tmp_path, oracle_stats)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
@@ -123,6 +140,14 @@ REFUSED: list[tuple[str, dict[str, Any], str]] = [
     ("qwen2", {**ALL_SLIDE, "use_sliding_window": False}, "sliding_window=None is not valid; allowed: an integer >= 1"),
     ("qwen3", {**MIXED, "use_sliding_window": False}, "sliding_window=None is not valid; allowed: an integer >= 1"),
     ("qwen2", {"layer_types": ["chunked_attention"] * 2}, "layers of type ['chunked_attention']"),
+    (
+        "llama",
+        {"partial_rotary_factor": 0.5},
+        "partial_rotary_factor=0.5 is not valid; allowed: 1.0 with rope_type='llama3'",
+    ),
+    ("llama", {**LINEAR, "partial_rotary_factor": 0.5}, "allowed: 1.0 with rope_type='linear'"),
+    ("qwen2", {"head_dim": None}, "cannot load"),  # transformers takes the missing number for the head's size
+    ("llama", {"rope_parameters": {**ROPE, "rope_type": "other"}}, "cannot load"),
 ]
 
 
