@@ -42,14 +42,15 @@ def check_fields(config: PretrainedConfig) -> None:
     text = config.get_text_config(decoder=True)
     if getattr(text, "is_causal", True) is False:
         raise invalid("is_causal", False, "True, because a token must not depend on the tokens after it")
-    padding = getattr(text, "pad_token_id", None)
-    if isinstance(padding, int) and not -text.vocab_size <= padding < text.vocab_size:
-        raise invalid("pad_token_id", padding, f"an id below vocab_size={text.vocab_size}, or null")
-    rope = getattr(text, "rope_parameters", None) or {}
-    partial = rope.get("partial_rotary_factor", 1.0)
-    if text.model_type in MODEL_TYPES and rope.get("rope_type", "default") != "default" and partial != 1.0:
-        # Hugging Face's scaled frequencies read it, and their rotation of whole heads does not.
-        raise invalid("partial_rotary_factor", partial, f"1.0 with rope_type={rope['rope_type']!r}")
+    if text.model_type in MODEL_TYPES:
+        padding = text.pad_token_id
+        if padding is not None and not -text.vocab_size <= padding < text.vocab_size:
+            raise invalid("pad_token_id", padding, f"an id below vocab_size={text.vocab_size}, or null")
+        rope = text.rope_parameters or {}
+        partial = rope.get("partial_rotary_factor", 1.0)
+        if rope.get("rope_type", "default") != "default" and partial != 1.0:
+            # Hugging Face's scaled frequencies read it, and their rotation of whole heads does not.
+            raise invalid("partial_rotary_factor", partial, f"1.0 with rope_type={rope['rope_type']!r}")
     if not reads(text, "sliding_window"):
         return
     window = getattr(text, "sliding_window", None)

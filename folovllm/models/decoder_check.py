@@ -55,7 +55,8 @@ def how_decoder_differs(hf_config: PretrainedConfig) -> str | None:
     except (OSError, ValueError, KeyError, TypeError):  # no answer yet, or no whole one
         pass
     try:
-        found = compare(small)
+        with torch.device("cpu"):  # whatever the process's default is
+            found = compare(small)
     except MODEL_ERRORS as error:
         return f"a small copy of its config cannot be run: {error or type(error).__name__}"
     try:

@@ -53,7 +53,8 @@ _DOWNLOAD_ADVICE = (
 )
 # What transformers, safetensors and json raise for a bad checkpoint.
 _LOAD_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, SafetensorError, StrictDataclassError,
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, SafetensorError,
+    StrictDataclassError,
 )  # fmt: skip
 
 

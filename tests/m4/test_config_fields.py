@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GemmaConfig, GPT2Config, PreTrainedModel
 
 from folovllm import LLM, SamplingParams, baseline
 from folovllm.config import MILESTONES
@@ -129,6 +129,20 @@ def test_families_on_the_transformers_way_ignore_a_window_as_well(
     file = tmp_path / "config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | ALL_SLIDE))
     check(tmp_path, oracle_stats)
+
+
+@pytest.mark.parametrize("milestone", ["m1", "m4"])
+def test_a_padding_id_without_a_row_matters_only_to_families_that_look_it_up(tmp_path: Path, milestone: str) -> None:
+    fields = {"vocab_size": 128, "pad_token_id": 128, "bos_token_id": None, "eos_token_id": None}
+    GPT2Config(n_embd=32, n_layer=1, n_head=2, n_positions=64, **fields).save_pretrained(tmp_path / "gpt2")
+    (llm, params) = make_llm(tmp_path / "gpt2", milestone, load_format="dummy"), SamplingParams(max_tokens=3)
+    assert len(llm.generate([PROMPT], params, use_tqdm=False)[0].outputs[0].token_ids) == 3
+    gemma = GemmaConfig(hidden_size=32, num_hidden_layers=1, **fields | {"pad_token_id": 0})
+    AutoModelForCausalLM.from_config(gemma).save_pretrained(tmp_path / "gemma")
+    file = tmp_path / "gemma" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+    with pytest.raises(ValueError, match="Padding_idx must be within num_embeddings"):
+        make_llm(tmp_path / "gemma", milestone)
 
 
 REFUSED: list[tuple[str, dict[str, Any], str]] = [
