@@ -34,6 +34,8 @@ import transformers
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from folovllm.models.config_fields import without_unread_windows
+
 MIN_TEMPERATURE = 0.01  # vLLM's limit: logits divided by less may overflow
 
 
@@ -120,7 +122,8 @@ def generate_cached(
     differ where two logits are equal up to rounding. In float32 that is rare.)
     """
     prompt = _checked_prompt(model, prompt_token_ids, max_new_tokens, temperature)
-    cache = DynamicCache(config=model.config)  # per layer: keys and values, each [1, Hkv, T, D], growing in T
+    # Per layer: keys and values, each [1, Hkv, T, D], growing in T, or up to the sliding window if the model has one.
+    cache = DynamicCache(config=without_unread_windows(model.config))
 
     def next_logits(text: list[int]) -> torch.Tensor:
         past = cache.get_seq_length()  # tokens whose K and V are in the cache: 0, then T - 1

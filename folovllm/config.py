@@ -76,6 +76,10 @@ class ModelConfig:
     #: Hugging Face decoder whose attention can be replaced; "auto" is ours where it fits. M1 and M2 always run
     #: Hugging Face's.
     model_impl: str = "auto"
+    #: Sampling parameters of requests that have none: "auto" takes those of the model's generation_config.json, and
+    #: refuses a model whose file asks for what they cannot say; "vllm" takes those of `SamplingParams()`; or a folder
+    #: with a generation_config.json to read instead. EOS ids are the file's in any case.
+    generation_config: str = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.model, str) or not self.model:
@@ -88,6 +92,8 @@ class ModelConfig:
             check_int("max_model_len", self.max_model_len, 1)
         check_int("seed", self.seed, 0, 2**63 - 1)
         check_choice("model_impl", self.model_impl, MODEL_IMPLS)
+        if not isinstance(self.generation_config, str) or not self.generation_config:
+            raise invalid("generation_config", self.generation_config, "'auto', 'vllm' or a folder")
 
 
 @config

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+import logging
+from dataclasses import dataclass, field
 
 import torch
 import transformers
@@ -16,17 +17,21 @@ from folovllm.checks import check_choice, quoted
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
 from folovllm.engine.core import EngineCore
+from folovllm.engine.generation_defaults import GenerationDefaults, generation_defaults
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.contiguous import ContiguousKVManager
 from folovllm.kv_cache.interface import KVCacheManager
 from folovllm.kv_cache.prefix_cache import PrefixCache
 from folovllm.math_utils import cdiv
+from folovllm.models.config_fields import check_fields
 from folovllm.models.decoder import DecoderConfig
+from folovllm.models.decoder_check import how_decoder_differs
 from folovllm.models.families import check_family
 from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
     LoadSpec,
     eos_token_ids,
+    generation_config_of,
     load_config,
     load_generation_config,
     load_hf_model,
@@ -48,6 +53,8 @@ from folovllm.runner.threads import choose_num_threads
 from folovllm.sampling.sampler import Sampler
 from folovllm.scheduler.scheduler import Scheduler
 
+logger = logging.getLogger(__name__)
+
 GPU_SIZES = (1, 2, 4, *range(8, 513, 8))  # steps on a GPU are padded to these, for CUDA graphs
 
 
@@ -60,6 +67,7 @@ class EngineParts:
     eos_token_ids: tuple[int, ...]
     vocab_size: int
     max_model_len: int
+    defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
 
 
 def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
@@ -86,13 +94,17 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     """
     source = resolve_model(config.model.model)
     hf_config = load_config(source)
+    check_fields(hf_config)
     max_model_len = model_length(config, hf_config)
     check_family(hf_config, max_model_len)
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     spec = LoadSpec(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
     tokenizer = load_tokenizer(source)
-    generation_config = load_generation_config(source)
+    option = config.model.generation_config
+    own_file = option in ("auto", "vllm")
+    generation_config = load_generation_config(source) if own_file else generation_config_of(option)
+    defaults = generation_defaults(None if option == "vllm" else generation_config)
     sampler = Sampler(config.model.seed, device)
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
@@ -119,7 +131,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     vocab_size = int(hf_config.get_text_config().vocab_size)
     # An id without a logit is never sampled, so it cannot end a sequence.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
-    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len)
+    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults)
 
 
 def build_paged(
@@ -185,15 +197,19 @@ def load_paged_model(spec: LoadSpec, backend: AttentionBackend, model_impl: str 
     """The model of a checkpoint, ready for inference.
 
     model_impl: "folovllm" is our decoder, "transformers" is Hugging Face's model, "auto" is our decoder if it supports
-    the config. Raises ValueError for a config that the chosen one does not support, and for weights as `load_decoder`
-    and `load_hf_paged` do.
+    the config and computes the same. Raises ValueError for a config that the chosen one does not support, and for
+    weights as `load_decoder` and `load_hf_paged` do.
     """
-    lacks = None if model_impl == "transformers" else what_decoder_lacks(spec.hf_config)
+    if model_impl == "transformers":
+        return load_hf_paged(spec, backend)
+    lacks = what_decoder_lacks(spec.hf_config)
+    if lacks is None and spec.source.kind not in ("bundled", "config"):  # the tests check those
+        lacks = how_decoder_differs(spec.hf_config)
+        if lacks is not None and model_impl == "auto":
+            logger.warning("model=%r runs with model_impl='transformers': %s", spec.source.name, lacks)
     if model_impl == "folovllm" and lacks is not None:
         raise ValueError(f"model_impl='folovllm' is not valid for this model: {lacks}; or model_impl='auto'")
-    if model_impl == "transformers" or lacks is not None:
-        return load_hf_paged(spec, backend)
-    return load_decoder(spec)
+    return load_decoder(spec) if lacks is None else load_hf_paged(spec, backend)
 
 
 def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
@@ -203,6 +219,8 @@ def what_decoder_lacks(hf_config: PretrainedConfig) -> str | None:
         rope_frequencies(config.rope, config.head_dim)
     except ValueError as error:
         return str(error)
+    except (KeyError, TypeError, AttributeError) as error:
+        return f"its config cannot be read: {type(error).__name__} {error}"
     return None
 
 

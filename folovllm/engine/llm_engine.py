@@ -7,6 +7,7 @@ prompt -tokenizer-> Request(s) -> core.step() -> EngineCoreOutput -detokenizer->
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -63,6 +66,8 @@ class LLMEngine:
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size
         self.max_model_len = built.max_model_len
+        self.defaults = built.defaults  # sampling parameters of requests without any
+        self._has_warned = False  # that explicit parameters override some of these
         self._parent_requests: dict[str, ParentRequest] = {}
         self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
         self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
@@ -117,8 +122,10 @@ class LLMEngine:
         when it has finished, until `scheduler.free_held`. Both are for one sequence (n = 1).
         """
         arrival = self.core.clock()
-        params = SamplingParams() if sampling_params is None else sampling_params
+        params = self.defaults.params if sampling_params is None else sampling_params
         self._check(request_id, params, priority)
+        if sampling_params is not None:
+            self._warn_of_overrides(params)
         given = read_prompt(prompt, self.tokenizer, self.vocab_size)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
@@ -303,6 +310,17 @@ class LLMEngine:
         self._stems[first] -= 1
         if not self._stems[first]:
             del self._stems[first]
+
+    def _warn_of_overrides(self, params: SamplingParams) -> None:
+        """Say once what explicit parameters override of the model's generation_config.json."""
+        overridden = [] if self._has_warned else self.defaults.overridden_by(params)
+        if overridden:
+            self._has_warned = True
+            logger.warning(
+                "explicit sampling parameters override %s of the generation_config.json of model=%r",
+                ", ".join(overridden),
+                self.config.model.model,
+            )
 
     def _check(self, request_id: str, params: SamplingParams, priority: int) -> None:
         if not isinstance(request_id, str) or not request_id:

@@ -17,7 +17,7 @@ from folovllm.engine.input_processor import Prompt, as_prompt_list, encode
 from folovllm.engine.llm_engine import LLMEngine, Params
 from folovllm.engine.recording import record
 from folovllm.outputs import BeamSearchOutput, RequestOutput
-from folovllm.sampling_params import BeamSearchParams
+from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
 Message = dict[str, str]
 
@@ -81,8 +81,8 @@ class LLM:
         """Complete every prompt; outputs in the order of the prompts, [] for none.
 
         prompts: one or a list of: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}. sampling_params: one
-        for all or one per prompt. Raises ValueError if any prompt is invalid; then no prompt is started. An interrupt
-        aborts all of them.
+        for all or one per prompt; None takes `get_default_sampling_params()`. Raises ValueError if any prompt is
+        invalid; then no prompt is started. An interrupt aborts all of them.
         """
         request_ids = self.enqueue(prompts, sampling_params, priority)
         generated = 0
@@ -114,6 +114,10 @@ class LLM:
                 bar.update()
 
             return beam_search(self.engine, prompt_list, params, on_done)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """The parameters of requests that have none, as `generation_config` says (vLLM's name)."""
+        return self.engine.defaults.params
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache. Running requests keep their blocks."""

@@ -21,6 +21,13 @@ MilestoneName = Annotated[
 Dtype = Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]
 LoadFormat = Annotated[str, typer.Option(help="auto, safetensors, or dummy: random weights from config.json alone.")]
+Generation = Annotated[
+    str,
+    typer.Option(
+        help="Which generation_config.json counts: auto (the model's), vllm (none but for EOS ids) or a folder's. "
+        "Options such as --temperature always win over it."
+    ),
+]
 MaxTokens = Annotated[int, typer.Option(help="At most this many tokens per answer.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest token; above 0, tokens are drawn at random.")]
 TopP = Annotated[float, typer.Option(help="Draw from the smallest set of tokens with this much probability.")]

@@ -50,8 +50,8 @@ DOWNLOAD_ADVICE = (
 )
 # What transformers, safetensors, torch and json raise for a bad checkpoint.
 LOAD_ERRORS = (
-    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, EOFError, UnpicklingError, SafetensorError,
-    StrictDataclassError,
+    OSError, ValueError, KeyError, TypeError, AttributeError, RuntimeError, AssertionError, EOFError, UnpicklingError,
+    SafetensorError, StrictDataclassError,
 )  # fmt: skip
 
 _SAFETENSORS_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16", "F64": "float64"}

@@ -34,6 +34,7 @@ from folovllm.models.layers import (
 from folovllm.models.paged_model import KVShape
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
+LAYER_TYPES = ("full_attention", "sliding_attention")
 
 
 @dataclass(frozen=True)
@@ -60,9 +61,8 @@ class DecoderConfig(KVShape):
             raise ValueError(f"model_type={hf.model_type!r} is not valid; allowed: {', '.join(MODEL_TYPES)}")
         if hf.hidden_act != "silu":
             raise ValueError(f"hidden_act={hf.hidden_act!r} is not valid; allowed: 'silu'")
-        bias = bool(getattr(hf, "attention_bias", False))
-        window = getattr(hf, "sliding_window", None)
-        kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
+        # A field counts only for the model types whose Hugging Face code reads it: others may hold it unused.
+        has_bias = hf.model_type in ("llama", "qwen3") and bool(hf.attention_bias)
         return cls(
             vocab_size=hf.vocab_size,
             hidden_size=hf.hidden_size,
@@ -74,12 +74,27 @@ class DecoderConfig(KVShape):
             norm_eps=hf.rms_norm_eps,
             rope=dict(hf.rope_parameters),
             tied_embeddings=hf.tie_word_embeddings,
-            qkv_bias=hf.model_type == "qwen2" or bias,
-            out_bias=hf.model_type != "qwen2" and bias,
-            mlp_bias=bool(getattr(hf, "mlp_bias", False)),
+            qkv_bias=hf.model_type == "qwen2" or has_bias,
+            out_bias=has_bias,
+            mlp_bias=hf.model_type == "llama" and bool(hf.mlp_bias),
             qk_norm=hf.model_type == "qwen3",
-            windows=tuple(window if kind == "sliding_attention" else None for kind in kinds),
+            windows=windows_of(hf),
         )
+
+
+def windows_of(hf: PretrainedConfig) -> tuple[int | None, ...]:
+    """The window of each layer: Llama has none, Mistral one for all, Qwen as `layer_types` says.
+
+    Raises ValueError for a kind of layer that Qwen does not have.
+    """
+    if hf.model_type == "llama":
+        return (None,) * hf.num_hidden_layers
+    if hf.model_type == "mistral":
+        return (hf.sliding_window,) * hf.num_hidden_layers
+    unknown = sorted(set(hf.layer_types) - set(LAYER_TYPES))
+    if unknown:
+        raise ValueError(f"layer_types={unknown} is not valid; allowed: {', '.join(LAYER_TYPES)}")
+    return tuple(hf.sliding_window if kind == "sliding_attention" else None for kind in hf.layer_types)
 
 
 class Attention(nn.Module):

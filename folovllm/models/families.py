@@ -9,6 +9,8 @@ from typing import Any
 
 from transformers import PretrainedConfig
 
+from folovllm.models.config_fields import without_unread_windows
+
 # K/V per token, of which all or the last ones are attended to. Other layers keep a running state, or start again at
 # some position, and have no list of tokens to keep in blocks, to pad, or to account for.
 LAYER_TYPES = ("full_attention", "sliding_attention")
@@ -16,7 +18,7 @@ LAYER_TYPES = ("full_attention", "sliding_attention")
 
 def check_family(hf_config: PretrainedConfig, max_model_len: int) -> None:
     """Raise ValueError for a model that no milestone runs, or not with requests of that length."""
-    text = hf_config.get_text_config()
+    text = without_unread_windows(hf_config)
     others = set(getattr(text, "layer_types", None) or LAYER_TYPES) - set(LAYER_TYPES)
     if others:
         raise ValueError(

@@ -115,19 +115,38 @@ def load_config(source: ModelSource) -> PretrainedConfig:
 
 
 def load_generation_config(source: ModelSource) -> GenerationConfig | None:
-    """The model's generation_config.json (its end-of-sequence ids), or None if it has none.
+    """The model's generation_config.json. Without one, what config.json has of it, as transformers does; or None.
 
     Raises ValueError if the file of a folder or a bundled model cannot be read.
     """
-    if source.kind != "hub" and not (Path(source.path_or_id) / "generation_config.json").is_file():
-        return None
+    has_file = source.kind == "hub" or (Path(source.path_or_id) / "generation_config.json").is_file()
     try:
         with _quiet():
-            return GenerationConfig.from_pretrained(source.path_or_id)
+            try:
+                if has_file:
+                    return GenerationConfig.from_pretrained(source.path_or_id)
+            except OSError:
+                if source.kind != "hub":  # if the hub has the model, it does not have this file
+                    raise
+            return GenerationConfig.from_pretrained(
+                source.path_or_id, config_file_name="config.json", _from_model_config=True
+            )
     except LOAD_ERRORS as error:
-        if source.kind == "hub" and isinstance(error, OSError):  # the model exists, so this file does not
+        if source.kind == "hub" and isinstance(error, OSError):
             return None
-        raise load_error(source, "generation_config.json", error) from error
+        raise load_error(source, "generation_config.json" if has_file else "config.json", error) from error
+
+
+def generation_config_of(folder: str) -> GenerationConfig:
+    """The generation_config.json of a folder other than the model's. Raises ValueError if there is none to read."""
+    path = Path(folder).expanduser()
+    if not (path / "generation_config.json").is_file():
+        raise invalid("generation_config", folder, "'auto', 'vllm' or a folder with a generation_config.json")
+    try:
+        with _quiet():
+            return GenerationConfig.from_pretrained(str(path))
+    except LOAD_ERRORS as error:
+        raise invalid("generation_config", folder, f"a file that can be read: {error}") from error
 
 
 def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:

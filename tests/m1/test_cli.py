@@ -104,6 +104,7 @@ def test_dummy_weights_take_token_ids():
         (["generate", ""], "prompts[0]='' is empty"),
         (["generate", "--trace", "missing/folder/t.json"], "allowed: a file in a folder that exists"),
         (["generate", "--num-prompts", "-1"], "num_prompts=-1 is not valid"),
+        (["generate", "--generation-config", "x"], "generation_config='x' is not valid; allowed: 'auto', 'vllm' or a"),
         (["info", "./missing"], "no such folder"),
         (["chat", "--top-p", "0"], "top_p=0.0 is not valid"),
         (["generate", "hi", "--model", "qwen3-0.6b", "--load-format", "dummy", "--max-tokens", "1"], "no tokenizer"),

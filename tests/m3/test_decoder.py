@@ -197,7 +197,7 @@ def test_logits_are_computed_for_rows_that_sample_only(tmp_path: Path, monkeypat
         ),
         (
             "llama",
-            {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
+            {"rope_parameters": {"rope_type": "llama3", "rope_theta": 1e4, "partial_rotary_factor": 0.5}},
             "partial_rotary_factor=0.5 is not valid; allowed: 1.0",
         ),
     ],
