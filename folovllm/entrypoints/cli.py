@@ -64,7 +64,7 @@ from folovllm.entrypoints.terminal import (
     print_stream,
     show_ids,
 )
-from folovllm.kv_cache.formulas import attention_kind, head_dim_of, kv_bytes_per_token
+from folovllm.kv_cache.formulas import attention_kind, head_dim_of, held_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
 from folovllm.sampling_params import SamplingParams
 
@@ -289,7 +289,7 @@ def info(
         where = resolve_device(device)
         kind = resolve_dtype(dtype, config, where)
         threads, reason = step_threads(EngineConfig(), config, where)
-        per_token = kv_bytes_per_token(config, kind.itemsize)
+        per_token = held_bytes_per_token(config, kind.itemsize)
         tokenizer = load_tokenizer(source)
         rows: dict[str, object] = {
             "model": f"{source.name} ({source.kind})",

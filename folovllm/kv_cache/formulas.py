@@ -47,6 +47,20 @@ def kv_values_per_layer(config: PretrainedConfig) -> int:
     return 2 * num_kv_heads(config) * head_dim_of(config)
 
 
+def held_bytes_per_token(config: PretrainedConfig, dtype_bytes: int) -> int:
+    """Bytes of one token in this engine's cache, all layers together.
+
+    As `kv_bytes_per_token`, except with MLA: transformers' code makes keys and values of every head from the latent
+    before attention, and those are what is cached here. An engine with a kernel for it keeps the latent.
+    """
+    config = text_config(config)
+    if attention_kind(config) != "MLA":
+        return kv_bytes_per_token(config, dtype_bytes)
+    check_at_least("dtype_bytes", dtype_bytes, 1)
+    per_head = config.qk_nope_head_dim + config.qk_rope_head_dim + config.v_head_dim
+    return int(config.num_hidden_layers * config.num_attention_heads * per_head * dtype_bytes)
+
+
 def kv_bytes_per_token(config: PretrainedConfig, dtype_bytes: int) -> int:
     """Bytes of KV cache that one token takes, all layers together (`dtype_bytes`: 4 for float32)."""
     check_at_least("dtype_bytes", dtype_bytes, 1)

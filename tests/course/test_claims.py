@@ -24,7 +24,10 @@ from folovllm.course.measure.measuring import LINE, as_text  # noqa: E402
 from folovllm.course.viz.blocks import PAPER_FIG_2  # noqa: E402
 
 CHAPTERS = sorted((ROOT / "docs" / "chapters").glob("*.md"))
-BESIDE = [ROOT / "docs" / f"{name}.md" for name in ("errata", "interview", "vllm_map", "open_questions")]
+BESIDE = [
+    ROOT / "docs" / f"{name}.md"
+    for name in ("errata", "interview", "vllm_map", "compatibility_families", "open_questions")
+]
 each_chapter = pytest.mark.parametrize("chapter", [*CHAPTERS, *BESIDE], ids=lambda chapter: chapter.stem)
 
 # Written down by hand, from papers and arithmetic on paper; the ledger computes them.

@@ -29,6 +29,7 @@ from folovllm.course.measure.families import (
     served,
 )
 from folovllm.course.paths import RESULTS
+from folovllm.kv_cache.formulas import held_bytes_per_token
 from folovllm.runner.hf.hf_runner import HFRunner
 from folovllm.runner.paged_runner import PagedRunner
 from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt
@@ -186,6 +187,15 @@ def test_a_shared_prefix(name: str, backend: str, tmp_path: Path, oracle_stats: 
     for prompt, output in zip(prompts, llm.generate(prompts, params, use_tqdm=False), strict=True):
         assert output.num_cached_tokens == 80
         assert_same_tokens(output.outputs[0].token_ids, hf_greedy(model, prompt, 8), model, prompt, oracle_stats)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt_oss", "deepseek_v2", "deepseek_v3", "minicpm3", "gpt2"])
+def test_bytes_from_a_config_are_those_of_the_pool(name: str, tmp_path: Path) -> None:
+    model = build(name)
+    model.save_pretrained(tmp_path)
+    runner = make(tmp_path, "m4", num_kv_blocks=9).engine.core.runner
+    assert isinstance(runner, PagedRunner)
+    assert runner.storage.num_bytes == 10 * 4 * held_bytes_per_token(model.config, 4)
 
 
 def test_a_block_holds_keys_and_values_in_their_sizes(tmp_path: Path) -> None:
