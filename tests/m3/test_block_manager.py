@@ -103,7 +103,7 @@ class ManagerMachine(RuleBasedStateMachine):
     def start(self, num_blocks: int, size: int, num_host: int) -> None:
         self.manager = BlockManager(num_blocks, size, num_host)
         self.books = Books(num_blocks, size, num_host)
-        self.waiting: set[str] = set()  # forks that have not run
+        self.not_run: set[str] = set()  # forks that have not run
         self.requests: dict[str, Request] = {}
         self.plans: dict[str, BlockPlan] = {}  # that no forward has run yet
         self.made = 0
@@ -150,7 +150,7 @@ class ManagerMachine(RuleBasedStateMachine):
                 del self.requests[i]
             return
         ops: list[KVOp] = []
-        self.waiting.discard(i)
+        self.not_run.discard(i)
         books.tokens.setdefault(i, done)
         table = books.tables.setdefault(i, [])
         if shared:
@@ -216,7 +216,7 @@ class ManagerMachine(RuleBasedStateMachine):
             return
         self.manager.fork(source, child, count)
         assert self.manager.pool.free_list() == books.free  # a fork costs nothing
-        self.waiting.add(child.request_id)
+        self.not_run.add(child.request_id)
         books.tables[child.request_id] = books.tables[i][: ceil(count / books.size)]
         books.tokens[child.request_id] = done[:count]
 
@@ -259,7 +259,7 @@ class ManagerMachine(RuleBasedStateMachine):
         assert usage.capacity == books.num_blocks * books.size
         assert usage.reserved == len(counts) * books.size
         assert usage.free == len(books.free) * books.size
-        ran = [table for i, table in books.tables.items() if i not in self.waiting]
+        ran = [table for i, table in books.tables.items() if i not in self.not_run]
         assert usage.unshared == sum(map(len, ran)) * books.size
         assert usage.used == sum(len(offsets) for offsets in books.known.values()) <= usage.reserved
         if any(ran):

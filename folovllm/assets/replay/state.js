@@ -136,12 +136,14 @@ class Replay {
     return owners;
   }
 
-  // Slots of a block with K/V: the maximum over its owners.
+  // Slots of a block with K/V: the maximum over its owners. A fork that has not run shares its prompt but the last token.
   filled(block, owners) {
     if (owners.length === 0) return this.cached.has(block) ? this.blockSize : 0;
     const written = owners.map((place) => {
       const start = this.tables.get(place).indexOf(block) * this.blockSize;
-      return this.requests[place].computed - start;
+      const { status, computed, prompt } = this.requests[place];
+      if (status !== "unseen") return computed - start;
+      return (prompt === null ? Infinity : prompt.length - 1) - start;
     });
     return Math.max(0, Math.min(this.blockSize, Math.max(...written)));
   }
