@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
+from folovllm.checks import invalid
 from folovllm.kv_cache.formulas import head_dim_of
 from folovllm.models.layers import (
     Linear,
@@ -57,9 +58,9 @@ class DecoderConfig(KVShape):
     def from_hf(cls, hf: PretrainedConfig) -> DecoderConfig:
         """Raises ValueError for a model type or an activation that this decoder does not have."""
         if hf.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type={hf.model_type!r} is not valid; allowed: {', '.join(MODEL_TYPES)}")
+            raise invalid("model_type", hf.model_type, ", ".join(MODEL_TYPES))
         if hf.hidden_act != "silu":
-            raise ValueError(f"hidden_act={hf.hidden_act!r} is not valid; allowed: 'silu'")
+            raise invalid("hidden_act", hf.hidden_act, "'silu'")
         bias = bool(getattr(hf, "attention_bias", False))
         window = getattr(hf, "sliding_window", None)
         kinds = getattr(hf, "layer_types", None) or ["sliding_attention"] * hf.num_hidden_layers
