@@ -28,6 +28,7 @@ from folovllm.engine.trace import StepTrace
 from folovllm.entrypoints.cli import clean_exit, load_llm
 from folovllm.entrypoints.tables import new_table, phase_table, request_table, stats_table, step_table
 from folovllm.entrypoints.terminal import make_prompts, print_samples, show_ids
+from folovllm.math_utils import cdiv
 from folovllm.outputs import BeamSearchOutput
 from folovllm.runner.paged_runner import PagedRunner
 
@@ -193,7 +194,7 @@ def mean_empty(steps: Sequence[StepTrace]) -> float:
 
 def region_blocks(llm: LLM) -> int:
     """The model's maximum length in blocks: M1 and M2 reserve that much for each running request."""
-    return -(-llm.engine.max_model_len // llm.engine.config.cache.block_size)
+    return cdiv(llm.engine.max_model_len, llm.engine.config.cache.block_size)
 
 
 def computed_again(trace: Iterable[StepTrace]) -> int:

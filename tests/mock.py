@@ -200,6 +200,11 @@ def drain(engine: LLMEngine) -> dict[str, tuple[list[list[int]], list[str | None
     return done
 
 
+def first_scheduled(engine: LLMEngine) -> list[str]:
+    """Requests in the order in which they first ran."""
+    return list(dict.fromkeys(request.request_id for step in engine.trace for request in step.requests))
+
+
 def check_empty(engine: LLMEngine) -> None:
     """Nothing is left of any request, anywhere."""
     runner, scheduler = engine.core.runner, engine.core.scheduler

@@ -16,6 +16,7 @@ from folovllm.attention.triton_configs import choose_configs
 from folovllm.course.lessons.fragmentation import num_blocks, translate
 from folovllm.course.lessons.online_softmax import online_softmax
 from folovllm.course.viz.ragged import tile_kinds
+from folovllm.math_utils import cdiv
 
 RAGGED = "m3-ragged-folo-tiny"  # by `python -m folovllm.course.measure ragged`
 HERE = "docs/claims/chapter_5.py"
@@ -185,7 +186,7 @@ PROMPT = 4000
 
 def prefill_blocks(num_tokens: int) -> int:
     """Blocks of queries that a prompt is cut into on an H100."""
-    return -(-num_tokens // (H100.rows // GROUP))
+    return cdiv(num_tokens, H100.rows // GROUP)
 
 
 TABLES: dict[str, Table] = {

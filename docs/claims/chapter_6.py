@@ -8,6 +8,7 @@ from claims.models import BYTES_16_BIT, LLAMA_2_7B, bundled
 from folovllm.course.lessons.formulas import linear_params
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.formulas import kv_bytes, kv_bytes_per_token
+from folovllm.math_utils import cdiv
 from folovllm.messages import ModelRunnerOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -25,7 +26,7 @@ LONG, CHUNK = 100_000, 4096  # tokens
 
 def num_chunks(num_tokens: int, size: int) -> int:
     """Passes that compute a prompt in chunks of at most so many tokens."""
-    return -(-num_tokens // size)
+    return cdiv(num_tokens, size)
 
 
 def mlp_bytes(num_tokens: int) -> int:

@@ -9,43 +9,22 @@ that does not exist or that no page uses.
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from errata.themes import THEMES
 
-from claims import (
-    chapter_0,
-    chapter_1,
-    chapter_2,
-    chapter_3,
-    chapter_4,
-    chapter_5,
-    chapter_6,
-    chapter_7,
-    chapter_8,
-    compatibility_families,
-    interview,
-)
+from claims import compatibility_families, interview
 from claims.ledger import ROOT, Claim, ClaimError, Table, text
 
 CHAPTERS: tuple[ModuleType, ...] = (
-    chapter_0,
-    chapter_1,
-    chapter_2,
-    chapter_3,
-    chapter_4,
-    chapter_5,
-    chapter_6,
-    chapter_7,
-    chapter_8,
+    *(import_module(f"claims.chapter_{number}") for number in range(9)),
     *THEMES,
     interview,
     compatibility_families,
 )
-
-
 DOCS = ROOT / "docs"
 ROLE = re.compile(r"\{measured\}`([^`]+)`")
 

@@ -13,7 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
-from folovllm.checks import check_choice, quoted
+from folovllm.checks import check_choice, invalid, quoted
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
 from folovllm.engine.core import EngineCore
@@ -80,9 +80,7 @@ def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
         )
     wanted = config.model.max_model_len
     if wanted is not None and wanted > longest:
-        raise ValueError(
-            f"max_model_len={wanted} is not valid; allowed: at most {longest}, the model's max_position_embeddings"
-        )
+        raise invalid("max_model_len", wanted, f"at most {longest}, the model's max_position_embeddings")
     return longest if wanted is None else wanted
 
 
@@ -141,20 +139,20 @@ def build_paged(
 
     Raises ValueError if no block fits into memory.
     """
-    device, max_model_len = spec.device, model_length(config, spec.hf_config)
+    device = spec.device
     if device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
     backend = make_backend(config.attention_backend, device)
     model = load_paged_model(spec, backend, config.model.model_impl)
     size = config.cache.block_size
-    max_blocks = cdiv(max_model_len, size)  # of one request
+    max_blocks = cdiv(model.max_positions, size)  # of one request
     max_requests = min(config.max_num_seqs, max_tokens)
     buffers = InputBatch(max_tokens, max_requests, max_blocks, size, device, GPU_SIZES if device.type == "cuda" else ())
     block_bytes = kv_block_bytes(model, size)
     num_blocks = config.cache.num_kv_blocks
     if num_blocks is None:
         free = determine_available_memory(config, model, buffers, sampler, backend)
-        # At most: every running request at its longest, and as many held leaders.
+        # At most twice what all running requests hold at their longest; the rest is for cached prefixes and idle K/V.
         num_blocks = min(free // block_bytes, 2 * max_requests * max_blocks)
         if num_blocks < 1:
             raise ValueError(

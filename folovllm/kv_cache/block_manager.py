@@ -120,6 +120,8 @@ class BlockManager(KVCacheManager):
         ops: list[KVOp] = []
         if copy_first:
             ops.append(self._copy_on_write(table, first))
+        elif self.cache is not None and first < len(table.blocks):
+            self.cache.remove(table.blocks[first])  # a fork may share the beginning of a block that is full and cached
         table.blocks += self._get_new_blocks(num_new_blocks)
         if table.host_blocks:
             ops += self._swap_in(table)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable
 
+from folovllm.checks import check_int
+
 NULL_BLOCK = 0
 
 
@@ -23,8 +25,7 @@ class BlockPool:
     """
 
     def __init__(self, num_blocks: int) -> None:
-        if num_blocks < 0:
-            raise ValueError(f"num_blocks={num_blocks} is not valid; allowed: an integer >= 0")
+        check_int("num_blocks", num_blocks, 0)
         self.num_blocks = num_blocks
         self.ref_cnt = [0] * (num_blocks + 1)
         self.filled = [0] * (num_blocks + 1)  # slots written since the block was allocated; free blocks keep theirs

@@ -111,10 +111,14 @@ class PrefixCache:
 
     def evict(self, block: int) -> None:
         """The block is allocated anew: its entry, if it has one, is removed."""
+        self.evictions[block] += self.remove(block)
+
+    def remove(self, block: int) -> bool:
+        """The block is about to be written: its entry is removed. Whether it had one."""
         entry = self._by_block.get(block)
         if entry is not None:
-            self.evictions[block] += 1
             self._drop(entry)
+        return entry is not None
 
     def clear(self) -> None:
         """Remove all entries."""

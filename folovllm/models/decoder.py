@@ -21,6 +21,7 @@ from transformers import PretrainedConfig
 
 from folovllm.attention.backend import AttentionBackend, AttentionParams, LayerKV
 from folovllm.attention.metadata import AttentionMetadata
+from folovllm.checks import invalid
 from folovllm.kv_cache.formulas import head_dim_of
 from folovllm.models.layers import (
     Linear,
@@ -58,9 +59,9 @@ class DecoderConfig(KVShape):
     def from_hf(cls, hf: PretrainedConfig) -> DecoderConfig:
         """Raises ValueError for a model type or an activation that this decoder does not have."""
         if hf.model_type not in MODEL_TYPES:
-            raise ValueError(f"model_type={hf.model_type!r} is not valid; allowed: {', '.join(MODEL_TYPES)}")
+            raise invalid("model_type", hf.model_type, ", ".join(MODEL_TYPES))
         if hf.hidden_act != "silu":
-            raise ValueError(f"hidden_act={hf.hidden_act!r} is not valid; allowed: 'silu'")
+            raise invalid("hidden_act", hf.hidden_act, "'silu'")
         # A field counts only for the model types whose Hugging Face code reads it: others may hold it unused.
         has_bias = hf.model_type in ("llama", "qwen3") and bool(hf.attention_bias)
         return cls(

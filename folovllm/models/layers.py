@@ -10,6 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear
 
+from folovllm.checks import invalid
+
 
 def empty_parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
     """A weight to be filled by a loader, without gradients."""
@@ -126,10 +128,10 @@ def rope_frequencies(rope: dict[str, Any], head_dim: int) -> Tensor:
     """
     kind = rope.get("rope_type", "default")
     if kind not in ("default", "llama3"):
-        raise ValueError(f"rope_type={kind!r} is not valid; allowed: 'default', 'llama3'")
+        raise invalid("rope_type", kind, "'default', 'llama3'")
     # Without scaling, none of the four models reads this field.
     if kind != "default" and rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"partial_rotary_factor={rope['partial_rotary_factor']} is not valid; allowed: 1.0")
+        raise invalid("partial_rotary_factor", rope["partial_rotary_factor"], "1.0")
     exponents = torch.arange(0, head_dim, 2, dtype=torch.float32) / head_dim
     inv_freq = 1.0 / (float(rope["rope_theta"]) ** exponents)
     return llama3_scaling(inv_freq, rope) if kind == "llama3" else inv_freq

@@ -14,6 +14,7 @@ import heapq
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from folovllm.checks import check_choice
 from folovllm.request import Request
 
 Rank = tuple[float, ...]
@@ -121,6 +122,5 @@ RANKS = {"fcfs": fcfs_rank, "priority": priority_rank, "sjf": sjf_rank}
 
 def create_request_queue(policy: str) -> RequestQueue:
     """The queue of a scheduling policy. Raises ValueError for an unknown one."""
-    if policy not in RANKS:
-        raise ValueError(f"scheduling_policy={policy!r} is not valid; allowed: {', '.join(map(repr, RANKS))}")
+    check_choice("scheduling_policy", policy, tuple(RANKS))
     return RequestQueue(RANKS[policy])

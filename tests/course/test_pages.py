@@ -20,7 +20,15 @@ import sources  # noqa: E402
 from errata.layers import WALK, through_the_layers  # noqa: E402
 
 CHAPTERS = sorted(DOCS.glob("chapters/*.md"))
-OWN = ["compatibility", "compatibility_config", "errata", "interview", "vllm_map", "adding_a_milestone", "open_questions"]
+OWN = [
+    "compatibility",
+    "compatibility_config",
+    "errata",
+    "interview",
+    "vllm_map",
+    "adding_a_milestone",
+    "open_questions",
+]
 each_page = pytest.mark.parametrize("page", OWN)
 
 

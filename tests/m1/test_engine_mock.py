@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from folovllm import LLM, SamplingParams
 from folovllm.messages import ModelRunnerOutput
 from folovllm.request import Request, RequestStatus
-from tests.mock import EOS, VOCAB_SIZE, MockRunner, check_empty, drain, mock_engine, mock_tokens
+from tests.mock import EOS, VOCAB_SIZE, MockRunner, check_empty, drain, first_scheduled, mock_engine, mock_tokens
 
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=20)
 params = st.builds(
@@ -120,8 +120,7 @@ def test_each_sample_computes_the_prompt():
     done = drain(engine)
     assert done["a"][0] == [mock_tokens(prompt, wishes.child(k))[0] for k in range(3)]
     assert engine.stats.prompt_tokens_computed == 3 * 10 + 1
-    order = [r.request_id for step in engine.trace for r in step.requests]
-    assert list(dict.fromkeys(order)) == ["a/0", "a/1", "a/2", "late"]
+    assert first_scheduled(engine) == ["a/0", "a/1", "a/2", "late"]
     check_empty(engine)
 
 

@@ -9,7 +9,7 @@ import pytest
 
 from folovllm import LLMEngine, SamplingParams
 from folovllm.request import Request
-from tests.mock import check_empty, drain, mock_engine, mock_tokens
+from tests.mock import check_empty, drain, first_scheduled, mock_engine, mock_tokens
 
 
 def wishes(max_tokens: int, **kwargs: Any) -> SamplingParams:
@@ -25,10 +25,6 @@ def add(engine: LLMEngine, request_id: str, prompt: int, max_tokens: int, **kwar
 def shares(engine: LLMEngine) -> list[dict[str, int]]:
     """Per step: request id -> tokens computed."""
     return [{r.request_id: r.num_scheduled for r in step.requests} for step in engine.trace]
-
-
-def first_scheduled(engine: LLMEngine) -> list[str]:
-    return list(dict.fromkeys(r.request_id for step in engine.trace for r in step.requests))
 
 
 def last_step(engine: LLMEngine, request_id: str) -> int:

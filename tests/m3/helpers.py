@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from folovllm import LLMEngine
 from folovllm.kv_cache.block_manager import BlockManager
+from folovllm.request import RequestStatus
 from folovllm.runner.paged_runner import PagedRunner
 from tests.mock import PagedMockRunner
 
@@ -33,6 +34,28 @@ def run_to_the_end(engine: LLMEngine) -> Finished:
 def check_progress(engine: LLMEngine) -> None:
     """The newest step computed something. One that did not would be followed by others like it, for ever."""
     assert engine.trace[-1].requests, "a step without work, and somebody waits"
+
+
+def check_kv_of_requests(engine: LLMEngine) -> None:
+    """Between two steps: who should have K/V has a table, no one else has, and every token is in its cell."""
+    scheduler, runner, snapshot = engine.core.scheduler, engine.core.runner, manager_of(engine).snapshot()
+    assert isinstance(runner, PagedMockRunner)
+    size = snapshot.block_size
+    requests = {**scheduler.requests, **scheduler._held}
+    assert {*snapshot.tables, *snapshot.host_tables} <= set(requests)
+    for i, request in requests.items():
+        count, waits = request.num_computed_tokens, request.status is RequestStatus.WAITING
+        assert (waits and count > 0) == (i in scheduler._waiting_forks)
+        if count == 0:
+            assert i not in snapshot.tables and i not in snapshot.host_tables
+            continue
+        on_host = i in snapshot.host_tables
+        assert on_host or request.status is not RequestStatus.PREEMPTED
+        table, cells = snapshot.tables.get(i, ()), runner.device
+        if on_host:
+            table, cells = snapshot.host_tables[i], runner.host
+        found = [cells[table[p // size]][p % size] for p in range(count)]
+        assert found == request.tokens(0, count)
 
 
 def check_all_free(engine: LLMEngine) -> None:

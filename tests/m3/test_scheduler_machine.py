@@ -29,7 +29,7 @@ from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
 from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
-from tests.m3.helpers import check_all_free, manager_of
+from tests.m3.helpers import check_all_free, check_kv_of_requests, manager_of
 from tests.mock import VOCAB_SIZE, PagedMockRunner, mock_tokens, paged_mock_engine
 
 MAX_MODEL_LEN = 32
@@ -460,22 +460,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not hasattr(self, "engine"):
             return
         self.manager.check()
-        snapshot = self.manager.snapshot()
-        requests = {**self.scheduler.requests, **self.scheduler._held}
-        assert {*snapshot.tables, *snapshot.host_tables} <= set(requests)
-        for i, request in requests.items():
-            count, waits = request.num_computed_tokens, request.status is RequestStatus.WAITING
-            assert (waits and count > 0) == (i in self.scheduler._waiting_forks)
-            if count == 0:
-                assert i not in snapshot.tables and i not in snapshot.host_tables
-                continue
-            on_host = i in snapshot.host_tables
-            assert on_host or request.status is not RequestStatus.PREEMPTED
-            table, cells = snapshot.tables.get(i, ()), self.runner.device
-            if on_host:
-                table, cells = snapshot.host_tables[i], self.runner.host
-            found = [cells[table[p // self.size]][p % self.size] for p in range(count)]
-            assert found == request.tokens(0, count)
+        check_kv_of_requests(self.engine)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine") or not self.in_order:

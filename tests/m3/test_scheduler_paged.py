@@ -11,7 +11,7 @@ from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
 from folovllm.messages import SchedulerOutput
 from folovllm.request import RequestStatus
 from tests.m3.helpers import Finished, check_all_free, manager_of, run_to_the_end
-from tests.mock import PagedMockRunner, mock_tokens, paged_mock_engine
+from tests.mock import PagedMockRunner, first_scheduled, mock_tokens, paged_mock_engine
 
 MODES = pytest.mark.parametrize("mode", ["recompute", "swap"])
 
@@ -512,8 +512,7 @@ def test_a_leader_that_ends_before_the_prompt_is_computed_leaves_the_lead_to_the
     done = run_to_the_end(engine)
     samples = [mock_tokens(prompt_of("s", 6), wishes(4, n=4, seed=1).child(k))[0] for k in range(4)]
     assert done["s"][0] == [[], samples[1], [], samples[3]]
-    order = [r.request_id for step in engine.trace for r in step.requests]
-    assert list(dict.fromkeys(order)) == ["first", "s/1", "s/3", "late"]
+    assert first_scheduled(engine) == ["first", "s/1", "s/3", "late"]
     assert engine.stats.prompt_tokens_computed == 3 + 6 + 1 + 3
     check_all_free(engine)
 
@@ -525,8 +524,7 @@ def test_leaders_that_fail_in_one_step_leave_the_lead_in_the_order_of_arrival() 
     add(engine, "c", 3, 2)
     failing(engine, before=True)
     run_to_the_end(engine)
-    order = [r.request_id for step in engine.trace for r in step.requests]
-    assert list(dict.fromkeys(order)) == ["a/1", "b/1", "c"]
+    assert first_scheduled(engine) == ["a/1", "b/1", "c"]
     check_all_free(engine)
 
 
@@ -536,8 +534,7 @@ def test_the_samples_of_two_leaders_keep_the_order_of_arrival() -> None:
         add(engine, name, 3, 2, n=3, seed=1)
     add(engine, "c", 3, 2)
     run_to_the_end(engine)
-    order = [r.request_id for step in engine.trace for r in step.requests]
-    assert list(dict.fromkeys(order)) == ["a/0", "b/0", "a/1", "a/2", "b/1", "b/2", "c"]
+    assert first_scheduled(engine) == ["a/0", "b/0", "a/1", "a/2", "b/1", "b/2", "c"]
 
 
 def hold(engine: LLMEngine, request_id: str, prompt: list[int], max_tokens: int, parent: str | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Chunks, cached prefixes and followers under everything that can happen to them in any order.
+"""Chunks, cached prefixes and forks under everything that can happen to them in any order.
 
 Prompts begin alike, or go on where others have ended. Pools are so small that cached blocks are taken all the time and
 requests give way, to be computed again or swapped out. Requests come with one sample or several, are aborted, held,
@@ -31,7 +31,7 @@ from folovllm.kv_cache.prefix_cache import hash_block
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import RequestStatus
-from tests.m3.helpers import manager_of
+from tests.m3.helpers import check_kv_of_requests, manager_of
 from tests.m4.helpers import cached_engine, check_cache, check_nothing_is_left, colliding, runner_of
 from tests.mock import VOCAB_SIZE, mock_tokens
 
@@ -438,22 +438,7 @@ class CacheMachine(RuleBasedStateMachine):
             return
         self.manager.check()
         check_cache(self.engine)
-        snapshot = self.manager.snapshot()
-        requests = {**self.scheduler.requests, **self.scheduler._held}
-        assert {*snapshot.tables, *snapshot.host_tables} <= set(requests)
-        for i, request in requests.items():
-            count, waits = request.num_computed_tokens, request.status is RequestStatus.WAITING
-            assert (waits and count > 0) == (i in self.scheduler._waiting_forks)
-            if count == 0:
-                assert i not in snapshot.tables and i not in snapshot.host_tables
-                continue
-            on_host = i in snapshot.host_tables
-            assert on_host or request.status is not RequestStatus.PREEMPTED
-            table, cells = snapshot.tables.get(i, ()), self.runner.device
-            if on_host:
-                table, cells = snapshot.host_tables[i], self.runner.host
-            found = [cells[table[p // self.size]][p % self.size] for p in range(count)]
-            assert found == request.tokens(0, count)
+        check_kv_of_requests(self.engine)
 
     def teardown(self) -> None:
         if not hasattr(self, "engine") or not self.in_order:

@@ -255,3 +255,14 @@ def test_a_fork_that_lost_its_blocks_finds_them_in_the_cache() -> None:
     wanted["child"] = (tokens, params)
     finish(engine, wanted)
     assert pieces(engine, "child")[0] == (8, 5)
+
+
+def test_a_fork_that_writes_into_a_cached_block_takes_it_out_of_the_cache() -> None:
+    """It shares the first 2 tokens of a full block, and holds the block alone when its parent is freed."""
+    engine = cached_engine(num_blocks=4)
+    tokens = hold(engine, "h", COMMON[:8])
+    params, prompt = greedy(1), [*tokens[:6], 63]
+    engine.submit([engine.prepare("child", prompt, params, parent_id="h")])
+    engine.core.scheduler.free_held(["h"])
+    finish(engine, {"child": (prompt, params)})
+    assert COMMON[:8] not in cached_tokens(engine).values() and run(engine, "same", COMMON[:9]) == 4

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 import folovllm
+from folovllm.math_utils import cdiv
 
 NO_COMMIT = "The package was imported from outside a git repository: the result will not record a commit."
 PACKAGES = ("torch", "transformers", "triton")
@@ -151,7 +152,7 @@ def probe(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
 
     n = 2 * GEMM_SIZE if on_gpu else GEMM_SIZE
     first = torch.randn(n, n, device=device).to(dtype)  # [n, n]
-    weights = [first.clone() for _ in range(-(-read_bytes // first.nbytes))]
+    weights = [first.clone() for _ in range(cdiv(read_bytes, first.nbytes))]
     gemm = {}
     for m in GEMM_ROWS_GPU if on_gpu else GEMM_ROWS:
         x = torch.randn(m, n, device=device).to(dtype)  # [m, n]

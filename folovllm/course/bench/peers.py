@@ -30,6 +30,7 @@ from folovllm.course.bench.arrivals import Arrivals, FormBatch, by_arrival, dyna
 from folovllm.course.bench.record import Measured
 from folovllm.course.bench.systems import System
 from folovllm.course.bench.workloads import BenchRequest
+from folovllm.math_utils import cdiv
 
 # The manager's defaults profile memory, which takes 10 s or more on a CPU. These two values were the fastest of 16 and
 # 256 tokens per page, 256 and 2048 tokens per step, on w2.
@@ -185,7 +186,7 @@ def continuous_config(device_type: str, requests: Sequence[BenchRequest]) -> Con
         return ContinuousBatchingConfig()
     known = {f.name for f in fields(ContinuousBatchingConfig)}
     page_size = "page_size" if "page_size" in known else "block_size"  # its name before transformers 5.18
-    blocks = sum(-(-(r.num_prompt_tokens + r.max_tokens) // CPU_PAGE_SIZE) + 1 for r in requests)
+    blocks = sum(cdiv(r.num_prompt_tokens + r.max_tokens, CPU_PAGE_SIZE) + 1 for r in requests)
     settings: dict[str, Any] = {
         page_size: CPU_PAGE_SIZE,
         "num_blocks": blocks,

@@ -24,6 +24,7 @@ from folovllm.engine.llm_engine import LLMEngine
 from folovllm.engine.trace import StepTrace, Trace
 from folovllm.kv_cache.block_manager import BlockManager
 from folovllm.kv_cache.interface import BlockPlan
+from folovllm.math_utils import cdiv
 from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request
@@ -227,7 +228,7 @@ def serve(arrivals: Sequence[Arrival], cost: Cost, policy: Policy | None = None,
     Raises WrongAnswer for a plan that is not valid and for a policy that starves a request.
     """
     longest = max(a.prompt_len + a.max_tokens for a in arrivals)
-    num_blocks = 2 + sum(-(-(a.prompt_len + a.max_tokens) // BLOCK_SIZE) + 1 for a in arrivals)
+    num_blocks = 2 + sum(cdiv(a.prompt_len + a.max_tokens, BLOCK_SIZE) + 1 for a in arrivals)
     num_blocks += num_blocks // 50  # more than the watermark
     kv, runner = BlockManager(num_blocks, BLOCK_SIZE), TokenRunner(num_blocks, cost)
     most = len(arrivals)  # max_num_seqs

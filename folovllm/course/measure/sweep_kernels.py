@@ -48,6 +48,7 @@ from folovllm.course.bench.report import save_report
 from folovllm.course.bench.rounds import provenance, spread, turned
 from folovllm.course.lessons.triton_compile import compile_attention
 from folovllm.course.paths import RESULTS
+from folovllm.math_utils import cdiv
 
 DEVICE = torch.device("cuda")
 BLOCK_SIZE = 16
@@ -101,7 +102,7 @@ def make_batch(
         return torch.randn(*size, generator=generator, device=device, dtype=torch.float32).to(dtype)
 
     kv_lens, query_lens = [sum(length) for length in lengths], [new for _, new in lengths]
-    counts = [-(-length // BLOCK_SIZE) for length in kv_lens]
+    counts = [cdiv(length, BLOCK_SIZE) for length in kv_lens]
     order = (torch.randperm(sum(counts), generator=torch.Generator().manual_seed(0)) + 1).tolist()
     tables, slots = [], []
     for count, (past, new) in zip(counts, lengths, strict=True):
@@ -179,7 +180,7 @@ def sweep_decode(
 ) -> dict[str, Any]:
     """One entry of `decode`."""
     kv_bytes = 2 * requests * kv_len * shape.kv_heads * shape.head_dim * dtype.itemsize
-    layers = max(1, -(-cold_bytes // kv_bytes))
+    layers = max(1, cdiv(cold_bytes, kv_bytes))
     query, pools, meta = make_batch(shape, [(kv_len - 1, 1)] * requests, layers, dtype, device)
     params = AttentionParams(shape.head_dim**-0.5)
     sources = [torch.empty(kv_bytes, dtype=torch.uint8, device=device) for _ in range(layers)]
@@ -309,7 +310,7 @@ def graph_timer(calls: int) -> Timer:
     """Mean seconds of a call, by the GPU's clock, from a recorded graph of at least `calls`: no launch from Python."""
 
     def timer(works: Sequence[Callable[[], object]]) -> float:
-        turns = max(1, -(-calls // len(works)))
+        turns = max(1, cdiv(calls, len(works)))
         for work in works:  # compiled and warm before anything is recorded
             work()
         torch.cuda.synchronize()

@@ -22,6 +22,7 @@ from folovllm.course.viz.style import (
     new_figure,
     styled,
 )
+from folovllm.math_utils import cdiv
 
 SEEN, HIDDEN = Kind("visible to the query", BLUE, "o"), Kind("masked", WHITE)
 TOKEN, PAD = Kind("a token and its position id", SKY), Kind("padding, masked out", PALE, "x", GREY)
@@ -41,7 +42,7 @@ def attention_masks(
     if not grids or wrong:
         raise ValueError(f"masks={wrong or 'none'}: at least one is needed, each [queries, keys]")
     columns = min(columns, len(grids))
-    rows = -(-len(grids) // columns)
+    rows = cdiv(len(grids), columns)
     tallest = max(grid.shape[0] for grid in grids.values())
     panel = 0.95 + min(0.29 * tallest, 6.0 / columns)
     figure, axes = new_figure(0.6 + rows * panel, rows, columns, title)

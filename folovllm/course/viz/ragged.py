@@ -33,6 +33,7 @@ from folovllm.course.viz.style import (
     new_figure,
     styled,
 )
+from folovllm.math_utils import cdiv
 
 HIDDEN = Kind("masked", WHITE)
 UNREAD, MASKED, WHOLE = Kind("never loaded", WHITE), Kind("loaded, with a mask", ORANGE), Kind("loaded, no mask", SKY)
@@ -210,11 +211,11 @@ def tile_kinds(query_len: int, kv_len: int, block_q: int, tile: int) -> NDArray[
     block_q: tokens per block of queries. One segment and no sliding window.
     """
     past = kv_len - query_len
-    kinds = np.zeros((-(-query_len // block_q), -(-kv_len // tile)), dtype=np.int64)
+    kinds = np.zeros((cdiv(query_len, block_q), cdiv(kv_len, tile)), dtype=np.int64)
     for block, first in enumerate(range(0, query_len, block_q)):
         last = min(past + first + block_q, kv_len)  # no query of the block sees a key from here on
         whole = min(past + first + 1, last) // tile  # all queries of the block see all keys of these tiles
-        kinds[block, : -(-last // tile)] = 1
+        kinds[block, : cdiv(last, tile)] = 1
         kinds[block, :whole] = 2
     return kinds
 
