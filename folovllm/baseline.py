@@ -35,6 +35,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
 from folovllm.models.config_fields import without_unread_windows
+from folovllm.models.families import check_family
 
 MIN_TEMPERATURE = 0.01  # vLLM's limit: logits divided by less may overflow
 
@@ -193,4 +194,5 @@ def _checked_prompt(
             f"a prompt of {len(prompt)} tokens and max_new_tokens={max_new_tokens} need "
             f"{len(prompt) + max_new_tokens} positions: the model has {limit}"
         )
+    check_family(model.config, len(prompt) + max_new_tokens)
     return prompt

@@ -256,6 +256,18 @@ def test_bad_arguments_are_refused(generate: Generate, arguments: dict[str, Any]
 
 
 @LOOPS
+def test_a_rotation_that_changes_with_the_length_is_refused_beyond_it(generate: Generate) -> None:
+    """Its cached keys were rotated in the short way. Recomputed ones are not, so the two loops would disagree."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [3.0] * 8, "factor": 8.0}
+    model = tiny_model("llama", rope_parameters=rope, original_max_position_embeddings=32)
+    prompt = random_prompt(28)
+    assert len(generate(model, prompt, 4).token_ids) == 4
+    with pytest.raises(ValueError, match=r"'longrope'.*allowed: at most 32"):
+        generate(model, prompt, 5)
+
+
+@LOOPS
 def test_the_models_last_position_can_be_used(generate: Generate, oracle_stats: OracleStats) -> None:
     model, prompt = shared_model("llama"), random_prompt(250)
     assert_same_tokens(generate(model, prompt, 6).token_ids, hf_greedy(model, prompt, 6), model, prompt, oracle_stats)
