@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 from functools import cache
-from itertools import accumulate, chain, takewhile
+from itertools import accumulate, chain
 
 import pytest
 from hypothesis import example, given, settings
@@ -13,7 +13,7 @@ from tokenizers import decoders
 from transformers import PreTrainedTokenizerFast
 
 from folovllm.engine.detokenizer import Detokenizer, IncrementalDecoder
-from tests.m1.text_cases import KINDS, byte_ids, finished
+from tests.m1.text_cases import KINDS, beyond, byte_ids, decoded, finished
 
 REPLACEMENT = "\ufffd"
 CHARACTERS = "漢字é🚀√ "
@@ -22,15 +22,6 @@ CHARACTERS = "漢字é🚀√ "
 @cache
 def tokenizer_of(kind: str) -> PreTrainedTokenizerFast:
     return KINDS[kind]()
-
-
-def decoded(tokenizer, ids, skip_special_tokens=True):
-    return tokenizer.decode(ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False)
-
-
-def beyond(shown, whole):
-    """What the second text has after the beginning that both have."""
-    return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, whole, strict=False))) :]
 
 
 def streamed(tokenizer, prompt, output, sizes=(), **options):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import takewhile
 
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
@@ -92,3 +93,13 @@ def byte_ids(kind: str, tokenizer: PreTrainedTokenizerBase, data: bytes) -> list
     """A token for each byte."""
     names = [bytes_to_unicode()[b] if kind == "byte_level" else BYTES[b] for b in data]
     return [int(i) for i in tokenizer.convert_tokens_to_ids(names)]
+
+
+def decoded(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
+    """The oracle: all at once."""
+    return str(tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+
+def beyond(shown: str, whole: str) -> str:
+    """What the second text has after the beginning that both have."""
+    return whole[sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], zip(shown, whole, strict=False))) :]
