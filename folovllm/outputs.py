@@ -11,6 +11,8 @@ class Logprob:
 
     logprob: float
     rank: int  #: in the vocabulary; 1 is the likeliest
+    #: What the token adds to the text at its place, special tokens by name. "" if it ends within a character, which
+    #: is in the text of the token that completes it.
     decoded_token: str | None = None
 
 

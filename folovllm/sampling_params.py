@@ -93,6 +93,9 @@ class SamplingParams:
     #: one alone, -1 the whole vocabulary. They are of the raw logits: before bias, penalties, temperature, filters.
     logprobs: int | None = None
     include_stop_str_in_output: bool = False  #: the text keeps the stop string
+    skip_special_tokens: bool = True  #: the text, in which stop strings are looked for, is without special tokens
+    #: With skip_special_tokens=False: False removes the space that some tokenizers put between two added tokens
+    spaces_between_special_tokens: bool = True
     logit_bias: dict[int, float] | None = None  #: what to add to the logits of some token ids; -inf bans a token
 
     def __post_init__(self) -> None:
@@ -117,6 +120,8 @@ class SamplingParams:
         if self.logprobs is not None:
             check_int("logprobs", self.logprobs, -1)
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
+        check_bool("skip_special_tokens", self.skip_special_tokens)
+        check_bool("spaces_between_special_tokens", self.spaces_between_special_tokens)
         self._set("logit_bias", _logit_bias(self.logit_bias))
 
         if 0.0 < self.temperature < MIN_TEMPERATURE:

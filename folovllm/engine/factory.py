@@ -39,6 +39,7 @@ from folovllm.models.loader import (
     resolve_device,
     resolve_dtype,
     resolve_model,
+    special_token_ids,
 )
 from folovllm.models.paged_model import PagedModel
 from folovllm.models.weights import load_decoder
@@ -68,6 +69,7 @@ class EngineParts:
     vocab_size: int
     max_model_len: int
     defaults: GenerationDefaults = field(default_factory=GenerationDefaults)
+    special_token_ids: dict[str, int] = field(default_factory=dict)  # by name; the text does not show them
 
 
 def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
@@ -102,7 +104,8 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     option = config.model.generation_config
     own_file = option in ("auto", "vllm")
     generation_config = load_generation_config(source) if own_file else generation_config_of(option)
-    defaults = generation_defaults(None if option == "vllm" else generation_config)
+    special_ids = special_token_ids(tokenizer)
+    defaults = generation_defaults(None if option == "vllm" else generation_config, special_ids)
     sampler = Sampler(config.model.seed, device)
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
@@ -129,7 +132,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     vocab_size = int(hf_config.get_text_config().vocab_size)
     # An id without a logit is never sampled, so it cannot end a sequence.
     eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
-    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults)
+    return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults, special_ids)
 
 
 def build_paged(

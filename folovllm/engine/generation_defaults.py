@@ -10,7 +10,8 @@ that change even greedy text and have no counterpart are refused: the engine's p
 from __future__ import annotations
 
 import textwrap
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from transformers import GenerationConfig
@@ -74,8 +75,13 @@ class GenerationDefaults:
         return [text for name, text in self.given.items() if getattr(params, name) != getattr(self.params, name)]
 
 
-def generation_defaults(config: GenerationConfig | None) -> GenerationDefaults:
+def generation_defaults(
+    config: GenerationConfig | None, special_token_ids: Mapping[str, int] | None = None
+) -> GenerationDefaults:
     """The defaults of a generation_config.json; None: those of `SamplingParams`.
+
+    special_token_ids: by name. To `generate` they may be stop strings, but the text does not show them: they become
+    stop_token_ids.
 
     Raises ValueError that names a field which cannot be followed, or whose value `SamplingParams` does not allow.
     """
@@ -92,6 +98,9 @@ def generation_defaults(config: GenerationConfig | None) -> GenerationDefaults:
         params = SamplingParams(**chosen)
     except ValueError as error:
         raise refused(str(error)) from error
+    ids = {name: i for name, i in (special_token_ids or {}).items() if name in (params.stop or ())}
+    if ids:
+        params = replace(params, stop=[s for s in params.stop or () if s not in ids], stop_token_ids=list(ids.values()))
     return GenerationDefaults(params, {ours: f"{name}={value!r}" for ours, (name, value) in given.items()})
 
 

@@ -68,6 +68,8 @@ class LLMEngine:
         self.max_model_len = built.max_model_len
         self.defaults = built.defaults  # sampling parameters of requests without any
         self._has_warned = False  # that explicit parameters override some of these
+        self._special_token_ids = built.special_token_ids
+        self._warned_of: set[str] = set()  # stop strings that cannot match
         self._parent_requests: dict[str, ParentRequest] = {}
         self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
         self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
@@ -126,6 +128,7 @@ class LLMEngine:
         self._check(request_id, params, priority)
         if sampling_params is not None:
             self._warn_of_overrides(params)
+            self._warn_of_hidden_stops(params)
         given = read_prompt(prompt, self.tokenizer, self.vocab_size)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
@@ -321,6 +324,23 @@ class LLMEngine:
                 ", ".join(overridden),
                 self.config.model.model,
             )
+
+    def _warn_of_hidden_stops(self, params: SamplingParams) -> None:
+        """Say once of a stop string that it cannot match, because a special token in it is not in the text."""
+        if not params.stop or not params.skip_special_tokens:
+            return
+        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids)}
+        for stop in set(params.stop) - self._warned_of:
+            hidden = [name for name in self._special_token_ids if name in stop]
+            if hidden and self._special_token_ids.get(stop) not in ends:  # those of `ends` end the output anyway
+                self._warned_of.add(stop)
+                logger.warning(
+                    "stop=%r never matches: the text does not show the special token %r; allowed: "
+                    "skip_special_tokens=False, or stop_token_ids=[%d]",
+                    stop,
+                    hidden[0],
+                    self._special_token_ids[hidden[0]],
+                )
 
     def _check(self, request_id: str, params: SamplingParams, priority: int) -> None:
         if not isinstance(request_id, str) or not request_id:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
 
-from folovllm.engine.detokenizer import Detokenizer
+from folovllm.engine.detokenizer import Detokenizer, IncrementalDecoder
 from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from folovllm.sampling_params import SamplingParams
@@ -31,10 +31,15 @@ class RequestState:
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     detokenizer: Detokenizer | None = None
+    token_decoder: IncrementalDecoder | None = None  # for the texts in logprobs, which show special tokens
 
     def __post_init__(self) -> None:
         if self.params.logprobs is not None:
             self.logprobs, self.cumulative_logprob = [], 0.0
+            if self.tokenizer is not None:
+                self.token_decoder = IncrementalDecoder(
+                    self.tokenizer, self.prompt_token_ids, skip_special_tokens=False
+                )
         if self.tokenizer is not None:
             self.detokenizer = Detokenizer(
                 self.tokenizer,
@@ -42,6 +47,8 @@ class RequestState:
                 self.params.min_tokens,
                 self.params.include_stop_str_in_output,
                 self.prompt_token_ids,
+                self.params.skip_special_tokens,
+                self.params.spaces_between_special_tokens,
             )
 
     def add(self, output: EngineCoreOutput) -> bool:
@@ -86,9 +93,10 @@ class RequestState:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
             self.cumulative_logprob += entries[token_id].logprob
-            if self.tokenizer is not None:
+            if self.token_decoder is not None:
                 for i, entry in entries.items():
-                    entry.decoded_token = str(self.tokenizer.decode([i]))
+                    entry.decoded_token = self.token_decoder.peek(i)
+                self.token_decoder.push(token_id)
             self.logprobs.append(entries)
 
 

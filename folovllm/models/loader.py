@@ -181,6 +181,12 @@ def eos_token_ids(
     return ()
 
 
+def special_token_ids(tokenizer: PreTrainedTokenizerBase | None) -> dict[str, int]:
+    """The ids of the tokens that decoding with skip_special_tokens=True leaves out, by name."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    return {token.content: token_id for token_id, token in added.items() if token.special}
+
+
 def load_hf_model(
     source: ModelSource,
     dtype: torch.dtype,

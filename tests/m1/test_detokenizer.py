@@ -60,7 +60,9 @@ def test_text_of_single_bytes_arrives_whole_and_character_by_character(text):
 @given(token_ids=st.lists(st.integers(0, 255), max_size=40))
 def test_any_bytes_at_all_give_what_decoding_them_at_once_gives(token_ids):
     pieces, rest = stream(Bytes(), token_ids)
-    assert "".join(pieces) + rest == Bytes().decode(token_ids).rstrip("\ufffd")
+    text, whole = "".join(pieces) + rest, Bytes().decode(token_ids)
+    # A tokenizer that says no more than its decode: three U+FFFD at the end may be an incomplete character.
+    assert whole.startswith(text) and set(whole[len(text) :]) <= {"\ufffd"} and len(whole) - len(text) <= 3
 
 
 @settings(deadline=None, max_examples=100)
@@ -173,13 +175,15 @@ class Counting(Bytes):
         return super().decode(token_ids)
 
 
-@pytest.mark.parametrize("token_id", [65, 300], ids=["text", "special tokens only"])
-def test_the_cost_of_a_token_does_not_grow_with_the_output(token_id):
+@pytest.mark.parametrize(
+    ("token_id", "most"), [(65, 5), (300, 5), (0x80, 9)], ids=["text", "special tokens only", "invalid bytes"]
+)
+def test_the_cost_of_a_token_does_not_grow_with_the_output(token_id, most):
     tokenizer = Counting()
     decoder = IncrementalDecoder(tokenizer)
     for _ in range(1000):
         decoder.push(token_id)
-    assert tokenizer.asked <= 5 * 1000
+    assert tokenizer.asked <= most * 1000
 
 
 def test_the_window_begins_in_the_prompt_but_shows_none_of_it():

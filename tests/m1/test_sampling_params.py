@@ -33,6 +33,8 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "min_tokens": 0,
     "logprobs": None,
     "include_stop_str_in_output": False,
+    "skip_special_tokens": True,
+    "spaces_between_special_tokens": True,
     "logit_bias": None,
 }
 
@@ -56,6 +58,8 @@ REFUSED: dict[str, list[Any]] = {
     "min_tokens": [-1, 0.5, True, "1", None, 17],  # 17: more than the default max_tokens
     "logprobs": [-2, 1.0, True, "1"],
     "include_stop_str_in_output": [0, 1, None, "no"],
+    "skip_special_tokens": [0, 1, None, "no"],
+    "spaces_between_special_tokens": [0, 1, None, "no"],
     "logit_bias": [{-1: 1.0}, {1.0: 1.0}, {"1": 1.0}, {True: 1.0}, [(1, 1.0)], 1.0, "1"],
 }
 

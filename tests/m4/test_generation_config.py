@@ -119,6 +119,22 @@ def test_stop_strings(tmp_path: Path, oracle_stats: OracleStats) -> None:
         assert_same_tokens(tokens_of(llm, prompt=prompt), expected, model, prompt, oracle_stats)
 
 
+def test_a_stop_string_that_is_a_special_token(tmp_path: Path, oracle_stats: OracleStats) -> None:
+    """`generate` finds it, and the text does not show it."""
+    shutil.copytree(resolve_model("folo-tiny").path_or_id, tmp_path / "model")
+    write(tmp_path / "model", do_sample=False, max_new_tokens=150, stop_strings=["<|im_end|>", "zzz"], eos_token_id=[0])
+    model, tokenizer = loaded(tmp_path / "model"), AutoTokenizer.from_pretrained(tmp_path / "model")
+    talk = [{"role": "user", "content": "What is a KV cache?"}]
+    prompt = tokenizer.apply_chat_template(talk, add_generation_prompt=True)["input_ids"]
+    expected = hf_tokens(model, prompt, tokenizer=tokenizer)
+    assert expected[-1] == 2 and len(expected) < 150
+    for milestone in MILESTONES:
+        llm = make_llm(tmp_path / "model", milestone)
+        params = llm.get_default_sampling_params()
+        assert (params.stop, params.stop_token_ids) == (["zzz"], [2])
+        assert_same_tokens(tokens_of(llm, prompt=prompt), expected, model, prompt, oracle_stats)
+
+
 def test_the_bundled_model_has_the_defaults_of_sampling_params() -> None:
     assert make_llm(Path("folo-tiny"), "m4").get_default_sampling_params() == SamplingParams()
 
