@@ -6,6 +6,7 @@ the core.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 from folovllm.engine.detokenizer import Detokenizer
 from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from folovllm.sampling.logprobs import WholeVocabulary
 from folovllm.sampling_params import SamplingParams
 
 
@@ -26,7 +28,7 @@ class RequestState:
     prompt_token_ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -85,11 +87,20 @@ class RequestState:
         if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
+            if isinstance(entries, WholeVocabulary):  # it is read when the user reads it
+                self.cumulative_logprob += entries.logprob(token_id)
+                if self.tokenizer is not None:
+                    entries.decode = self._decode_one
+                self.logprobs.append(entries)
+                continue
             self.cumulative_logprob += entries[token_id].logprob
             if self.tokenizer is not None:
                 for i, entry in entries.items():
-                    entry.decoded_token = str(self.tokenizer.decode([i]))
+                    entry.decoded_token = self._decode_one(i)
             self.logprobs.append(entries)
+
+    def _decode_one(self, token_id: int) -> str | None:
+        return None if self.tokenizer is None else str(self.tokenizer.decode([token_id]))
 
 
 @dataclass
