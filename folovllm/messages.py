@@ -26,11 +26,14 @@ class NewRequestData:
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     stop_token_ids: frozenset[int]  # EOS included
+    seed: int = 0  # of its random numbers: the user's, or the request's own
 
     @classmethod
     def of(cls, request: Request) -> NewRequestData:
         """What `request` is at its first step."""
-        return cls(request.request_id, request.prompt_token_ids, request.sampling_params, request.stop_token_ids)
+        params = request.sampling_params
+        seed = request.own_seed if params.seed is None else params.seed
+        return cls(request.request_id, request.prompt_token_ids, params, request.stop_token_ids, seed)
 
 
 @dataclass(frozen=True)

@@ -80,8 +80,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  #: sample from the k likeliest tokens and those that tie with the k-th; 0 or -1 is off
     min_p: float = 0.0  #: drop tokens less likely than min_p times the likeliest; in [0, 1], 0 is off
-    #: Of the request's random numbers, so that its tokens do not depend on the batch. None (or -1, as in vLLM): one from
-    #: the engine's seed, and another for each request.
+    #: Of the request's random numbers, so its tokens do not depend on the batch. None (or -1, as in vLLM): the engine
+    #: gives each request one of its own, made from the engine's seed.
     seed: int | None = None
     #: Strings that end the output when its text contains one; a list after construction
     stop: str | list[str] | None = None
@@ -158,15 +158,10 @@ class SamplingParams:
     def child(self, index: int) -> SamplingParams:
         """The parameters of sample `index` of `n`: one sequence, seeded `seed + index` if there is a seed."""
         check_int("index", index, 0, self.n - 1)
-        child = self.with_seed(None if self.seed is None else self.seed + index)
+        child = copy.copy(self)  # not replace(): it would take a sum of -1 for "no seed"
         child._set("n", 1)
+        child._set("seed", None if self.seed is None else self.seed + index)
         return child
-
-    def with_seed(self, seed: int | None) -> SamplingParams:
-        """A copy with this seed."""
-        changed = copy.copy(self)  # not replace(): it would take -1 for "no seed"
-        changed._set("seed", seed)
-        return changed
 
 
 @config

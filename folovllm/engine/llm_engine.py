@@ -21,7 +21,7 @@ from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
-from folovllm.sampling.noise import unseeded
+from folovllm.sampling.noise import own_seed
 from folovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -170,8 +170,7 @@ class LLMEngine:
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
                 self._request_states[request.request_id] = (submission.user, sequence)
                 if request.sampling_params.seed is None and not request.sampling_params.is_greedy:
-                    seed = unseeded(self.config.model.seed, self._num_unseeded)
-                    request.sampling_params = request.sampling_params.with_seed(seed)
+                    request.own_seed = own_seed(self.config.model.seed, self._num_unseeded)
                     self._num_unseeded += 1
                 self.core.add_request(request)
 

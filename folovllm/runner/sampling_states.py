@@ -69,7 +69,7 @@ class SamplingStates:
             for request_id in request_ids:
                 if request_id not in self._slots:
                     new = self._requests[request_id]
-                    state = SamplingState(new.sampling_params, new.prompt_token_ids, (), new.stop_token_ids)
+                    state = SamplingState(new.sampling_params, new.prompt_token_ids, (), new.stop_token_ids, new.seed)
                     self._slots[request_id] = batch.add(state)
             rows = batch.select([self._slots[request_id] for request_id in request_ids])
             self._selected = (request_ids, rows)

@@ -34,10 +34,11 @@ FIELDS = np.dtype(
 class SamplingState:
     """One request as the sampler sees it when it first samples."""
 
-    params: SamplingParams  # with a seed; the engine gives one to requests that bring none
+    params: SamplingParams
     prompt_token_ids: Sequence[int]
     output_token_ids: Sequence[int] = ()
     stop_token_ids: frozenset[int] = frozenset()  # EOS and params.stop_token_ids, banned for params.min_tokens tokens
+    seed: int = 0  # of its random numbers; of any size, modulo 2 ** 64
 
 
 @dataclass(frozen=True)
@@ -50,12 +51,12 @@ class Asked:
 
 @dataclass(frozen=True)
 class Edits:
-    """Numbers to add to single logits: `bias` to token `token_ids` of `rows`, while the output is shorter than `until`."""
+    """Numbers to add to single logits: bans, for the first tokens of an output, and biases."""
 
-    rows: Tensor  # [E], as all of these
+    rows: Tensor  # [E], as the other three
     token_ids: Tensor
-    bias: Tensor  # -inf is a ban
-    until: Tensor
+    bias: Tensor  # -inf for a ban
+    until: Tensor  # while the output is shorter than this
     last: int  # the largest of `until`: from there on nothing is to be done
 
 
@@ -112,7 +113,10 @@ class TokenCounts:
             self.token_ids[slot, : len(kept)], self.output_counts[slot, : len(kept)] = table.T
 
     def read(self, slots: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Token ids and output counts `[P, L]` of some rows; shorter ones repeat their first token. And `used` [P, 1]."""
+        """Token ids and output counts, `[P, L]`, of some rows, and how many are in use, `[P, 1]`.
+
+        Rows that are shorter than the longest repeat their first token.
+        """
         used = self.used[slots][:, None]
         columns = torch.arange(self.bound, device=used.device)
         columns = columns.where(columns < used, 0)  # [P, L]
@@ -166,7 +170,7 @@ class SamplingBatch:
         row["temperature"] = 0.0 if p.is_greedy else p.temperature
         row["min_p"], row["top_p"] = p.min_p, p.top_p
         row["top_k"] = p.top_k if 0 < p.top_k < self.vocab_size else self.vocab_size
-        row["seed"] = to_int64(p.seed or 0)
+        row["seed"] = to_int64(state.seed)
         row["logprobs"] = NO_LOGPROBS if p.logprobs is None else p.logprobs
         row["repetition"], row["frequency"] = p.repetition_penalty, p.frequency_penalty
         row["presence"] = p.presence_penalty

@@ -3,7 +3,7 @@
 A generator with a state gives a number to whoever asks next, so a repeated or reordered step changes all that follow.
 Here nothing is stored and nothing advances. The function is SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014), whose n-th output can be computed on its own. It is used twice: a seed's
-n-th output is itself the seed of the noise for the n-th token. vLLM keeps a `torch.Generator` per seeded request instead.
+n-th output is itself the seed of the noise for the n-th token. vLLM keeps a `torch.Generator` per seeded request.
 
 The bits are integers, the same on every device. From them to a float there is one logarithm, whose last bit may differ
 between a CPU and a GPU, as the logits do. It hardly matters: the race in `sampler.py` compares scores, and rounding
@@ -45,8 +45,8 @@ def exponential_noise(seeds: Tensor, index: Tensor, vocab_size: int) -> Tensor:
     return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 
-def unseeded(engine_seed: int, number: int) -> int:
-    """The seed of an engine's request number `number`, counted over those that bring no seed of their own."""
+def own_seed(engine_seed: int, number: int) -> int:
+    """A seed for an engine's request number `number`, counted over those whose parameters have none."""
     seeds = torch.tensor([to_int64(engine_seed)])
     return int(splitmix64(splitmix64(seeds, torch.tensor([0])), torch.tensor([number])).item())
 

@@ -26,7 +26,8 @@ def state(
     stop: Sequence[int] = (),
     **kwargs: Any,
 ) -> SamplingState:
-    return SamplingState(params or SamplingParams(**kwargs), list(prompt), list(output), frozenset(stop))
+    params = params or SamplingParams(**kwargs)
+    return SamplingState(params, list(prompt), list(output), frozenset(stop), params.seed or 0)
 
 
 def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
@@ -38,7 +39,7 @@ def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutp
 
 def with_seeds(s: SamplingState, seeds: Iterable[int]) -> list[SamplingState]:
     """The same request again and again, with these seeds."""
-    return [replace(s, params=s.params.with_seed(seed)) for seed in seeds]
+    return [replace(s, seed=seed) for seed in seeds]
 
 
 def reference_noise(seed: int, index: int, vocab_size: int) -> list[float]:

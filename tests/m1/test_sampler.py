@@ -36,7 +36,7 @@ def test_every_row_of_a_mixed_batch_is_the_references() -> None:
         token_ids = sample(logits, states).token_ids
         for row, s, token_id in zip(logits.double().tolist(), states, token_ids, strict=True):
             probs, near = reference_probs(row, s)
-            noise = reference_noise(s.params.seed, len(s.output_token_ids), VOCAB)
+            noise = reference_noise(s.seed, len(s.output_token_ids), VOCAB)
             if s.params.temperature == 0:
                 noise = [1.0] * VOCAB
             scores = [p / n for p, n in zip(probs, noise, strict=True)]
@@ -206,7 +206,7 @@ class Requests:
         return out
 
 
-@settings(deadline=None, derandomize=True, max_examples=25)
+@settings(deadline=None, derandomize=True, max_examples=12)
 @given(st.integers(0, 2**31))
 def test_rows_that_are_kept_sample_as_rows_made_anew(seed: int) -> None:
     rng = torch.Generator().manual_seed(seed)
@@ -285,7 +285,7 @@ def test_extreme_logits_are_sampled_without_overflow() -> None:
     logits = torch.tensor([[1e30, -1e30, 0.0], [1e4, 1e4, -1e4], [-1e30, -1e30, -INF]])
     states = [state(temperature=t, top_p=0.9, min_p=0.1, top_k=2) for t in (0.01, 1.0, 2.0)]
     for seed in range(20):
-        a, b, c = sample(logits, [replace(s, params=s.params.with_seed(seed)) for s in states]).token_ids
+        a, b, c = sample(logits, [replace(s, seed=seed) for s in states]).token_ids
         assert a == 0 and b in (0, 1) and c in (0, 1)
 
 
