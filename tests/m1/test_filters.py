@@ -191,3 +191,14 @@ def test_penalties_do_not_depend_on_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(logits, torch.tensor([[1.0, 0.5, 1.0, 1.0]]))
+
+
+@property_test
+@given(st.lists(some_logits, min_size=1, max_size=4), st.floats(1e-3, 0.999), st.integers(1, 12))
+def test_top_p_among_candidates_is_top_p_of_all(rows: list[list[float]], top_p: float, num_candidates: int) -> None:
+    assume(all(min(abs(mass - (1 - top_p)) for mass in masses_from_below(row)) > 1e-6 for row in rows))
+    width = max(map(len, rows))
+    logits = torch.tensor([row + [-INF] * (width - len(row)) for row in rows])
+    column_of_p = torch.full((len(rows), 1), top_p)
+    kept = apply_top_p(logits, column_of_p, num_candidates)
+    assert torch.equal(kept, apply_top_p(logits, column_of_p))
