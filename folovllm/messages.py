@@ -9,6 +9,7 @@ Each step passes these between the parts of the core (vLLM: `vllm/v1/core/sched/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from folovllm.kv_cache.interface import KVOp, KVPlan
@@ -25,11 +26,14 @@ class NewRequestData:
     prompt_token_ids: list[int]
     sampling_params: SamplingParams
     stop_token_ids: frozenset[int]  # EOS included
+    seed: int = 0  # of its random numbers: the user's, or the request's own
 
     @classmethod
     def of(cls, request: Request) -> NewRequestData:
         """What `request` is at its first step."""
-        return cls(request.request_id, request.prompt_token_ids, request.sampling_params, request.stop_token_ids)
+        params = request.sampling_params
+        seed = request.own_seed if params.seed is None else params.seed
+        return cls(request.request_id, request.prompt_token_ids, params, request.stop_token_ids, seed)
 
 
 @dataclass(frozen=True)
@@ -82,7 +86,7 @@ class ModelRunnerOutput:
     """The result of a step. The lists have one entry per scheduled request, in the scheduler's order."""
 
     sampled_token_ids: list[list[int]] = field(default_factory=list)  # empty for a chunk that samples nothing
-    logprobs: list[list[dict[int, Logprob]] | None] = field(default_factory=list)  # None where none were asked for
+    logprobs: list[list[Mapping[int, Logprob]] | None] = field(default_factory=list)  # None where none were asked for
     failed: dict[str, str] = field(default_factory=dict)  # request id -> why nothing could be sampled for it
     # (start, end) seconds of "prepare", "forward" and "sample", on the clock that the runner was given.
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
@@ -97,14 +101,16 @@ class EngineCoreOutput:
 
     request_id: str
     new_token_ids: list[int]
-    new_logprobs: list[dict[int, Logprob]] | None
+    new_logprobs: list[Mapping[int, Logprob]] | None
     finish_reason: str | None
     stop_reason: int | str | None
     num_cached_tokens: int
     first_scheduled_time: float | None
 
     @classmethod
-    def of(cls, request: Request, token_ids: list[int], logprobs: list[dict[int, Logprob]] | None) -> EngineCoreOutput:
+    def of(
+        cls, request: Request, token_ids: list[int], logprobs: list[Mapping[int, Logprob]] | None
+    ) -> EngineCoreOutput:
         """The output of a request that has just got `token_ids`; `logprobs` may have entries for dropped ones, too."""
         return cls(
             request.request_id,

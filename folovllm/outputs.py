@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 
@@ -63,7 +64,7 @@ class CompletionOutput:
     text: str  #: without the stop string or stop token, unless `include_stop_str_in_output`
     token_ids: list[int]  #: with the EOS or stop token
     cumulative_logprob: float | None = None
-    logprobs: list[dict[int, Logprob]] | None = None  #: per token, the chosen id and the top ones
+    logprobs: list[Mapping[int, Logprob]] | None = None  #: per token, the chosen id and the top ones, as a dict
     finish_reason: str | None = None  #: "stop", "length", "abort", "error", or None while it grows
     #: The stop string or stop token id that ended it, or the error message; None in all other cases
     stop_reason: int | str | None = None

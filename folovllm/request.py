@@ -69,6 +69,7 @@ class Request:
     parent_id: str | None = None
     hold: bool = False  # keep the K/V when finished, for forks, until `free_held` or until blocks run out
     cache_salt: str = ""  # only requests with the same one share cached prefixes
+    own_seed: int = 0  # of its random numbers if the sampling parameters have none
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)

@@ -80,8 +80,8 @@ class SamplingParams:
     top_p: float = 1.0
     top_k: int = 0  #: sample from the k likeliest tokens and those that tie with the k-th; 0 or -1 is off
     min_p: float = 0.0  #: drop tokens less likely than min_p times the likeliest; in [0, 1], 0 is off
-    #: Of the request's own random stream, so that its tokens do not depend on the batch. None (or -1, as in vLLM): the
-    #: engine's stream, which all unseeded requests share.
+    #: Of the request's random numbers, so its tokens do not depend on the batch. None (or -1, as in vLLM): the engine
+    #: gives each request one of its own, made from the engine's seed.
     seed: int | None = None
     #: Strings that end the output when its text contains one; a list after construction
     stop: str | list[str] | None = None

@@ -43,13 +43,13 @@ from folovllm.course.viz.sampling import Release, filter_stages, text_release, t
 from folovllm.course.viz.sliders import slider_figure
 from folovllm.course.viz.timeline import phase_times, request_gantt
 from folovllm.engine.detokenizer import Detokenizer
+from folovllm.sampling import Sampler, SamplingBatch, SamplingState
 from folovllm.sampling.logits import (
     apply_min_p,
     apply_temperature,
     apply_top_k,
     apply_top_p,
 )
-from folovllm.sampling.sampler import Sampler, SamplingState
 
 torch.set_num_threads(THREADS)
 torch.set_grad_enabled(False)
@@ -248,8 +248,9 @@ print("tokens left by min-p, then temperature:       ", int(early.isfinite().sum
 
 # %%
 params = SamplingParams(temperature=TEMPERATURE, min_p=MIN_P, top_k=TOP_K, top_p=TOP_P)
-state = SamplingState(params, ids, [], frozenset())
-drawn = torch.tensor(Sampler(seed=SEED)(raw.expand(20_000, -1), [state] * 20_000).token_ids)
+batch = SamplingBatch("cpu", raw.shape[-1])
+rows = batch.select([batch.add(SamplingState(params, ids, seed=i)) for i in range(20_000)])
+drawn = Sampler()(raw.expand(20_000, -1), rows, [0] * 20_000).sampled
 expected = kept.softmax(-1)[0]
 MarkdownTable(
     ["token", "probability", "drawn"],
@@ -260,7 +261,7 @@ MarkdownTable(
 )
 
 # %% [markdown]
-# A request with a `seed` has a random stream of its own, so its text does not depend on who else is in the engine.
+# A draw is a function of the request's `seed` and the token's index, so a text does not depend on who else is there.
 # Penalties act on the logits before everything else: `repetition_penalty` on tokens that occur in prompt or output,
 # `presence_penalty` and `frequency_penalty` on those of the output only, once or per occurrence.
 #

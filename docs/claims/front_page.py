@@ -29,7 +29,10 @@ SPINE = (  # file below folovllm/, and what it does
     ("models/decoder.py", "Llama, Mistral, Qwen2 and Qwen3 on flat tokens"),
     ("models/layers.py", "linear layers, norms, RoPE"),
     ("sampling/sampler.py", "logits to token ids, in vLLM's order"),
+    ("sampling/batch.py", "what each request asks of the sampler, as rows of tables"),
     ("sampling/logits.py", "filters and penalties"),
+    ("sampling/noise.py", "random numbers from seed, index and token id"),
+    ("sampling/logprobs.py", "log probabilities to report"),
     ("engine/output_processor.py", "token ids back to what a user sees"),
     ("engine/detokenizer.py", "text as it grows, never taken back"),
 )

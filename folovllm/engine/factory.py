@@ -106,7 +106,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     generation_config = load_generation_config(source) if own_file else generation_config_of(option)
     special_ids = special_token_ids(tokenizer)
     defaults = generation_defaults(None if option == "vllm" else generation_config, special_ids)
-    sampler = Sampler(config.model.seed, device)
+    sampler = Sampler()
     budget = config.max_num_batched_tokens(max_model_len)
     kv: KVCacheManager
     runner: ModelRunner

@@ -21,6 +21,7 @@ from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
+from folovllm.sampling.noise import own_seed
 from folovllm.sampling_params import SamplingParams
 
 logger = logging.getLogger(__name__)
@@ -75,6 +76,7 @@ class LLMEngine:
         self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
         self._stems: Counter[str] = Counter()  # of the ids in `_parent_requests`
         self._next_id = 0
+        self._num_unseeded = 0  # requests so far that draw and brought no seed
         self.on_step: Callable[[StepTrace], None] | None = None  # called last; may raise
 
     @property
@@ -170,6 +172,9 @@ class LLMEngine:
             self._stems[stem(submission.user.request_id)] += 1
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
                 self._request_states[request.request_id] = (submission.user, sequence)
+                if request.sampling_params.seed is None and not request.sampling_params.is_greedy:
+                    request.own_seed = own_seed(self.config.model.seed, self._num_unseeded)
+                    self._num_unseeded += 1
                 self.core.add_request(request)
 
     def next_request_id(self) -> str:

@@ -6,6 +6,8 @@ the core.
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
 from transformers import PreTrainedTokenizerBase
@@ -13,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from folovllm.engine.detokenizer import Detokenizer, IncrementalDecoder
 from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from folovllm.sampling.logprobs import WholeVocabulary
 from folovllm.sampling_params import SamplingParams
 
 
@@ -26,7 +29,7 @@ class RequestState:
     prompt_token_ids: list[int]
     tokenizer: PreTrainedTokenizerBase | None
     token_ids: list[int] = field(default_factory=list)
-    logprobs: list[dict[int, Logprob]] | None = None
+    logprobs: list[Mapping[int, Logprob]] | None = None
     cumulative_logprob: float | None = None
     finish_reason: str | None = None
     stop_reason: int | str | None = None
@@ -92,10 +95,16 @@ class RequestState:
         if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
-            self.cumulative_logprob += entries[token_id].logprob
+            if isinstance(entries, WholeVocabulary):  # its entries are made when the user reads them
+                self.cumulative_logprob += entries.logprob(token_id)
+                if self.token_decoder is not None:
+                    entries.decode = copy.copy(self.token_decoder).peek
+            else:
+                self.cumulative_logprob += entries[token_id].logprob
+                if self.token_decoder is not None:
+                    for i, entry in entries.items():
+                        entry.decoded_token = self.token_decoder.peek(i)
             if self.token_decoder is not None:
-                for i, entry in entries.items():
-                    entry.decoded_token = self.token_decoder.peek(i)
                 self.token_decoder.push(token_id)
             self.logprobs.append(entries)
 

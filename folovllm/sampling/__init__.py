@@ -1,5 +1,6 @@
 """From logits to token ids."""
 
-from folovllm.sampling.sampler import Sampler, SamplerOutput, SamplingState
+from folovllm.sampling.batch import SamplingBatch, SamplingState
+from folovllm.sampling.sampler import Sampler, SamplerOutput
 
-__all__ = ["Sampler", "SamplerOutput", "SamplingState"]
+__all__ = ["Sampler", "SamplerOutput", "SamplingBatch", "SamplingState"]

@@ -24,6 +24,7 @@ OWN = [
     "compatibility",
     "compatibility_config",
     "compatibility_text",
+    "compatibility_sampling",
     "errata",
     "interview",
     "vllm_map",

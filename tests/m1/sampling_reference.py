@@ -6,13 +6,13 @@ It follows vLLM V1's order one row and one token at a time, and shares no code w
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import torch
 
-from folovllm.sampling import Sampler, SamplingState
+from folovllm.sampling import Sampler, SamplerOutput, SamplingBatch, SamplingState
 from folovllm.sampling_params import SamplingParams
 
 INF = math.inf
@@ -26,12 +26,35 @@ def state(
     stop: Sequence[int] = (),
     **kwargs: Any,
 ) -> SamplingState:
-    return SamplingState(params or SamplingParams(**kwargs), list(prompt), list(output), frozenset(stop))
+    params = params or SamplingParams(**kwargs)
+    return SamplingState(params, list(prompt), list(output), frozenset(stop), params.seed or 0)
 
 
-def seeded(s: SamplingState) -> SamplingState:
-    """The same request with its own random stream at its start."""
-    return replace(s, generator=Sampler().make_generator(s.params))
+def sample(logits: torch.Tensor, states: Sequence[SamplingState]) -> SamplerOutput:
+    """One step of fresh rows."""
+    batch = SamplingBatch(logits.device, logits.shape[-1])
+    rows = batch.select([batch.add(s) for s in states])
+    return Sampler()(logits, rows, [len(s.output_token_ids) for s in states])
+
+
+def with_seeds(s: SamplingState, seeds: Iterable[int]) -> list[SamplingState]:
+    """The same request again and again, with these seeds."""
+    return [replace(s, seed=seed) for seed in seeds]
+
+
+def reference_noise(seed: int, index: int, vocab_size: int) -> list[float]:
+    """What `folovllm/sampling/noise.py` says that it computes, in Python's integers and floats."""
+
+    def splitmix64(seed: int, n: int) -> int:
+        z = (seed + (n + 1) * 0x9E3779B97F4A7C15) % 2**64
+        z = (z ^ (z >> 30)) * 0xBF58476D1CE4E5B9 % 2**64
+        z = (z ^ (z >> 27)) * 0x94D049BB133111EB % 2**64
+        return z ^ (z >> 31)
+
+    stream = splitmix64(seed % 2**64, index)
+    words = [splitmix64(stream, n) for n in range((vocab_size + 1) // 2)]
+    halves = [half for word in words for half in (word % 2**32, word >> 32)][:vocab_size]
+    return [-math.log1p(-min((half % 2**31 + 0.5) / 2**31, 1 - 2**-24)) for half in halves]
 
 
 def softmax(x: Sequence[float]) -> list[float]:

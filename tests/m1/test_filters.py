@@ -9,11 +9,11 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from transformers.generation import logits_process as hf
 
-from folovllm.sampling import Sampler
+from folovllm.sampling import SamplingBatch, SamplingState
 from folovllm.sampling.logits import apply_min_p, apply_temperature, apply_top_k, apply_top_p
-from folovllm.sampling.sampler import penalize
+from folovllm.sampling.sampler import penalize as penalize_in_place
 from folovllm.sampling_params import SamplingParams
-from tests.m1.sampling_reference import INF, state
+from tests.m1.sampling_reference import INF, sample, state
 
 property_test = settings(deadline=None, derandomize=True, max_examples=200)
 
@@ -26,6 +26,12 @@ def column(*values: float) -> torch.Tensor:
 a_logit = st.integers(-40, 40).map(lambda i: i / 4) | st.sampled_from([-1e4, 1e4, 0.0, -0.0, -INF])
 some_logits = st.lists(a_logit, min_size=2, max_size=24).filter(lambda row: max(row) > -INF)
 no_ids = torch.zeros(1, 0, dtype=torch.long)
+
+
+def penalize(logits: torch.Tensor, states: Sequence[SamplingState]) -> torch.Tensor:
+    batch = SamplingBatch(logits.device, logits.shape[-1])
+    asked = batch.select([batch.add(s) for s in states]).penalties
+    return logits if asked is None else penalize_in_place(logits.clone(), asked)
 
 
 def same(ours: torch.Tensor, theirs: torch.Tensor) -> None:
@@ -141,7 +147,7 @@ def test_min_tokens_is_hugging_faces(row: list[float], data: st.DataObject, mini
     )
     assume(theirs.max() > -INF)
     s = state(prompt=prompt, output=output, stop=list(stop), min_tokens=minimum, temperature=0)
-    assert Sampler()(logits, [s]).token_ids == [int(theirs.argmax())]
+    assert sample(logits, [s]).token_ids == [int(theirs.argmax())]
 
 
 @property_test
@@ -154,7 +160,7 @@ def test_logit_bias_is_hugging_faces(row: list[float], data: st.DataObject) -> N
         torch.zeros(1, 1, dtype=torch.long), logits
     )
     assume(theirs.max() > -INF)
-    assert Sampler()(logits, [state(logit_bias=bias, temperature=0)]).token_ids == [int(theirs.argmax())]
+    assert sample(logits, [state(logit_bias=bias, temperature=0)]).token_ids == [int(theirs.argmax())]
 
 
 def test_penalties_touch_only_the_rows_that_ask() -> None:
@@ -185,3 +191,14 @@ def test_penalties_do_not_depend_on_the_default_dtype() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     torch.testing.assert_close(logits, torch.tensor([[1.0, 0.5, 1.0, 1.0]]))
+
+
+@property_test
+@given(st.lists(some_logits, min_size=1, max_size=4), st.floats(1e-3, 0.999), st.integers(1, 12))
+def test_top_p_among_candidates_is_top_p_of_all(rows: list[list[float]], top_p: float, num_candidates: int) -> None:
+    assume(all(min(abs(mass - (1 - top_p)) for mass in masses_from_below(row)) > 1e-6 for row in rows))
+    width = max(map(len, rows))
+    logits = torch.tensor([row + [-INF] * (width - len(row)) for row in rows])
+    column_of_p = torch.full((len(rows), 1), top_p)
+    kept = apply_top_p(logits, column_of_p, num_candidates)
+    assert torch.equal(kept, apply_top_p(logits, column_of_p))

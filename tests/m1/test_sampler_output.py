@@ -11,9 +11,9 @@ import pytest
 import torch
 from scipy.stats import chisquare
 
-from folovllm.sampling import Sampler
+from folovllm.sampling import Sampler, SamplingBatch
 from folovllm.sampling_params import SamplingParams
-from tests.m1.sampling_reference import INF, VOCAB, random_batch, reference_probs, seeded, state
+from tests.m1.sampling_reference import INF, VOCAB, random_batch, reference_probs, sample, state, with_seeds
 
 DRAWS = 10_000
 SPREAD = [2.0, 1.5, 1.5, 1.0, 0.5, 0.0, -0.3, -0.6, -0.9, -1.1]
@@ -55,17 +55,18 @@ def test_tokens_come_as_often_as_they_should(kwargs: dict[str, Any], seed: int |
     s = state(SamplingParams(seed=seed, **kwargs), prompt=[0, 5], output=[3, 3, 9])
     probs, near = reference_probs(SPREAD, s)
     assert not near
-    sampler = Sampler(seed=0)
     if seed is None:  # many requests, one step
-        tokens = sampler(torch.tensor(SPREAD).expand(DRAWS, -1), [s] * DRAWS).token_ids
-    else:  # many rows of one request, whose stream the rows advance in turn
-        tokens = sampler(torch.tensor(SPREAD).expand(DRAWS, -1), [seeded(s)] * DRAWS).token_ids
+        tokens = sample(torch.tensor(SPREAD).expand(DRAWS, -1), with_seeds(s, range(DRAWS))).token_ids
+    else:  # many steps of one request
+        batch = SamplingBatch("cpu", len(SPREAD))
+        rows = batch.select([batch.add(s)] * DRAWS)
+        tokens = Sampler()(torch.tensor(SPREAD).expand(DRAWS, -1), rows, range(DRAWS)).token_ids
     assert_frequencies(tokens, probs)
 
 
 def test_the_chi_square_test_would_notice() -> None:
     # The draws at temperature 1 are no draws at temperature 1.1: the tests above have power.
-    tokens = Sampler(0)(torch.tensor(SPREAD).expand(DRAWS, -1), [state()] * DRAWS).token_ids
+    tokens = sample(torch.tensor(SPREAD).expand(DRAWS, -1), with_seeds(state(), range(DRAWS))).token_ids
     with pytest.raises(AssertionError):
         assert_frequencies(tokens, reference_probs(SPREAD, state(temperature=1.1))[0])
 
@@ -77,8 +78,8 @@ def test_logprobs_are_those_of_the_raw_logits(wanted: int, dtype: torch.dtype) -
     logits = logits.to(dtype)
     if dtype == torch.float32:  # ranks of equals have a test of their own
         assert all(len(set(row)) == VOCAB for row in logits.tolist())
-    states = [seeded(replace(s, params=replace(s.params, logprobs=wanted))) for s in states]
-    result = Sampler()(logits, states)
+    states = [replace(s, params=replace(s.params, logprobs=wanted)) for s in states]
+    result = sample(logits, states)
     truth = logits.double().log_softmax(-1).tolist()
     for token_id, entry, lp in zip(result.token_ids, result.logprobs, truth, strict=True):
         assert entry is not None
@@ -94,26 +95,26 @@ def test_logprobs_are_those_of_the_raw_logits(wanted: int, dtype: torch.dtype) -
 def test_some_draws_fall_outside_the_top() -> None:
     # What the test above needs in order to mean something: a chosen token in front of likelier ones.
     logits, states = random_batch(6, rows=20)
-    states = [seeded(replace(s, params=replace(s.params, logprobs=1))) for s in states]
-    assert {len(entry or ()) for entry in Sampler()(logits, states).logprobs} == {1, 2}
+    states = [replace(s, params=replace(s.params, logprobs=1)) for s in states]
+    assert {len(entry or ()) for entry in sample(logits, states).logprobs} == {1, 2}
 
 
 def test_rows_that_do_not_ask_get_no_logprobs() -> None:
     logits = torch.randn(4, VOCAB, generator=torch.Generator().manual_seed(0))
     wanted = [None, 2, 0, None]
-    result = Sampler()(logits, [state(temperature=0, logprobs=k) for k in wanted])
+    result = sample(logits, [state(temperature=0, logprobs=k) for k in wanted])
     assert [None if entry is None else len(entry) for entry in result.logprobs] == [None, 2, 1, None]
 
 
 def test_a_tie_counts_against_a_chosen_token_outside_the_top_as_in_vllm() -> None:
     logits = torch.tensor([[3.0, 1.0, 1.0, 1.0, 0.0]])
-    entry = Sampler()(logits, [state(temperature=0, logit_bias={2: 9.0}, logprobs=1)]).logprobs[0]
+    entry = sample(logits, [state(temperature=0, logit_bias={2: 9.0}, logprobs=1)]).logprobs[0]
     assert entry is not None
     assert [(token, e.rank) for token, e in entry.items()] == [(2, 4), (0, 1)]
 
 
 def test_logprobs_of_impossible_tokens_are_minus_infinity() -> None:
-    entry = Sampler()(torch.tensor([[0.0, -INF, 0.0]]), [state(temperature=0, logprobs=-1)]).logprobs[0]
+    entry = sample(torch.tensor([[0.0, -INF, 0.0]]), [state(temperature=0, logprobs=-1)]).logprobs[0]
     assert entry is not None
     assert {token: e.logprob for token, e in entry.items()} == {
         0: pytest.approx(-math.log(2)),

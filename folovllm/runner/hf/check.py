@@ -70,7 +70,7 @@ def why_not_side_by_side(model: PreTrainedModel, batching: str, max_model_len: i
     prompts = trial_texts(model, [max(1, min(n, max_model_len - new_tokens + 1)) for n in LENGTHS])
     try:
         expected = [generate_alone(model, prompt, new_tokens) for prompt in prompts]
-        ours = trial_logits(HFRunner(model, Sampler(0, model.device), batching), prompts, [ids for ids, _ in expected])
+        ours = trial_logits(HFRunner(model, Sampler(), batching), prompts, [ids for ids, _ in expected])
     except torch.OutOfMemoryError:
         raise
     except MODEL_ERRORS as error:
