@@ -129,7 +129,7 @@ class BlockManager(KVCacheManager):
         self._tables[request.request_id] = table
         if self.cache is not None and table.caches:
             self.cache.extend(request, table.chain, table.blocks, end // self.block_size)
-        return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks))
+        return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks), first)
 
     def _get_new_blocks(self, count: int) -> list[int]:
         """Allocate the blocks that have been free longest. What was cached in them is lost."""

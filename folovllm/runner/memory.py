@@ -63,11 +63,10 @@ def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backen
     storage = KVStorage(model.config, model.dtype, model.device, size, block - 1)
     runner = PagedRunner(model, storage, backend, sampler, buffers)
     params = SamplingParams(temperature=0)
-    runner.execute_model(
-        SchedulerOutput(
-            shares, scheduled_new_reqs=[NewRequestData(s.request_id, [0], params, frozenset()) for s in shares]
-        )
-    )
+    new = [NewRequestData(share.request_id, [0], params, frozenset()) for share in shares]
+    step = SchedulerOutput(shares, scheduled_new_reqs=new)
+    runner.update_states(step)
+    runner.execute_model(step)
 
 
 def free_cpu_bytes() -> int:

@@ -37,7 +37,14 @@ class SamplingStates:
         if logits is None or not sampling:
             return result
         states = [self._states[scheduled[i].request_id] for i in sampling]
-        out = self.sampler(logits, states)
+        streams = [self.sampler.generator, *(state.generator for state in states if state.generator is not None)]
+        saved = [] if all(state.params.is_greedy for state in states) else [(s, s.get_state()) for s in streams]
+        try:
+            out = self.sampler(logits, states)
+        except BaseException:
+            for stream, before in saved:
+                stream.set_state(before)  # a repeat draws the same numbers
+            raise
         result.failed = {scheduled[sampling[row]].request_id: NO_CHOICE for row in out.bad_rows}
         for i, state, token_id, logprobs in zip(sampling, states, out.token_ids, out.logprobs, strict=True):
             if scheduled[i].request_id in result.failed:

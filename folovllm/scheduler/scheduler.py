@@ -26,7 +26,7 @@ Invariants (between two calls):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from folovllm.kv_cache.interface import KVCacheManager, KVPlan
 from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, NewRequestData, ScheduledRequest, SchedulerOutput
@@ -203,8 +203,9 @@ class Scheduler:
             request = self.requests.get(share.request_id)
             if request is None:
                 continue  # finished from outside since the step was scheduled
-            self.kv.cache_blocks(share.plan)
-            request.num_computed_tokens += share.num_tokens
+            if share.request_id not in result.not_written:
+                self.kv.cache_blocks(share.plan)
+                request.num_computed_tokens += share.num_tokens
             if request.num_computed_tokens >= request.num_prompt_tokens:  # fork before the leader may finish
                 forked += [self._fork(request, sample) for sample in self._parked.pop(request.request_id)]
             before = request.num_output_tokens
@@ -235,9 +236,14 @@ class Scheduler:
                 return None
         return plan
 
-    def _preempt(self, victim: Request, step: SchedulerOutput) -> None:
+    def recompute(self, request_ids: Sequence[str], step: SchedulerOutput) -> None:
+        """Preempt requests of a step, which has run without them, and drop their K/V."""
+        for request_id in reversed(request_ids):
+            self._preempt(self.requests[request_id], step, swaps=False)
+
+    def _preempt(self, victim: Request, step: SchedulerOutput, swaps: bool = True) -> None:
         """Take a running request's K/V and its share of the step, and put it at the front of the queue."""
-        ops = self.kv.swap_out(victim) if self.swaps else None
+        ops = self.kv.swap_out(victim) if self.swaps and swaps else None
         if ops is None:
             self.kv.free(victim)
             victim.num_computed_tokens = 0
