@@ -11,7 +11,6 @@ did not write, because both began with the same new prefix, is not run: it has t
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.outputs import Logprob
@@ -49,7 +48,7 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
         if not shares:
             continue
         try:
-            done = runner.execute_model(replace(step, scheduled=shares))
+            done = runner.execute_model(SchedulerOutput(shares))
         except Exception as error:
             if is_device_fault(error):
                 raise
