@@ -127,6 +127,10 @@ class LLMEngine:
         if sampling_params is not None:
             self._warn_of_overrides(params)
         given = read_prompt(prompt, self.tokenizer, self.vocab_size)
+        max_model_len = self.max_model_len
+        if params.max_tokens is None:  # it ends where the KV cache ends, unless its prompt alone is longer
+            longest = max(self.core.scheduler.kv.longest_request, len(given.token_ids) + 1)
+            max_model_len = min(max_model_len, longest)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
             Request(
@@ -134,7 +138,7 @@ class LLMEngine:
                 prompt_token_ids=given.token_ids,
                 sampling_params=params if params.n == 1 else params.child(i),
                 eos_token_ids=self.eos_token_ids,
-                max_model_len=self.max_model_len,
+                max_model_len=max_model_len,
                 arrival_time=arrival,
                 priority=priority,
                 parent_id=parent_id if i == 0 else sequence_ids[0],
@@ -143,7 +147,7 @@ class LLMEngine:
             )
             for i, sequence_id in enumerate(sequence_ids)
         ]
-        self.core.scheduler.check_can_run(requests[0])
+        self.core.check_can_run(requests[0])
         sequences = [
             RequestState(r.request_id, i, r.sampling_params, given.token_ids, self.tokenizer)
             for i, r in enumerate(requests)
@@ -157,10 +161,9 @@ class LLMEngine:
         for submission in submissions:
             user_id = submission.user.request_id
             ids = {user_id, *(r.request_id for r in submission.requests)}
-            if self.is_live(user_id) or any(i in taken or i in self._request_states for i in ids):
+            scheduled = self.core.scheduler.is_known
+            if self.is_live(user_id) or any(i in taken or i in self._request_states or scheduled(i) for i in ids):
                 raise ValueError(f"request_id={user_id!r} is in use; allowed: an id of no unfinished request")
-            for request in submission.requests:
-                self.core.scheduler.check_can_run(request)
             taken |= ids
         for submission in submissions:
             self._parent_requests[submission.user.request_id] = submission.user

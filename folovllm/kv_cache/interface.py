@@ -125,6 +125,11 @@ class KVCacheManager(ABC):
 
     can_share = False  # whether a request can start as a `fork`
 
+    @property
+    @abstractmethod
+    def longest_request(self) -> int:
+        """The most tokens, of prompt and output, of a request that has the whole cache. The last one needs no K/V."""
+
     @abstractmethod
     def why_never_fits(self, request: Request) -> str | None:
         """None if the request fits an otherwise empty cache at its longest; else the arithmetic that says why not."""

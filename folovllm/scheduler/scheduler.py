@@ -67,9 +67,7 @@ class Scheduler:
         self._finished_req_ids: list[str] = []  # for the next SchedulerOutput
 
     def check_can_run(self, request: Request) -> None:
-        """Raise ValueError for an id in use, and, with the arithmetic, for a request that no step could ever run."""
-        if request.request_id in self.requests or request.request_id in self._held:
-            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
+        """Raise ValueError, with the arithmetic, for a request that no step could ever run."""
         if request.num_prompt_tokens > self.max_num_batched_tokens and not self.chunked_prefill:
             raise ValueError(
                 f"request {request.request_id!r}: the prompt has {request.num_prompt_tokens} tokens and a step "
@@ -79,9 +77,14 @@ class Scheduler:
         if (reason := self.kv.why_never_fits(request)) is not None:
             raise ValueError(f"request {request.request_id!r} can never run: {reason}")
 
+    def is_known(self, request_id: str) -> bool:
+        """Whether this is the id of an unfinished request, or of a held one."""
+        return request_id in self.requests or request_id in self._held
+
     def add_request(self, request: Request) -> None:
-        """Take a new request. Raises ValueError as `check_can_run` does; nothing is changed then."""
-        self.check_can_run(request)
+        """Take a request that `check_can_run` accepts. Raises ValueError, with nothing changed, for an id in use."""
+        if self.is_known(request.request_id):
+            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
         parent_id = request.parent_id if self.kv.can_share else None
         if parent_id in self.requests:
             self._parked.add(request)

@@ -113,7 +113,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
 
     @precondition(lambda self: self.records)
-    @rule(kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "after"]), data=st.data())
+    @rule(
+        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "after"]),
+        data=st.data(),
+    )
     def trouble(self, kind: str, data: st.DataObject) -> None:
         """What ends requests before their time, and must touch no others."""
         if kind == "abort":

@@ -54,7 +54,7 @@ class PaddedBatch:
         if width == 0:
             self.cache = empty_cache()
         for layer in self.cache.layers:
-            if layer.keys is not None and layer.values is not None:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
                 layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
 
     def rows(self, request_id: str) -> list[tuple[Tensor, Tensor]]:
