@@ -18,7 +18,9 @@ from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerCon
 from folovllm.engine.factory import EngineParts, build_engine
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
 from folovllm.engine.output_processor import ParentRequest, RequestState
+from folovllm.engine.retry import reason_of
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
+from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -226,18 +228,28 @@ class LLMEngine:
         return wanted
 
     def _step(self, final_only: bool) -> list[RequestOutput]:
+        outputs: list[EngineCoreOutput] = []
         try:
             outputs = self.core.step()
-        except BaseException:
+            return self._deliver(outputs, final_only)
+        except BaseException:  # tokens of these requests may be lost
+            self.core.abort_requests([output.request_id for output in outputs])
             self._undelivered |= {o.request_id: o for o in self._end_lost()}
             raise
+
+    def _deliver(self, outputs: Sequence[EngineCoreOutput], final_only: bool) -> list[RequestOutput]:
+        """Add new tokens to the users' outputs, and return those that have changed."""
         now = self.core.clock()
         moved: dict[str, ParentRequest] = {}
         stopped: list[str] = []
         for output in outputs:
             user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
-            if sequence.add(output):
+            try:
+                ends = sequence.add(output)
+            except Exception as error:  # such as a tokenizer's, about these tokens
+                ends = sequence.fail(reason_of(error))
+            if ends:
                 stopped.append(output.request_id)
             if sequence.index == 0:
                 user.metrics.first_scheduled_time = output.first_scheduled_time

@@ -102,16 +102,21 @@ class Scheduler:
         return finished
 
     def undo_step(self, step: SchedulerOutput) -> list[str]:
-        """The runner failed in `step`: abort its requests, whose K/V may be half written, and return their ids.
+        """`step` was left at any point: abort its requests, whose K/V may be half written, and return their ids.
 
-        Requests that it preempted compute their K/V again: what was swapped out before the failure is not known.
+        Requests that it preempted compute their K/V again: what was swapped out before is not known. Whatever was on
+        its way from one place to another is aborted, too.
         """
         self._finished_req_ids[:0] = step.finished_req_ids
         for request in [self.requests[i] for i in step.preempted_req_ids if i in self.requests]:
-            self._drop_waiting_kv(request)
+            if request in self.waiting:
+                self._drop_waiting_kv(request)
         # In reverse, so that samples that are promoted to the front of the queue keep the order of their leaders.
         aborted = [share.request_id for share in reversed(step.scheduled)]
-        return self.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+        aborted += [*(new.request_id for new in step.scheduled_new_reqs), *step.resumed_req_ids]
+        placed = {*map(id, self.running), *(id(r) for r in self.requests.values() if r in self.waiting)}
+        lost = [i for i, r in self.requests.items() if id(r) not in placed and r not in self._parked]
+        return self.finish_requests([*aborted, *lost], RequestStatus.FINISHED_ABORTED)
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to compute."""
@@ -125,13 +130,17 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decide the next step: running requests first, then as many waiting ones as memory and budget allow."""
         step = SchedulerOutput()
-        if self._first_needs_step_without_decodes():
-            self._admit_waiting(step)
-        self._decodes_skipped = bool(step.scheduled)
-        if not step.scheduled:
-            self._schedule_running(step)
-            if not step.preempted_req_ids:
+        try:
+            if self._first_needs_step_without_decodes():
                 self._admit_waiting(step)
+            self._decodes_skipped = bool(step.scheduled)
+            if not step.scheduled:
+                self._schedule_running(step)
+                if not step.preempted_req_ids:
+                    self._admit_waiting(step)
+        except BaseException:  # an interrupt
+            self.undo_step(step)
+            raise
         step.finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
         return step
 
@@ -289,17 +298,20 @@ class Scheduler:
             self.kv.free(request)
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
-        """Give a request its final status, take it out of where it is, and free its K/V unless that is held."""
+        """Give a request its final status, take it out of where it is, and free its K/V unless that is held.
+
+        An interrupt at any line leaves it in `requests`, and `undo_step` finishes it again.
+        """
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove_request(request)
         else:
             self._parked.remove(request)
-        del self.requests[request.request_id]
         self._waiting_forks.pop(request.request_id, None)
         self._finished_req_ids.append(request.request_id)
-        request.set_status(status)
+        if not request.is_finished:
+            request.set_status(status)
         if request.hold and self.kv.can_share and status.finish_reason in ("stop", "length"):
             self._held[request.request_id] = request
         else:
@@ -307,3 +319,4 @@ class Scheduler:
         # Samples are still parked if a leader ends before its prompt is computed: the next one leads.
         if (next_leader := self._parked.promote(request.request_id)) is not None:
             self.waiting.prepend_request(next_leader)
+        del self.requests[request.request_id]
