@@ -37,10 +37,16 @@ class Record:
     priority: int
     arrival: int
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -92,10 +98,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not free:
             return
         record = Record(prompt, params, priority if self.policy == "priority" else 0, self.arrivals)
+        record.limit_to(min(self.capacity, MAX_MODEL_LEN))
         waiting = self.scheduler.num_waiting
         if len(prompt) > self.budget:
             message = f"the prompt has {len(prompt)} tokens and a step computes at most {self.budget}"
-        elif record.longest() > self.capacity:
+        elif record.longest() - 1 > self.capacity:
             message = f"it may grow to {record.longest()} tokens .*holds {self.capacity}"
         else:
             self.engine.add_request(free[0], prompt, params, record.priority)
@@ -208,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")

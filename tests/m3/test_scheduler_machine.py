@@ -49,10 +49,16 @@ class Record:
     priority: int
     hold: bool = False
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -135,8 +141,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.submit(free[0], Record([token] * self.budget, params, 0))
 
     def submit(self, user_id: str, record: Record, parent: str | None = None) -> None:
+        record.limit_to(self.manager.pool.num_blocks * self.size)
         prompt, longest = record.prompt, record.longest()
-        blocks = -(-longest // self.size)
+        blocks = -(-(longest - 1) // self.size)
         waiting = self.scheduler.num_waiting
         if len(prompt) > self.budget:
             message = f"the prompt has {len(prompt)} tokens and a step computes at most {self.budget}"
@@ -302,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")
@@ -327,7 +334,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """What the policy sorts those that wait by."""
         if self.policy == "priority":
             return request.priority
-        left = min(request.num_prompt_tokens + (request.sampling_params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        most = request.num_prompt_tokens + (request.sampling_params.max_tokens or MAX_MODEL_LEN)
+        left = min(most, request.max_model_len)
         return left - request.num_computed_tokens if self.policy == "sjf" else 0
 
     def blocks_needed(self, request: Request, num_tokens: int) -> int:

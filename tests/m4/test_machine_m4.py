@@ -54,10 +54,16 @@ class Record:
     salt: str
     hold: bool = False
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -162,8 +168,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.submit(free[0], Record([*self.texts[text % len(self.texts)][:cut], i], params, 0, ""))
 
     def submit(self, user_id: str, record: Record, parent: str | None = None) -> None:
+        record.limit_to(self.manager.pool.num_blocks * self.size)
         longest, waiting = record.longest(), self.scheduler.num_waiting
-        blocks = -(-longest // self.size)
+        blocks = -(-(longest - 1) // self.size)
         prompt = {"prompt_token_ids": record.prompt, "cache_salt": record.salt}
         if len(record.prompt) > self.budget and not self.chunked:
             message = f"the prompt has {len(record.prompt)} tokens and a step computes at most {self.budget}"
@@ -335,7 +342,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")
