@@ -3,7 +3,7 @@
 Each step passes these between the parts of the core (vLLM: `vllm/v1/core/sched/output.py`, `vllm/v1/outputs.py` and
 `vllm/v1/engine/__init__.py`)::
 
-    Scheduler.schedule -> SchedulerOutput -> ModelRunner.execute_model -> ModelRunnerOutput
+    Scheduler.schedule -> SchedulerOutput -> ModelRunner.update_states, execute_model -> ModelRunnerOutput
     -> Scheduler.update_from_output -> EngineCoreOutput
 """
 
@@ -88,6 +88,9 @@ class ModelRunnerOutput:
     sampled_token_ids: list[list[int]] = field(default_factory=list)  # empty for a chunk that samples nothing
     logprobs: list[list[Mapping[int, Logprob]] | None] = field(default_factory=list)  # None where none were asked for
     failed: dict[str, str] = field(default_factory=dict)  # request id -> why nothing could be sampled for it
+    not_written: set[str] = field(default_factory=set)  # those of `failed` whose forward failed: their K/V is in doubt
+    # Requests that did not run, because they read K/V of such ones. They have no entries in the lists.
+    unread: list[str] = field(default_factory=list)
     # (start, end) seconds of "prepare", "forward" and "sample", on the clock that the runner was given.
     phases: dict[str, tuple[float, float]] = field(default_factory=dict)
     forwards: int = 0  # model calls

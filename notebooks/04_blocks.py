@@ -435,6 +435,7 @@ class Rewired:
 
     def __init__(self, runner, change):
         self.runner, self.change = runner, change
+        self.update_states = runner.update_states
 
     def execute_model(self, step):
         shares = [

@@ -56,8 +56,8 @@ class MockRunner(ModelRunner):
         self.steps: list[SchedulerOutput] = []
         self.failing: set[str] = set()  # ids that nothing can be sampled for
 
-    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Forget, learn, write, and read back."""
+    def update_states(self, step: SchedulerOutput) -> None:
+        """Forget, and learn."""
         self.steps.append(step)
         if step.kv_ops:
             raise RuntimeError(f"contiguous K/V is never moved, and a step asks for {step.kv_ops}")
@@ -66,12 +66,15 @@ class MockRunner(ModelRunner):
             self.slots.pop(request_id, None)
         for new in step.scheduled_new_reqs:
             self.known[new.request_id] = new
+
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Write, and read back. A step that is tried again writes the same slots."""
         result = ModelRunnerOutput(forwards=1)
         for share in step.scheduled:
             slots = self.slots.setdefault(share.request_id, [])
-            if len(slots) != share.start:
+            if len(slots) not in (share.start, share.start + share.num_tokens):
                 raise RuntimeError(f"{share.request_id} starts at {share.start} with K/V for {len(slots)} tokens")
-            slots.extend(share.token_ids)
+            slots[share.start :] = share.token_ids
             seed = self.known[share.request_id].sampling_params.seed
             fails = share.request_id in self.failing
             if fails:
@@ -95,8 +98,8 @@ class PagedMockRunner(MockRunner):
         self.device: list[list[int | None]] = [[None] * block_size for _ in range(num_blocks + 1)]
         self.host: list[list[int | None]] = [[None] * block_size for _ in range(num_host_blocks + 1)]
 
-    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Copy and swap in order, forget, learn, write every token, and then read back."""
+    def update_states(self, step: SchedulerOutput) -> None:
+        """Copy and swap in order, forget, and learn."""
         self.steps.append(step)
         for op in step.kv_ops:
             self.apply(op)
@@ -104,6 +107,9 @@ class PagedMockRunner(MockRunner):
             self.known.pop(request_id, None)
         for new in step.scheduled_new_reqs:
             self.known[new.request_id] = new
+
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Write every token, and then read back."""
         written: set[tuple[int, int]] = set()
         for share in step.scheduled:
             for position, token in enumerate(share.token_ids, share.start):

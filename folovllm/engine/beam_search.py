@@ -108,7 +108,9 @@ def run_round(
     outputs = engine.run_to_completion(request_ids)
     for request_id in request_ids:
         if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
-            raise RuntimeError(f"request {request_id!r} of a beam search was aborted, or its logits are not finite")
+            reason = outputs[request_id].outputs[0].stop_reason if request_id in outputs else None
+            reason = reason or "it was aborted, or its logits are not finite"
+            raise RuntimeError(f"request {request_id!r} of a beam search has no tokens: {reason}")
     return outputs
 
 

@@ -5,14 +5,18 @@ schedule -> execute (prepare, forward, sample) -> update -> record
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Iterable
 
+from folovllm.engine.retry import execute_in_parts, is_device_fault, reason_of
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
 from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.interface import ModelRunner
 from folovllm.scheduler.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -29,6 +33,7 @@ class EngineCore:
         self.scheduler = scheduler
         self.runner = runner
         self.clock = clock
+        self.failure: str | None = None  # why the device is lost
         self.recorder = StepRecorder(scheduler, max_trace_steps, trace_blocks)
 
     @property
@@ -39,8 +44,14 @@ class EngineCore:
     def stats(self) -> EngineStats:
         return self.recorder.stats
 
+    def check_can_run(self, request: Request) -> None:
+        """Raise ValueError for a request that can never run, and RuntimeError if the device is lost."""
+        if self.failure is not None:
+            raise RuntimeError(f"this engine has stopped: {self.failure}; allowed: a new one, in a new process")
+        self.scheduler.check_can_run(request)
+
     def add_request(self, request: Request) -> None:
-        """Queue a request. Raises ValueError, with nothing changed, for one that can never run."""
+        """Queue a request that `check_can_run` accepts. Raises ValueError, with nothing changed, for an id in use."""
         self.scheduler.add_request(request)
 
     def abort_requests(self, request_ids: Iterable[str]) -> None:
@@ -60,37 +71,63 @@ class EngineCore:
     def step(self) -> list[EngineCoreOutput]:
         """Run one step. Without unfinished requests it does nothing and returns [].
 
-        If the runner fails or is interrupted, the requests of this step are aborted before the exception is raised
-        again, because their K/V may be half written. Others go on; those that the step preempted compute their K/V
-        again.
+        If the forward fails, it is tried again in parts, and only requests that fail alone end with an error. If the
+        device is lost, all requests end with that error, and the engine takes no more.
+
+        Any other exception, and an interrupt, abort the requests of this step before it is raised again, because their
+        K/V may be half written. Others go on; those that the step preempted compute their K/V again.
         """
         if not self.scheduler.has_unfinished_requests():
             return []
         start = self.clock()
         step = self.scheduler.schedule()
+        try:
+            return self._run(step, start)
+        except BaseException as error:
+            if isinstance(error, Exception) and is_device_fault(error):
+                return self._stop(reason_of(error))
+            self.recorder.aborted += self.scheduler.undo_step(step)
+            raise
+
+    def _run(self, step: SchedulerOutput, start: float) -> list[EngineCoreOutput]:
         scheduled = self.clock()
+        self.runner.update_states(step)
         result = self._execute(step)
+        self.scheduler.recompute(result.unread, step)
         executed = self.clock()
         requests = [self.scheduler.requests[share.request_id] for share in step.scheduled]
         for request in requests:
             if request.first_scheduled_time is None:
                 request.first_scheduled_time = start
         outputs = self.scheduler.update_from_output(step, result)
-        phases = {"schedule": (start, scheduled), **result.phases, "update": (executed, self.clock())}
+        untimed = dict.fromkeys(("prepare", "forward", "sample"), (executed, executed))
+        phases = {"schedule": (start, scheduled), **untimed, **result.phases, "update": (executed, self.clock())}
         self.recorder.record(step, result, requests, phases)
         self._settle()
         return outputs
+
+    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        try:
+            return self.runner.execute_model(step)
+        except Exception as error:
+            if is_device_fault(error):
+                raise
+            logger.debug("a step failed and is tried again in parts", exc_info=error)
+            return execute_in_parts(self.runner, step)
+
+    def _stop(self, reason: str) -> list[EngineCoreOutput]:
+        """The device is lost: all unfinished requests end, and `check_can_run` refuses others."""
+        self.failure = reason
+        requests = list(self.scheduler.requests.values())
+        logger.error("the engine has stopped, and its %d requests end: %s", len(requests), reason)
+        for request in requests:
+            request.stop_reason = reason
+        self.scheduler.finish_requests([r.request_id for r in requests], RequestStatus.FINISHED_ERROR)
+        return [EngineCoreOutput.of(request, [], None) for request in requests]
 
     def _settle(self) -> None:
         """If no step will follow, tell the runner now which requests have finished."""
         if not self.scheduler.has_unfinished_requests():
             step = self.scheduler.schedule()
             if step.finished_req_ids:
-                self._execute(step)
-
-    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        try:
-            return self.runner.execute_model(step)
-        except BaseException:
-            self.recorder.aborted += self.scheduler.undo_step(step)
-            raise
+                self.runner.update_states(step)

@@ -13,6 +13,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 from folovllm.attention.backend import AttentionBackend
 from folovllm.attention.reference import ReferenceBackend
 from folovllm.attention.torch_backend import TorchBackend
+from folovllm.attention.trial import why_it_cannot_run
 from folovllm.checks import check_choice, invalid, quoted
 from folovllm.config import ATTENTION_BACKENDS, EngineConfig
 from folovllm.contrib.transformers.check import load_hf_paged
@@ -26,7 +27,7 @@ from folovllm.math_utils import cdiv
 from folovllm.models.config_fields import check_fields
 from folovllm.models.decoder import DecoderConfig
 from folovllm.models.decoder_check import how_decoder_differs
-from folovllm.models.families import check_family
+from folovllm.models.families import check_family, length_with_rope
 from folovllm.models.layers import rope_frequencies
 from folovllm.models.loader import (
     LoadSpec,
@@ -73,16 +74,21 @@ class EngineParts:
 
 
 def model_length(config: EngineConfig, hf_config: PretrainedConfig) -> int:
-    """Tokens of prompt and output that a request may have. Raises ValueError for a max_model_len above the model's."""
+    """Tokens of prompt and output that a request may have. Raises ValueError for a max_model_len above the model's.
+
+    A RoPE that is scaled for longer texts makes the model longer, as in vLLM.
+    """
     longest = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
     if not isinstance(longest, int):
         raise ValueError(
             f"model={config.model.model!r} is a {hf_config.model_type} without max_position_embeddings; "
             "allowed: a decoder with rotary or learned positions"
         )
+    longest = max(longest, length_with_rope(hf_config.get_text_config()) or 0)
     wanted = config.model.max_model_len
     if wanted is not None and wanted > longest:
-        raise invalid("max_model_len", wanted, f"at most {longest}, the model's max_position_embeddings")
+        name = "max_position_embeddings, with the factor of its rope_parameters if they have one"
+        raise invalid("max_model_len", wanted, f"at most {longest}, the model's {name}")
     return longest if wanted is None else wanted
 
 
@@ -130,8 +136,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     )
     core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks)
     vocab_size = int(hf_config.get_text_config().vocab_size)
-    # An id without a logit is never sampled, so it cannot end a sequence.
-    eos_ids = tuple(i for i in eos_token_ids(hf_config, generation_config, tokenizer) if i < vocab_size)
+    eos_ids = eos_token_ids(hf_config, generation_config, tokenizer)
     return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults, special_ids)
 
 
@@ -145,7 +150,7 @@ def build_paged(
     device = spec.device
     if device.type == "cpu" and config.keep_freed_memory:
         keep_freed_memory()
-    backend = make_backend(config.attention_backend, device)
+    backend = choose_backend(config.attention_backend, spec, config.cache.block_size)
     model = load_paged_model(spec, backend, config.model.model_impl)
     size = config.cache.block_size
     max_blocks = cdiv(model.max_positions, size)  # of one request
@@ -170,6 +175,26 @@ def build_paged(
     return manager, PagedRunner(model, storage, backend, sampler, buffers, num_threads=num_threads)
 
 
+def choose_backend(name: str, spec: LoadSpec, block_size: int) -> AttentionBackend:
+    """The attention backend of that name, which has run in the model's shape. "auto" takes "torch" for one that cannot.
+
+    Raises ValueError for any other name whose backend cannot run here.
+    """
+    shape = (2, 1, 64)  # of a model that is not our decoder's: `load_hf_paged` tries that one itself
+    if what_decoder_lacks(spec.hf_config) is None:
+        decoder = DecoderConfig.from_hf(spec.hf_config)
+        shape = (decoder.num_heads, decoder.num_kv_heads, decoder.head_dim)
+    backend = make_backend(name, spec.device)
+    reason = why_it_cannot_run(backend, spec.device, spec.dtype, block_size, *shape)
+    if reason is None:
+        return backend
+    if name == "auto" and backend.name != "torch":
+        logger.info("attention_backend='auto' is 'torch', because %r cannot run here: %s", backend.name, reason)
+        return choose_backend("torch", spec, block_size)
+    others = quoted([other for other in ATTENTION_BACKENDS if other != name])
+    raise invalid("attention_backend", name, f"{others}, because this one cannot run here: {reason}")
+
+
 def make_backend(name: str, device: torch.device) -> AttentionBackend:
     """The attention backend of that name. "auto" is "triton" on a GPU if Triton is installed, else "torch".
 
@@ -178,6 +203,8 @@ def make_backend(name: str, device: torch.device) -> AttentionBackend:
     check_choice("attention_backend", name, ATTENTION_BACKENDS)
     has_triton = importlib.util.find_spec("triton") is not None
     if name == "auto":
+        if device.type == "cuda" and not has_triton:
+            logger.info("attention_backend='auto' is 'torch', because Triton is not installed")
         name = "triton" if device.type == "cuda" and has_triton else "torch"
     if name == "torch":
         return TorchBackend()

@@ -51,6 +51,11 @@ def read_prompt(prompt: Prompt, tokenizer: PreTrainedTokenizerBase | None, vocab
         token_ids = encode(tokenizer, "prompt", content)
         if not token_ids:
             raise ValueError(f"prompt={content!r} has no tokens; allowed: at least 1")
+        for token_id in token_ids:
+            if token_id >= vocab_size:  # a tokenizer with tokens that the model was not trained with
+                token = tokenizer.convert_ids_to_tokens(token_id)
+                allowed = f"text of tokens below {vocab_size}, the model's vocab_size"
+                raise invalid("prompt", content, f"{allowed}, and it has the tokenizer's {token!r}, id {token_id}")
         return GivenPrompt(content, token_ids, cache_salt)
     return GivenPrompt(None, check_token_ids(content, vocab_size), cache_salt)
 

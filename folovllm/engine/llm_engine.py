@@ -18,7 +18,9 @@ from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerCon
 from folovllm.engine.factory import EngineParts, build_engine
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
 from folovllm.engine.output_processor import ParentRequest, RequestState
+from folovllm.engine.retry import reason_of
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
+from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling.noise import own_seed
@@ -132,6 +134,10 @@ class LLMEngine:
             self._warn_of_overrides(params)
             self._warn_of_hidden_stops(params)
         given = read_prompt(prompt, self.tokenizer, self.vocab_size)
+        max_model_len = self.max_model_len
+        if params.max_tokens is None:  # it ends where the KV cache ends, unless its prompt alone is longer
+            longest = max(self.core.scheduler.kv.longest_request, len(given.token_ids) + 1)
+            max_model_len = min(max_model_len, longest)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
             Request(
@@ -139,7 +145,7 @@ class LLMEngine:
                 prompt_token_ids=given.token_ids,
                 sampling_params=params if params.n == 1 else params.child(i),
                 eos_token_ids=self.eos_token_ids,
-                max_model_len=self.max_model_len,
+                max_model_len=max_model_len,
                 arrival_time=arrival,
                 priority=priority,
                 parent_id=parent_id if i == 0 else sequence_ids[0],
@@ -148,7 +154,7 @@ class LLMEngine:
             )
             for i, sequence_id in enumerate(sequence_ids)
         ]
-        self.core.scheduler.check_can_run(requests[0])
+        self.core.check_can_run(requests[0])
         sequences = [
             RequestState(r.request_id, i, r.sampling_params, given.token_ids, self.tokenizer)
             for i, r in enumerate(requests)
@@ -162,10 +168,9 @@ class LLMEngine:
         for submission in submissions:
             user_id = submission.user.request_id
             ids = {user_id, *(r.request_id for r in submission.requests)}
-            if self.is_live(user_id) or any(i in taken or i in self._request_states for i in ids):
+            scheduled = self.core.scheduler.is_known
+            if self.is_live(user_id) or any(i in taken or i in self._request_states or scheduled(i) for i in ids):
                 raise ValueError(f"request_id={user_id!r} is in use; allowed: an id of no unfinished request")
-            for request in submission.requests:
-                self.core.scheduler.check_can_run(request)
             taken |= ids
         for submission in submissions:
             self._parent_requests[submission.user.request_id] = submission.user
@@ -231,18 +236,28 @@ class LLMEngine:
         return wanted
 
     def _step(self, final_only: bool) -> list[RequestOutput]:
+        outputs: list[EngineCoreOutput] = []
         try:
             outputs = self.core.step()
-        except BaseException:
+            return self._deliver(outputs, final_only)
+        except BaseException:  # tokens of these requests may be lost
+            self.core.abort_requests([output.request_id for output in outputs])
             self._undelivered |= {o.request_id: o for o in self._end_lost()}
             raise
+
+    def _deliver(self, outputs: Sequence[EngineCoreOutput], final_only: bool) -> list[RequestOutput]:
+        """Add new tokens to the users' outputs, and return those that have changed."""
         now = self.core.clock()
         moved: dict[str, ParentRequest] = {}
         stopped: list[str] = []
         for output in outputs:
             user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
-            if sequence.add(output):
+            try:
+                ends = sequence.add(output)
+            except Exception as error:  # such as a tokenizer's, about these tokens
+                ends = sequence.fail(reason_of(error))
+            if ends:
                 stopped.append(output.request_id)
             if sequence.index == 0:
                 user.metrics.first_scheduled_time = output.first_scheduled_time

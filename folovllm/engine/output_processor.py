@@ -72,6 +72,12 @@ class RequestState:
         self.finish_reason, self.stop_reason = "stop", self.detokenizer.stop_reason
         return unknown_to_core
 
+    def fail(self, reason: str) -> bool:
+        """End the sequence, whose tokens have no text. True if the core has to be told."""
+        unknown_to_core = self.finish_reason is None
+        self.finish_reason, self.stop_reason = "error", reason
+        return unknown_to_core
+
     def abort(self) -> None:
         """End the sequence early."""
         if self.finish_reason is None:

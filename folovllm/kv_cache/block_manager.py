@@ -79,15 +79,19 @@ class BlockManager(KVCacheManager):
         """Blocks that `num_tokens` tokens take."""
         return cdiv(num_tokens, self.block_size)
 
+    @property
+    def longest_request(self) -> int:
+        return self.pool.num_blocks * self.block_size + 1
+
     def why_never_fits(self, request: Request) -> str | None:
         """None, or why the request at its longest needs more blocks than there are."""
-        needed = self.blocks_for(request.max_total_tokens)
+        needed = self.blocks_for(request.max_total_tokens - 1)
         if needed <= self.pool.num_blocks:
             return None
         return (
             f"it may grow to {request.max_total_tokens} tokens ({request.num_prompt_tokens} of prompt and "
-            f"{request.max_output_tokens} of output), which take {needed} blocks of {self.block_size}, and the whole "
-            f"KV cache has {self.pool.num_blocks}"
+            f"{request.max_output_tokens} of output), all but the last of which take {needed} blocks of "
+            f"{self.block_size}, and the whole KV cache has {self.pool.num_blocks}"
         )
 
     def get_computed_blocks(self, request: Request) -> int:
@@ -129,7 +133,7 @@ class BlockManager(KVCacheManager):
         self._tables[request.request_id] = table
         if self.cache is not None and table.caches:
             self.cache.extend(request, table.chain, table.blocks, end // self.block_size)
-        return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks))
+        return BlockPlan(request.request_id, table.computed, num_new_tokens, tuple(ops), tuple(table.blocks), first)
 
     def _get_new_blocks(self, count: int) -> list[int]:
         """Allocate the blocks that have been free longest. What was cached in them is lost."""

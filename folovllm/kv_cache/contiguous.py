@@ -27,13 +27,18 @@ class ContiguousKVManager(KVCacheManager):
         self.region = min(max_model_len, capacity)
         self._used: dict[str, int] = {}  # request id -> tokens with K/V, for each request that holds a region
 
+    @property
+    def longest_request(self) -> int:
+        return self.region + 1
+
     def why_never_fits(self, request: Request) -> str | None:
         """None, or why the request at its longest is larger than the whole capacity."""
-        if request.max_total_tokens <= self.region:
+        if request.max_total_tokens <= self.longest_request:
             return None
         return (
             f"it may grow to {request.max_total_tokens} tokens ({request.num_prompt_tokens} of prompt and "
-            f"{request.max_output_tokens} of output) and the whole KV cache holds {self.region}"
+            f"{request.max_output_tokens} of output), all but the last of which need K/V, and the whole KV cache holds "
+            f"{self.region}"
         )
 
     def get_computed_blocks(self, request: Request) -> int:

@@ -12,7 +12,7 @@ The life of a request, without forks and swaps::
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import dataclass, field
 
 from folovllm.request import Request
@@ -56,12 +56,27 @@ class KVPlan:
     num_tokens: int
     ops: tuple[KVOp, ...] = ()  # to be done before the forward
 
+    def written_blocks(self) -> tuple[int, ...]:
+        """Blocks that the plan's tokens are written to."""
+        return ()
+
+    def reads_any(self, blocks: Container[int]) -> bool:
+        """Whether the request's K/V is in any of these blocks."""
+        return False
+
 
 @dataclass(frozen=True)
 class BlockPlan(KVPlan):
     """A plan in blocks."""
 
     block_table: tuple[int, ...] = ()  # all blocks of the request, in order, those for the new tokens included
+    first_written: int = field(default=0, compare=False)  # the place in it of the block for the first new token
+
+    def written_blocks(self) -> tuple[int, ...]:
+        return self.block_table[self.first_written :]
+
+    def reads_any(self, blocks: Container[int]) -> bool:
+        return any(block in blocks for block in self.block_table)
 
 
 @dataclass(frozen=True)
@@ -109,6 +124,11 @@ class KVCacheManager(ABC):
     """The accounting of the KV cache. Every method is plain Python over ids and counts."""
 
     can_share = False  # whether a request can start as a `fork`
+
+    @property
+    @abstractmethod
+    def longest_request(self) -> int:
+        """The most tokens, of prompt and output, of a request that has the whole cache. The last one needs no K/V."""
 
     @abstractmethod
     def why_never_fits(self, request: Request) -> str | None:

@@ -46,6 +46,21 @@ def longest_with(rope: dict[str, Any], text: PretrainedConfig) -> int | None:
     return getattr(text, "max_position_embeddings", None) if "dynamic" in kind else None
 
 
+def length_with_rope(text: PretrainedConfig) -> int | None:
+    """The tokens that a RoPE of type "linear" or "yarn" stretches a model to; None for others.
+
+    Other types do not stretch `max_position_embeddings`: "llama3" and "longrope" have it included, and "dynamic" is the
+    same for all requests only up to it (`longest_with`). Nor do settings per type of layer, which not all layers share.
+    """
+    rope = getattr(text, "rope_parameters", None) or {}
+    original = text.max_position_embeddings
+    if rope.get("rope_type") == "yarn":
+        original = rope.get("original_max_position_embeddings") or original
+    elif rope.get("rope_type") != "linear":
+        return None
+    return int(original * (rope.get("factor") or 1.0))
+
+
 def rope_parameters(text: PretrainedConfig) -> list[dict[str, Any]]:
     """The RoPE settings of a config: one, or one per type of layer, or none."""
     given = getattr(text, "rope_parameters", None) or {}

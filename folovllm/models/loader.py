@@ -9,6 +9,7 @@ Annotations say `transformers.PreTrainedModel` because importing that name loads
 
 from __future__ import annotations
 
+import logging
 import platform
 import re
 from collections.abc import Iterator
@@ -44,6 +45,8 @@ from folovllm.models.checkpoint import (
     some,
 )
 from folovllm.models.dummy import build_dummy_model
+
+logger = logging.getLogger(__name__)
 
 BUNDLED_MODEL = "folo-tiny"
 BUNDLED_CONFIGS = {  # shape without weights -> the hub id that has them
@@ -172,12 +175,19 @@ def eos_token_ids(
 ) -> tuple[int, ...]:
     """The ids that end a sequence, in the order given, without repeats; empty if none are known.
 
-    generation_config.json comes first (chat models list several there), then config.json, then the tokenizer.
+    generation_config.json comes first (chat models list several there), then config.json, then the tokenizer. An id
+    without a row in the model is never sampled. Such ids are left out, with one warning.
     """
+    vocab_size = hf_config.get_text_config().vocab_size
     for holder in (generation_config, hf_config, hf_config.get_text_config(), tokenizer):
         ids = getattr(holder, "eos_token_id", None)
         if ids is not None and ids != []:
-            return tuple(dict.fromkeys(ids if isinstance(ids, (list, tuple)) else [ids]))
+            given = list(dict.fromkeys(ids if isinstance(ids, (list, tuple)) else [ids]))
+            found = [i for i in given if isinstance(i, int) and 0 <= i < vocab_size]
+            if found != given:
+                others = [i for i in given if i not in found]
+                logger.warning("eos_token_id %s: not in [0, %d), the model's ids, and left out", others, vocab_size)
+            return tuple(found)
     return ()
 
 

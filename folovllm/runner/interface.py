@@ -10,9 +10,18 @@ from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 class ModelRunner(ABC):
     """Owns the weights, the K/V and the sampling state of live requests."""
 
+    def update_states(self, step: SchedulerOutput) -> None:
+        """Apply `kv_ops`, drop `finished_req_ids`, add `scheduled_new_reqs`: once per step, before the forward.
+
+        A step may have nothing else to do. (A forward may have to be repeated. A swap may not: by then its source may
+        hold other K/V.)
+        """
+        return
+
     @abstractmethod
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Apply `kv_ops`, drop `finished_req_ids`, add `scheduled_new_reqs`, then compute and sample `scheduled`.
+        """Compute and sample `scheduled`, after `update_states`.
 
-        `scheduled` may be empty.
+        If it raises, it can be called again for these requests, together or apart, and gives what it would have given:
+        the same slots are written again, and random streams and counts advance only with a result.
         """

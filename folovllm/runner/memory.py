@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import logging
 import os
 import sys
 
@@ -19,6 +20,8 @@ from folovllm.runner.kv_storage import KVStorage
 from folovllm.runner.paged_runner import PagedRunner
 from folovllm.sampling.sampler import Sampler
 from folovllm.sampling_params import SamplingParams
+
+logger = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE = 0.25  # of the memory available after the model is loaded
 GIB = 2**30
@@ -45,8 +48,14 @@ def determine_available_memory(
     torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(model.device)
     now, peak = torch.cuda.memory_allocated(model.device), torch.cuda.max_memory_allocated(model.device)
-    in_use = total - free + (peak - now)
-    return max(0, int(total * config.cache.gpu_memory_utilization) - in_use)
+    ours = int(total * config.cache.gpu_memory_utilization) - peak
+    available = max(0, min(ours, free - (peak - now)))
+    if available < ours:  # other processes use the card, too
+        logger.warning(
+            "gpu_memory_utilization=%s of %.1f GiB would leave %.1f GiB for K/V; %.1f GiB are free, which are taken",
+            config.cache.gpu_memory_utilization, total / GIB, ours / GIB, available / GIB,
+        )  # fmt: skip
+    return available
 
 
 def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backend: AttentionBackend) -> None:
@@ -63,11 +72,10 @@ def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backen
     storage = KVStorage(model.config, model.dtype, model.device, size, block - 1)
     runner = PagedRunner(model, storage, backend, sampler, buffers)
     params = SamplingParams(temperature=0)
-    runner.execute_model(
-        SchedulerOutput(
-            shares, scheduled_new_reqs=[NewRequestData(s.request_id, [0], params, frozenset()) for s in shares]
-        )
-    )
+    new = [NewRequestData(share.request_id, [0], params, frozenset()) for share in shares]
+    step = SchedulerOutput(shares, scheduled_new_reqs=new)
+    runner.update_states(step)
+    runner.execute_model(step)
 
 
 def free_cpu_bytes() -> int:

@@ -44,14 +44,17 @@ class PagedRunner(ModelRunner):
         self.num_threads = num_threads
         self.states = SamplingStates(sampler)
 
+    @torch.inference_mode()
+    def update_states(self, step: SchedulerOutput) -> None:
+        self.states.update(step)
+        self.storage.apply(step.kv_ops, self.backend)
+
     def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
         with cpu_threads(self.num_threads), torch.inference_mode():
             return self._execute(step)
 
     def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         start = self.clock()
-        self.storage.apply(step.kv_ops, self.backend)
-        self.states.update(step)
         batch = self.buffers.fill(step.scheduled) if step.scheduled else None
         prepared = self.clock()
         logits = None if batch is None else self._forward(batch)

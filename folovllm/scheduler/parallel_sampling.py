@@ -42,5 +42,8 @@ class ParkedSamples:
             self.add(sample)
         return first
 
+    def __contains__(self, sample: Request) -> bool:
+        return sample in self._by_leader.get(str(sample.parent_id), ())
+
     def __len__(self) -> int:
         return sum(map(len, self._by_leader.values()))

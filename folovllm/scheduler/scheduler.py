@@ -26,7 +26,7 @@ Invariants (between two calls):
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 from folovllm.kv_cache.interface import KVCacheManager, KVPlan
 from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, NewRequestData, ScheduledRequest, SchedulerOutput
@@ -67,9 +67,7 @@ class Scheduler:
         self._finished_req_ids: list[str] = []  # for the next SchedulerOutput
 
     def check_can_run(self, request: Request) -> None:
-        """Raise ValueError for an id in use, and, with the arithmetic, for a request that no step could ever run."""
-        if request.request_id in self.requests or request.request_id in self._held:
-            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
+        """Raise ValueError, with the arithmetic, for a request that no step could ever run."""
         if request.num_prompt_tokens > self.max_num_batched_tokens and not self.chunked_prefill:
             raise ValueError(
                 f"request {request.request_id!r}: the prompt has {request.num_prompt_tokens} tokens and a step "
@@ -79,9 +77,14 @@ class Scheduler:
         if (reason := self.kv.why_never_fits(request)) is not None:
             raise ValueError(f"request {request.request_id!r} can never run: {reason}")
 
+    def is_known(self, request_id: str) -> bool:
+        """Whether this is the id of an unfinished request, or of a held one."""
+        return request_id in self.requests or request_id in self._held
+
     def add_request(self, request: Request) -> None:
-        """Take a new request. Raises ValueError as `check_can_run` does; nothing is changed then."""
-        self.check_can_run(request)
+        """Take a request that `check_can_run` accepts. Raises ValueError, with nothing changed, for an id in use."""
+        if self.is_known(request.request_id):
+            raise ValueError(f"request_id={request.request_id!r} is in use; allowed: an id of no unfinished request")
         parent_id = request.parent_id if self.kv.can_share else None
         if parent_id in self.requests:
             self._parked.add(request)
@@ -99,16 +102,21 @@ class Scheduler:
         return finished
 
     def undo_step(self, step: SchedulerOutput) -> list[str]:
-        """The runner failed in `step`: abort its requests, whose K/V may be half written, and return their ids.
+        """`step` was left at any point: abort its requests, whose K/V may be half written, and return their ids.
 
-        Requests that it preempted compute their K/V again: what was swapped out before the failure is not known.
+        Requests that it preempted compute their K/V again: what was swapped out before is not known. Whatever was on
+        its way from one place to another is aborted, too.
         """
         self._finished_req_ids[:0] = step.finished_req_ids
         for request in [self.requests[i] for i in step.preempted_req_ids if i in self.requests]:
-            self._drop_waiting_kv(request)
+            if request in self.waiting:
+                self._drop_waiting_kv(request)
         # In reverse, so that samples that are promoted to the front of the queue keep the order of their leaders.
         aborted = [share.request_id for share in reversed(step.scheduled)]
-        return self.finish_requests(aborted, RequestStatus.FINISHED_ABORTED)
+        aborted += [*(new.request_id for new in step.scheduled_new_reqs), *step.resumed_req_ids]
+        placed = {*map(id, self.running), *(id(r) for r in self.requests.values() if r in self.waiting)}
+        lost = [i for i, r in self.requests.items() if id(r) not in placed and r not in self._parked]
+        return self.finish_requests([*aborted, *lost], RequestStatus.FINISHED_ABORTED)
 
     def has_unfinished_requests(self) -> bool:
         """Whether another step has anything to compute."""
@@ -122,13 +130,17 @@ class Scheduler:
     def schedule(self) -> SchedulerOutput:
         """Decide the next step: running requests first, then as many waiting ones as memory and budget allow."""
         step = SchedulerOutput()
-        if self._first_needs_step_without_decodes():
-            self._admit_waiting(step)
-        self._decodes_skipped = bool(step.scheduled)
-        if not step.scheduled:
-            self._schedule_running(step)
-            if not step.preempted_req_ids:
+        try:
+            if self._first_needs_step_without_decodes():
                 self._admit_waiting(step)
+            self._decodes_skipped = bool(step.scheduled)
+            if not step.scheduled:
+                self._schedule_running(step)
+                if not step.preempted_req_ids:
+                    self._admit_waiting(step)
+        except BaseException:  # an interrupt
+            self.undo_step(step)
+            raise
         step.finished_req_ids, self._finished_req_ids = self._finished_req_ids, []
         return step
 
@@ -203,8 +215,9 @@ class Scheduler:
             request = self.requests.get(share.request_id)
             if request is None:
                 continue  # finished from outside since the step was scheduled
-            self.kv.cache_blocks(share.plan)
-            request.num_computed_tokens += share.num_tokens
+            if share.request_id not in result.not_written:
+                self.kv.cache_blocks(share.plan)
+                request.num_computed_tokens += share.num_tokens
             if request.num_computed_tokens >= request.num_prompt_tokens:  # fork before the leader may finish
                 forked += [self._fork(request, sample) for sample in self._parked.pop(request.request_id)]
             before = request.num_output_tokens
@@ -235,9 +248,14 @@ class Scheduler:
                 return None
         return plan
 
-    def _preempt(self, victim: Request, step: SchedulerOutput) -> None:
+    def recompute(self, request_ids: Sequence[str], step: SchedulerOutput) -> None:
+        """Preempt requests of a step, which has run without them, and drop their K/V."""
+        for request_id in reversed(request_ids):
+            self._preempt(self.requests[request_id], step, swaps=False)
+
+    def _preempt(self, victim: Request, step: SchedulerOutput, swaps: bool = True) -> None:
         """Take a running request's K/V and its share of the step, and put it at the front of the queue."""
-        ops = self.kv.swap_out(victim) if self.swaps else None
+        ops = self.kv.swap_out(victim) if self.swaps and swaps else None
         if ops is None:
             self.kv.free(victim)
             victim.num_computed_tokens = 0
@@ -280,17 +298,20 @@ class Scheduler:
             self.kv.free(request)
 
     def _finish(self, request: Request, status: RequestStatus) -> None:
-        """Give a request its final status, take it out of where it is, and free its K/V unless that is held."""
+        """Give a request its final status, take it out of where it is, and free its K/V unless that is held.
+
+        An interrupt at any line leaves it in `requests`, and `undo_step` finishes it again.
+        """
         if request in self.running:
             self.running.remove(request)
         elif request in self.waiting:
             self.waiting.remove_request(request)
         else:
             self._parked.remove(request)
-        del self.requests[request.request_id]
         self._waiting_forks.pop(request.request_id, None)
         self._finished_req_ids.append(request.request_id)
-        request.set_status(status)
+        if not request.is_finished:
+            request.set_status(status)
         if request.hold and self.kv.can_share and status.finish_reason in ("stop", "length"):
             self._held[request.request_id] = request
         else:
@@ -298,3 +319,4 @@ class Scheduler:
         # Samples are still parked if a leader ends before its prompt is computed: the next one leads.
         if (next_leader := self._parked.promote(request.request_id)) is not None:
             self.waiting.prepend_request(next_leader)
+        del self.requests[request.request_id]

@@ -1,4 +1,4 @@
-"""What is kept between steps, how much work a parameter costs (tensors are counted, not seconds), and what is read late."""
+"""What is kept between steps, what a parameter costs (tensors are counted, not seconds), and what is read late."""
 
 from __future__ import annotations
 

@@ -231,7 +231,7 @@ def share(request_id: str, tokens: list[int], start: int, samples: bool) -> Sche
 
 
 @pytest.mark.parametrize("batching", ["padded", "loop"])
-def test_a_forward_that_fails_takes_its_own_step_along_and_nothing_else(
+def test_a_forward_that_fails_once_takes_nothing_along(
     batching: str, checkpoint: Checkpoint, oracle_stats: OracleStats
 ) -> None:
     """The step holds decodes and a prefill, and breaks between its forwards: half of its K/V is written."""
@@ -251,21 +251,14 @@ def test_a_forward_that_fails_takes_its_own_step_along_and_nothing_else(
             raise RuntimeError("out of memory")
 
     hook = engine.core.runner.model.register_forward_pre_hook(second_call_fails)  # type: ignore[attr-defined]
-    with pytest.raises(RuntimeError, match="out of memory"):
-        engine.step()
+    engine.step()
     hook.remove()
     done = {}
     while engine.has_unfinished_requests():
         done |= {o.request_id: o.outputs[0] for o in engine.step() if o.finished}
-    assert {i: o.finish_reason for i, o in done.items()} == {
-        "a": "abort",
-        "b": "abort",
-        "c": "abort",
-        "waits": "length",
-    }
+    assert {o.finish_reason for o in done.values()} == {"length"} and len(done) == 4
     for name, completion in done.items():
-        reference = hf_greedy(model, prompts[name], 8)[: len(completion.token_ids)]
+        reference = hf_greedy(model, prompts[name], 8)
         assert_same_tokens(completion.token_ids, reference, model, prompts[name], oracle_stats)
-    assert [len(done[i].token_ids) for i in ("a", "b", "c", "waits")] == [1, 1, 0, 8]
     runner = engine.core.runner
     assert isinstance(runner, HFRunner) and len(runner.caches) == 0 and len(runner.states) == 0

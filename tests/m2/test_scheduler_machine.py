@@ -24,8 +24,8 @@ MAX_MODEL_LEN = 32
 USER_IDS = [f"r{i}" for i in range(6)]  # few, so that an id is used again after its request has gone
 
 
-class RunnerFailure(Exception):
-    """What the machine throws out of a step."""
+class RunnerFailure(BaseException):
+    """What the machine throws out of a step, as Ctrl-C is."""
 
 
 @dataclass
@@ -37,10 +37,16 @@ class Record:
     priority: int
     arrival: int
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -55,10 +61,15 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.limit = min(max_num_seqs, budget)
         self.engine = mock_engine(max_num_seqs, budget, MAX_MODEL_LEN, capacity, policy)
         self.scheduler, self.runner = self.engine.core.scheduler, self.engine.core.runner
-        self.execute, self.runner.execute_model = self.runner.execute_model, self.watched  # type: ignore[method-assign]
+        self.execute, self.update = self.runner.execute_model, self.runner.update_states
+        self.runner.execute_model = self.watched_forward  # type: ignore[method-assign]
+        self.runner.update_states = self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.arrivals = 0
         self.failure = ""
+        self.poisoned: set[str] = set()
+        self.failing_call = 0
+        self.calls = 0
         self.skipped = False  # running requests, by the last step
         self.before: list[Request] = []
         self.line: list[Request] = []
@@ -87,10 +98,11 @@ class SchedulerMachine(RuleBasedStateMachine):
         if not free:
             return
         record = Record(prompt, params, priority if self.policy == "priority" else 0, self.arrivals)
+        record.limit_to(min(self.capacity, MAX_MODEL_LEN))
         waiting = self.scheduler.num_waiting
         if len(prompt) > self.budget:
             message = f"the prompt has {len(prompt)} tokens and a step computes at most {self.budget}"
-        elif record.longest() > self.capacity:
+        elif record.longest() - 1 > self.capacity:
             message = f"it may grow to {record.longest()} tokens .*holds {self.capacity}"
         else:
             self.engine.add_request(free[0], prompt, params, record.priority)
@@ -108,7 +120,10 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.step()
 
     @precondition(lambda self: self.records)
-    @rule(kind=st.sampled_from(["abort", "end one sample", "no token", "before", "after"]), data=st.data())
+    @rule(
+        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "after"]),
+        data=st.data(),
+    )
     def trouble(self, kind: str, data: st.DataObject) -> None:
         """What ends requests before their time, and must touch no others."""
         if kind == "abort":
@@ -119,6 +134,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             victim = data.draw(st.sampled_from(self.scheduler.running), "victim").request_id
             self.cut(victim)
             self.runner.failing.add(victim)  # type: ignore[attr-defined]
+        elif kind == "poison" and self.scheduler.requests:
+            victim = data.draw(st.sampled_from(sorted(self.scheduler.requests)), "victim")
+            self.cut(victim)
+            self.poisoned.add(victim)
+        elif kind == "flaky":
+            self.failing_call = data.draw(st.integers(1, 4), "call")  # of those of the next step
+            self.step()
+            self.failing_call = 0
         elif kind in ("before", "after"):
             self.failure = kind  # the runner breaks, before it has listened or after it has written
             self.step()
@@ -153,8 +176,12 @@ class SchedulerMachine(RuleBasedStateMachine):
         for output in outputs:
             self.take(output)
 
-    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
+    def watched(self, step: SchedulerOutput) -> None:
+        """Stands in for the runner's `update_states`: the scheduler has decided, nothing is computed yet."""
+        self.calls = 0
+        if not step.scheduled:
+            self.update(step)
+            return
         self.check_plan(step)
         self.runner_was_given = [share.request_id for share in step.scheduled]
         if self.failure:
@@ -162,9 +189,18 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.cut(share.request_id)
         if self.failure == "before":
             raise RunnerFailure
-        result = self.execute(step)
+        self.update(step)
+
+    def watched_forward(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Stands in for `execute_model`. It fails with a poisoned request, or once, before or after it has written."""
+        self.calls += 1
+        victims = self.poisoned & {share.request_id for share in step.scheduled}
+        result = None if victims and self.calls % 2 else self.execute(step)
+        if victims or self.calls == self.failing_call:
+            raise ValueError(f"cannot compute {sorted(victims)}")
         if self.failure == "after":
             raise RunnerFailure
+        assert result is not None
         return result
 
     def unfinished(self) -> list[str]:
@@ -179,7 +215,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")
@@ -192,6 +228,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.records[output.request_id]
             for i in (output.request_id, *(f"{output.request_id}/{k}" for k in range(record.params.n))):
                 self.runner.failing.discard(i)  # type: ignore[attr-defined]
+                self.poisoned.discard(i)
 
     # ------------------------------------------------------------------ the rules, written out
 

@@ -472,11 +472,11 @@ def test_usage_counts_shared_blocks_once_and_says_what_sharing_saves() -> None:
 @pytest.mark.parametrize(
     ("prompt", "max_tokens", "max_model_len", "fits"),
     [
-        (24, 8, 64, True),  # 32 tokens, 8 blocks
-        (25, 8, 64, False),  # 33 tokens, 9 blocks
-        (25, 8, 32, True),  # the model ends it at 32
-        (31, None, 32, True),
-        (31, None, 33, False),
+        (25, 8, 64, True),  # 33 tokens, of which 32 have K/V in 8 blocks
+        (26, 8, 64, False),  # 34 tokens, 9 blocks
+        (26, 8, 33, True),  # the model ends it at 33
+        (32, None, 33, True),
+        (32, None, 34, False),
         (1, 1, 64, True),
     ],
 )
@@ -490,8 +490,8 @@ def test_never_fits_is_judged_on_the_whole_pool(
         assert reason is None
     else:
         assert reason == (
-            f"it may grow to 33 tokens ({prompt} of prompt and {33 - prompt} of output), which take 9 blocks of 4, "
-            "and the whole KV cache has 8"
+            f"it may grow to 34 tokens ({prompt} of prompt and {34 - prompt} of output), all but the last of which take "
+            "9 blocks of 4, and the whole KV cache has 8"
         )
 
 

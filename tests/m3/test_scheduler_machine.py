@@ -36,8 +36,8 @@ MAX_MODEL_LEN = 32
 USER_IDS = [f"r{i}" for i in range(7)]  # few, so that an id is used again after its request has gone
 
 
-class RunnerFailure(Exception):
-    """What the machine throws out of a step."""
+class RunnerFailure(BaseException):
+    """What the machine throws out of a step, as Ctrl-C is."""
 
 
 @dataclass
@@ -49,10 +49,16 @@ class Record:
     priority: int
     hold: bool = False
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -102,12 +108,16 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
         runner = self.engine.core.runner
         assert isinstance(runner, PagedMockRunner)
-        self.runner, self.execute = runner, runner.execute_model
-        runner.execute_model = self.watched  # type: ignore[method-assign]
+        self.runner, self.execute, self.update = runner, runner.execute_model, runner.update_states
+        runner.execute_model = self.watched_forward  # type: ignore[method-assign]
+        runner.update_states = self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
         self.made = 0
         self.failure = ""
+        self.poisoned: set[str] = set()
+        self.failing_call = 0
+        self.calls = 0
         self.skipped = False  # running requests, by the last step
         self.in_order = True
         self.before: list[Request] = []
@@ -131,8 +141,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.submit(free[0], Record([token] * self.budget, params, 0))
 
     def submit(self, user_id: str, record: Record, parent: str | None = None) -> None:
+        record.limit_to(self.manager.pool.num_blocks * self.size)
         prompt, longest = record.prompt, record.longest()
-        blocks = -(-longest // self.size)
+        blocks = -(-(longest - 1) // self.size)
         waiting = self.scheduler.num_waiting
         if len(prompt) > self.budget:
             message = f"the prompt has {len(prompt)} tokens and a step computes at most {self.budget}"
@@ -175,7 +186,7 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.records)
     @rule(
-        kind=st.sampled_from(["abort", "end one sample", "no token", "before", "middle", "after"]),
+        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "middle", "after"]),
         ops_done=st.integers(0, 4),
         data=st.data(),
     )
@@ -189,6 +200,14 @@ class SchedulerMachine(RuleBasedStateMachine):
             victim = data.draw(st.sampled_from(self.scheduler.running), "victim").request_id
             self.cut(victim)
             self.runner.failing.add(victim)
+        elif kind == "poison" and self.scheduler.requests:
+            victim = data.draw(st.sampled_from(sorted(self.scheduler.requests)), "victim")
+            self.cut(victim)
+            self.poisoned.add(victim)
+        elif kind == "flaky":
+            self.failing_call = ops_done  # of those of the next step; the 0th does not exist
+            self.step()
+            self.failing_call = 0
         elif kind in ("before", "middle", "after"):
             self.failure, self.ops_done = kind, ops_done
             self.step()
@@ -226,8 +245,12 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.take(output)
         self.in_order = True
 
-    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
+    def watched(self, step: SchedulerOutput) -> None:
+        """Stands in for the runner's `update_states`: the scheduler has decided, nothing is computed yet."""
+        self.calls = 0
+        if not step.scheduled:
+            self.update(step)
+            return
         self.check_plan(step)
         self.was_given = [share.request_id for share in step.scheduled]
         if self.failure:
@@ -235,12 +258,23 @@ class SchedulerMachine(RuleBasedStateMachine):
                 self.cut(share.request_id)
             swapped = any(isinstance(op, (SwapIn, SwapOut)) for op in step.kv_ops)
             self.seen["failed with swaps" if swapped else "failed"] += 1
-            if self.failure == "after":
-                self.execute(step)
-            else:
+            if self.failure != "after":
                 self.half_execute(step, self.ops_done if self.failure == "middle" else 0)
+                raise RunnerFailure
+        self.update(step)
+
+    def watched_forward(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Stands in for `execute_model`. It fails with a poisoned request, or once, with half of the slots written."""
+        self.calls += 1
+        victims = self.poisoned & {share.request_id for share in step.scheduled}
+        if victims or self.calls == self.failing_call:
+            self.scrub(step)
+            self.seen["poisoned" if victims else "flaky"] += 1
+            raise ValueError(f"cannot compute {sorted(victims)}")
+        result = self.execute(step)
+        if self.failure:
             raise RunnerFailure
-        return self.execute(step)
+        return result
 
     def half_execute(self, step: SchedulerOutput, ops_done: int) -> None:
         """Do the first operations, and leave nothing sensible where the others, and the tokens, were to go."""
@@ -252,6 +286,9 @@ class SchedulerMachine(RuleBasedStateMachine):
             else:
                 assert isinstance(op, (BlockCopy, SwapIn))
                 self.runner.device[op.dst if isinstance(op, BlockCopy) else op.block] = [None] * self.size
+        self.scrub(step)
+
+    def scrub(self, step: SchedulerOutput) -> None:
         for share in step.scheduled:
             assert isinstance(share.plan, BlockPlan)
             for position in range(share.start, share.start + share.num_tokens):
@@ -272,7 +309,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")
@@ -289,6 +326,7 @@ class SchedulerMachine(RuleBasedStateMachine):
             del self.records[output.request_id]
             for i in (output.request_id, *(f"{output.request_id}/{k}" for k in range(record.params.n))):
                 self.runner.failing.discard(i)
+                self.poisoned.discard(i)
 
     # ------------------------------------------------------------------ the rules, written out
 
@@ -296,7 +334,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         """What the policy sorts those that wait by."""
         if self.policy == "priority":
             return request.priority
-        left = min(request.num_prompt_tokens + (request.sampling_params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        most = request.num_prompt_tokens + (request.sampling_params.max_tokens or MAX_MODEL_LEN)
+        left = min(most, request.max_model_len)
         return left - request.num_computed_tokens if self.policy == "sjf" else 0
 
     def blocks_needed(self, request: Request, num_tokens: int) -> int:
@@ -498,4 +537,6 @@ def test_the_rules_hold_in_every_step_and_everything_really_happened() -> None:
         "no room for the head of the line",
         "kept out by the watermark",
         "failed",
+        "poisoned",
+        "flaky",
     }

@@ -214,7 +214,7 @@ def give_way(engine: LLMEngine, name: str) -> None:
 
 
 def fail_once(engine: LLMEngine, after: bool = False) -> None:
-    """One step that fails, with the slots it was to write scrubbed, or all done."""
+    """One step that is interrupted, with the slots it was to write scrubbed, or all done."""
     runner, execute = runner_of(engine), runner_of(engine).execute_model
 
     def failing(given: SchedulerOutput) -> Any:
@@ -224,9 +224,9 @@ def fail_once(engine: LLMEngine, after: bool = False) -> None:
             for share in given.scheduled:
                 for p in range(share.start, share.start + share.num_tokens):
                     runner.device[share.plan.block_table[p // runner.block_size]][p % runner.block_size] = None  # type: ignore[attr-defined]
-        raise KeyError("the runner")
+        raise KeyboardInterrupt("the runner")
 
     runner.execute_model = failing  # type: ignore[method-assign]
-    with pytest.raises(KeyError, match="the runner"):
+    with pytest.raises(KeyboardInterrupt, match="the runner"):
         step(engine)
     runner.execute_model = execute  # type: ignore[method-assign]

@@ -40,8 +40,8 @@ USER_IDS = [f"r{i}" for i in range(9)]  # few, so that an id is used again after
 TEXTS = [[(7 * i + 3) % VOCAB_SIZE for i in range(MAX_MODEL_LEN)], [5] * MAX_MODEL_LEN]
 
 
-class RunnerFailure(Exception):
-    """What the machine throws out of a step."""
+class RunnerFailure(BaseException):
+    """What the machine throws out of a step, as Ctrl-C is."""
 
 
 @dataclass
@@ -54,10 +54,16 @@ class Record:
     salt: str
     hold: bool = False
     cut: set[int] = field(default_factory=set)
+    limit: int = MAX_MODEL_LEN
 
     def longest(self) -> int:
         """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), MAX_MODEL_LEN)
+        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
+
+    def limit_to(self, capacity: int) -> None:
+        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
+        if self.params.max_tokens is None:
+            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -131,13 +137,17 @@ class CacheMachine(RuleBasedStateMachine):
         self.scheduler, self.manager = self.engine.core.scheduler, manager_of(self.engine)
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
         self.runner = runner_of(self.engine)
-        self.execute = self.runner.execute_model
-        self.runner.execute_model = self.watched  # type: ignore[method-assign]
+        self.execute, self.update = self.runner.execute_model, self.runner.update_states
+        self.runner.execute_model = self.watched_forward  # type: ignore[method-assign]
+        self.runner.update_states = self.watched  # type: ignore[method-assign]
         self.records: dict[str, Record] = {}  # of user requests that are not over
         self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
         self.texts = [list(text) for text in TEXTS]
         self.made = 0
         self.failure = ""
+        self.poisoned: set[str] = set()
+        self.failing_call = 0
+        self.calls = 0
         self.in_order = True
 
     # ------------------------------------------------------------------ what may happen
@@ -158,8 +168,9 @@ class CacheMachine(RuleBasedStateMachine):
                 self.submit(free[0], Record([*self.texts[text % len(self.texts)][:cut], i], params, 0, ""))
 
     def submit(self, user_id: str, record: Record, parent: str | None = None) -> None:
+        record.limit_to(self.manager.pool.num_blocks * self.size)
         longest, waiting = record.longest(), self.scheduler.num_waiting
-        blocks = -(-longest // self.size)
+        blocks = -(-(longest - 1) // self.size)
         prompt = {"prompt_token_ids": record.prompt, "cache_salt": record.salt}
         if len(record.prompt) > self.budget and not self.chunked:
             message = f"the prompt has {len(record.prompt)} tokens and a step computes at most {self.budget}"
@@ -208,7 +219,7 @@ class CacheMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.records)
     @rule(
-        kind=st.sampled_from(["abort", "end one sample", "no token", "before", "middle", "after"]),
+        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "middle", "after"]),
         ops_done=st.integers(0, 4),
         data=st.data(),
     )
@@ -222,6 +233,14 @@ class CacheMachine(RuleBasedStateMachine):
             victim = data.draw(st.sampled_from(self.scheduler.running), "victim").request_id
             self.cut(victim)
             self.runner.failing.add(victim)
+        elif kind == "poison" and self.scheduler.requests:
+            victim = data.draw(st.sampled_from(sorted(self.scheduler.requests)), "victim")
+            self.cut(victim)
+            self.poisoned.add(victim)
+        elif kind == "flaky":
+            self.failing_call = ops_done  # of those of the next step; the 0th does not exist
+            self.step()
+            self.failing_call = 0
         elif kind in ("before", "middle", "after"):
             self.failure, self.ops_done = kind, ops_done
             self.step()
@@ -259,8 +278,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.take(output)
         self.in_order = True
 
-    def watched(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Stands in for the runner's `execute`: the scheduler has decided, nothing is computed yet."""
+    def watched(self, step: SchedulerOutput) -> None:
+        """Stands in for the runner's `update_states`: the scheduler has decided, nothing is computed yet."""
+        self.calls = 0
+        if not step.scheduled:
+            self.update(step)
+            return
         self.check_plan(step)
         self.was_given = [share.request_id for share in step.scheduled]
         if self.failure:
@@ -268,12 +291,23 @@ class CacheMachine(RuleBasedStateMachine):
                 self.cut(share.request_id)
             swapped = any(isinstance(op, (SwapIn, SwapOut)) for op in step.kv_ops)
             self.seen["failed with swaps" if swapped else "failed"] += 1
-            if self.failure == "after":
-                self.execute(step)
-            else:
+            if self.failure != "after":
                 self.half_execute(step, self.ops_done if self.failure == "middle" else 0)
+                raise RunnerFailure
+        self.update(step)
+
+    def watched_forward(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Stands in for `execute_model`. It fails with a poisoned request, or once, with half of the slots written."""
+        self.calls += 1
+        victims = self.poisoned & {share.request_id for share in step.scheduled}
+        if victims or self.calls == self.failing_call:
+            self.scrub(step)
+            self.seen["poisoned" if victims else "flaky"] += 1
+            raise ValueError(f"cannot compute {sorted(victims)}")
+        result = self.execute(step)
+        if self.failure:
             raise RunnerFailure
-        return self.execute(step)
+        return result
 
     def half_execute(self, step: SchedulerOutput, ops_done: int) -> None:
         """Do the first operations, and leave nothing sensible where the others, and the tokens, were to go."""
@@ -285,6 +319,9 @@ class CacheMachine(RuleBasedStateMachine):
             else:
                 assert isinstance(op, (BlockCopy, SwapIn))
                 self.runner.device[op.dst if isinstance(op, BlockCopy) else op.block] = [None] * self.size
+        self.scrub(step)
+
+    def scrub(self, step: SchedulerOutput) -> None:
         for share in step.scheduled:
             assert isinstance(share.plan, BlockPlan)
             for position in range(share.start, share.start + share.num_tokens):
@@ -305,7 +342,7 @@ class CacheMachine(RuleBasedStateMachine):
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""
         record = self.records[output.request_id]
         for sample in output.outputs:
-            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), MAX_MODEL_LEN)
+            whole, reason = mock_tokens(record.prompt, record.params.child(sample.index), record.limit)
             assert sample.token_ids == whole[: len(sample.token_ids)]
             if sample.index in record.cut:
                 assert sample.finish_reason in (None, reason, "abort", "error")
@@ -324,6 +361,7 @@ class CacheMachine(RuleBasedStateMachine):
             del self.records[output.request_id]
             for i in (output.request_id, *(f"{output.request_id}/{k}" for k in range(record.params.n))):
                 self.runner.failing.discard(i)
+                self.poisoned.discard(i)
 
     # ------------------------------------------------------------------ the rules, written out
 
@@ -472,4 +510,6 @@ def test_the_rules_hold_in_every_step_and_everything_really_happened() -> None:
         "child of a held one",
         "no room for the head of the line",
         "failed",
+        "poisoned",
+        "flaky",
     }

@@ -86,9 +86,9 @@ def test_a_prompt_longer_than_a_step_is_accepted_with_chunks_and_refused_without
 
 def test_a_prompt_that_the_pool_can_never_hold_is_refused_all_the_same() -> None:
     engine = cached_engine(budget=8, num_blocks=4)
-    with pytest.raises(ValueError, match=r"may grow to 17 tokens .* take 5 blocks of 4, and the whole KV cache has 4"):
-        add(engine, "r", COMMON[:16], 1)
-    finish(engine, {"s": add(engine, "s", COMMON[:15], 1)})
+    with pytest.raises(ValueError, match=r"may grow to 18 tokens .* take 5 blocks of 4, and the whole KV cache has 4"):
+        add(engine, "r", COMMON[:17], 1)
+    finish(engine, {"s": add(engine, "s", COMMON[:16], 1)})
 
 
 def test_a_threshold_leaves_room_for_others_beside_a_long_prompt() -> None:

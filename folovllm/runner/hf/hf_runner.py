@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
-from folovllm.runner.hf.padded_cache import PaddedCaches
+from folovllm.runner.hf.padded_cache import PaddedBatch, PaddedCaches
 from folovllm.runner.interface import ModelRunner
 from folovllm.runner.sampling_states import SamplingStates
 from folovllm.runner.threads import cpu_threads
@@ -55,22 +55,32 @@ class HFRunner(ModelRunner):
         self.states = SamplingStates(sampler)
         self.caches = PaddedCaches()
 
-    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """See `ModelRunner.execute_model`."""
-        with cpu_threads(self.num_threads), torch.inference_mode():
-            return self._execute(step)
-
-    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        start = self.clock()
+    def update_states(self, step: SchedulerOutput) -> None:
         self.states.update(step)
         for request_id in step.finished_req_ids:
             self.caches.drop(request_id)
+
+    def execute_model(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        with cpu_threads(self.num_threads), torch.inference_mode():
+            before: list[tuple[PaddedBatch, list[int]]] = []
+            try:
+                return self._execute(step, before)
+            except BaseException:
+                for batch, lengths in before:
+                    batch.cut(lengths)
+                raise
+
+    def _execute(self, step: SchedulerOutput, before: list[tuple[PaddedBatch, list[int]]]) -> ModelRunnerOutput:
+        """Run a step. Every batch that it appends to is added to `before`, with its lengths until then."""
+        start = self.clock()
         groups = self.groups(step.scheduled)
         prepared = self.clock()
         rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
         paddings = []
         for group in groups:
-            logits, padding = self.forward(group)  # [B, V]
+            batch = self.batch_of(group)
+            before.append((batch, batch.lengths))
+            logits, padding = self.forward(group, batch)  # [B, V]
             rows.update(zip((share.request_id for share in group), logits, strict=True))
             paddings.append(padding)
         forwarded = self.clock()
@@ -97,10 +107,13 @@ class HFRunner(ModelRunner):
         decodes = [share for share in scheduled if share.start > 0]
         return [group for group in (prefills, decodes) if group]
 
-    def forward(self, group: Sequence[ScheduledRequest]) -> tuple[Tensor, Padding]:
-        """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
+    def batch_of(self, group: Sequence[ScheduledRequest]) -> PaddedBatch:
+        """The K/V that these requests have so far, as one batch."""
         request_ids = [share.request_id for share in group]
-        batch = self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)
+        return self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)
+
+    def forward(self, group: Sequence[ScheduledRequest], batch: PaddedBatch) -> tuple[Tensor, Padding]:
+        """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
         device = self.model.device
         columns = max(share.num_tokens for share in group)  # L
         rows = [(columns - share.num_tokens, share) for share in group]

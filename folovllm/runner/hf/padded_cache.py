@@ -48,6 +48,15 @@ class PaddedBatch:
         """Columns, padding included."""
         return self.cache.get_seq_length()
 
+    def cut(self, lengths: list[int]) -> None:
+        """Take away what a forward that failed has appended to some layers or to all: these were the lengths before."""
+        width, self.lengths = max(lengths), lengths
+        if width == 0:
+            self.cache = empty_cache()
+        for layer in self.cache.layers:
+            if isinstance(layer, DynamicLayer) and layer.keys is not None and layer.values is not None:
+                layer.keys, layer.values = layer.keys[:, :, :width], layer.values[:, :, :width]
+
     def rows(self, request_id: str) -> list[tuple[Tensor, Tensor]]:
         """Keys and values of one request per layer, [Hkv, length, D]: views, without its padding."""
         row = self.request_ids.index(request_id)
