@@ -25,6 +25,7 @@ OWN = [
     "compatibility_config",
     "compatibility_text",
     "compatibility_sampling",
+    "compatibility_door",
     "errata",
     "interview",
     "vllm_map",
