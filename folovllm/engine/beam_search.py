@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.errors import EngineGenerateError
 from folovllm.outputs import BeamSearchOutput, BeamSequence, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -70,14 +71,14 @@ def beam_search(
     try:
         while active := [search for search in searches if search.running]:
             outputs = run_round(engine, active, sampling, request_ids)
-            kv_saved = engine.core.scheduler.kv.usage().sharing_saves
+            kv_saved = engine.loop.turn(engine.core.scheduler.kv.usage).sharing_saves
             for search in active:
                 search.kv_saved = max(search.kv_saved, kv_saved)
                 advance(search, outputs, num_candidates, eos, params)
                 if not search.running:
                     on_done(search.index)
     finally:
-        engine.core.scheduler.free_held(request_ids)
+        engine.loop.turn(lambda: engine.core.scheduler.free_held(request_ids))
     return [result(engine, search) for search in searches]
 
 
@@ -97,6 +98,19 @@ def run_round(
     engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, request_ids: list[str]
 ) -> dict[str, RequestOutput]:
     """One more token for every beam. `request_ids` are the round before's, and become this round's."""
+    engine.loop.turn(lambda: submit_round(engine, searches, sampling, request_ids))
+    outputs = engine.run_to_completion(request_ids)
+    for request_id in request_ids:
+        if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
+            ended = f"request {request_id!r} of a beam search was aborted, or its logits are not finite"
+            raise EngineGenerateError(ended)
+    return outputs
+
+
+def submit_round(
+    engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, request_ids: list[str]
+) -> None:
+    """Queue a request for every beam, as a fork of its parent in the round before."""
     submissions = []
     for beam, salt in [(beam, search.cache_salt) for search in searches for beam in search.beams]:
         parent_id, beam.request_id = beam.request_id, engine.next_request_id()
@@ -105,11 +119,6 @@ def run_round(
     engine.submit(submissions)
     engine.core.scheduler.free_held(request_ids)  # the forks have their share
     request_ids[:] = [s.user.request_id for s in submissions]
-    outputs = engine.run_to_completion(request_ids)
-    for request_id in request_ids:
-        if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
-            raise RuntimeError(f"request {request_id!r} of a beam search was aborted, or its logits are not finite")
-    return outputs
 
 
 def advance(

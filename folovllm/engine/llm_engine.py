@@ -8,15 +8,18 @@ prompt -tokenizer-> Request(s) -> core.step() -> EngineCoreOutput -detokenizer->
 from __future__ import annotations
 
 import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from folovllm.checks import invalid
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.engine.engine_loop import EngineLoop, between_steps
 from folovllm.engine.factory import EngineParts, build_engine
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
+from folovllm.engine.outbox import Outbox
 from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.outputs import RequestMetrics, RequestOutput
@@ -38,6 +41,10 @@ class Submission:
 
 class LLMEngine:
     """An engine that the caller steps.
+
+    Several threads may call it, each for requests of its own: `step_for` hands every caller the outputs of its requests,
+    whoever runs the steps (`engine_loop.py`). `step` returns the outputs of all requests, and so belongs to a program in
+    which one thread has them all. `prepare`, `submit`, `on_step` and what `core` holds are for use between two steps.
 
     It takes single configurations or one `EngineConfig`. Raises ValueError for settings that cannot work, before
     weights are loaded where that can be known.
@@ -67,10 +74,12 @@ class LLMEngine:
         self.vocab_size = built.vocab_size
         self.max_model_len = built.max_model_len
         self.defaults = built.defaults  # sampling parameters of requests without any
+        self.loop = EngineLoop()
         self._has_warned = False  # that explicit parameters override some of these
         self._parent_requests: dict[str, ParentRequest] = {}
         self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
-        self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
+        self._outbox = Outbox()  # from steps for other requests
+        self._callers: Counter[int] = Counter()  # threads, by how many of `_parent_requests` they submitted
         self._stems: Counter[str] = Counter()  # of the ids in `_parent_requests`
         self._next_id = 0
         self.on_step: Callable[[StepTrace], None] | None = None  # called last; may raise
@@ -87,12 +96,14 @@ class LLMEngine:
 
     # ------------------------------------------------------------------ requests in
 
+    @between_steps
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
     ) -> None:
         """Queue one prompt. Raises ValueError, with nothing queued, if anything about it is invalid."""
         self.submit([self.prepare(request_id, prompt, sampling_params, priority)])
 
+    @between_steps
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
     ) -> list[str]:
@@ -107,6 +118,7 @@ class LLMEngine:
         self.submit(submissions)
         return [s.user.request_id for s in submissions]
 
+    @between_steps
     def prepare(
         self,
         request_id: str,
@@ -151,6 +163,7 @@ class LLMEngine:
         user = ParentRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
         return Submission(user, requests)
 
+    @between_steps
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Queue prepared prompts, all or none. Raises ValueError if an id is in use."""
         taken: set[str] = set()  # by submissions that come before in the list
@@ -165,10 +178,13 @@ class LLMEngine:
         for submission in submissions:
             self._parent_requests[submission.user.request_id] = submission.user
             self._stems[stem(submission.user.request_id)] += 1
+            submission.user.caller = threading.get_ident()
+            self._callers[submission.user.caller] += 1
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
                 self._request_states[request.request_id] = (submission.user, sequence)
                 self.core.add_request(request)
 
+    @between_steps
     def next_request_id(self) -> str:
         """An unused id, also as the first part of one ("7" of "7/0"): "0", "1", ..."""
         while str(self._next_id) in self._stems or self.is_live(str(self._next_id)):
@@ -178,8 +194,9 @@ class LLMEngine:
 
     def is_live(self, request_id: str) -> bool:
         """Whether a request is unfinished, or its final output not yet returned."""
-        return request_id in self._parent_requests or request_id in self._undelivered
+        return request_id in self._parent_requests or request_id in self._outbox
 
+    @between_steps
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests now and free what they hold; returns their outputs so far. Unknown ids are ignored."""
         if not isinstance(request_id, Iterable):
@@ -190,12 +207,13 @@ class LLMEngine:
         for user in users:
             for sequence in user.sequences:
                 sequence.abort()
-        ended = [self._undelivered.pop(i) for i in request_ids if i in self._undelivered]
-        return ended + self._outputs(users, final_only=False)
+        outputs = self._outbox.take(request_ids) + self._outputs(users, growing=None)
+        self.loop.settle_followers()
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to compute or to return."""
-        return bool(self._parent_requests or self._undelivered)
+        return bool(self._parent_requests or self._outbox)
 
     # ------------------------------------------------------------------ one step
 
@@ -206,27 +224,55 @@ class LLMEngine:
     def step_for(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
         """Run one step and return the outputs of some requests (None: of all), or only the final ones.
 
-        Other requests run in the step, too. Their final outputs are kept for the next call that asks for them. If a
-        step for others has completed some of `request_ids`, their outputs are returned without a step.
+        Other requests run in the step, too, and their outputs are kept for the next call that asks for them. If a step
+        for others, perhaps in another thread, has outputs of `request_ids`, they are returned without a step.
         """
-        if request_ids is not None and not self._undelivered.keys().isdisjoint(request_ids):
-            return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
+        return self.loop.outputs(
+            lambda: self._ready(request_ids, final_only),
+            lambda: self._step_for(request_ids, final_only),
+            lambda: len(self._callers) > (threading.get_ident() in self._callers),
+        )
+
+    def _ready(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput] | None:
+        """Outputs that earlier steps left for these requests. None if a step is needed first.
+
+        If a step that failed ended one of them, its error is raised.
+        """
+        if request_ids is None:
+            return None
+        if (error := self._outbox.take_failure(request_ids)) is not None:
+            raise error
+        outputs = self._outbox.take_of(request_ids)
+        if not final_only:
+            grown = [self._parent_requests[i] for i in self._outbox.grown_of(request_ids)]
+            outputs += self._outputs(grown, request_ids)
+        if outputs or not request_ids or any(map(self.is_live, request_ids)):
+            return outputs or None
+        return []  # others have aborted or received all of them
+
+    def _step_for(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
         has_work = self.core.has_unfinished_requests()
-        outputs = self._step(final_only)
-        ready = [] if request_ids is not None else list(self._undelivered.values())
-        self._undelivered |= {o.request_id: o for o in outputs if o.finished}
+        try:
+            outputs = self._step(() if final_only else request_ids)
+        except BaseException as error:
+            mine = self._outbox.take_failure(request_ids)
+            if mine is None and isinstance(error, Exception) and self._outbox.other_caller_fails(error):
+                return []  # it ended requests of others
+            raise
+        ready = [] if request_ids is not None else self._outbox.take(list(self._outbox.finished))
+        self._outbox.put([o for o in outputs if o.finished])
         if has_work and self.on_step is not None and self.trace:
             self.on_step(self.trace[-1])  # if it raises, what has finished is returned by the next call
         wanted = [*ready, *(o for o in outputs if request_ids is None or o.request_id in request_ids)]
-        for output in wanted:
-            self._undelivered.pop(output.request_id, None)
+        self._outbox.take(o.request_id for o in wanted)
         return wanted
 
-    def _step(self, final_only: bool) -> list[RequestOutput]:
+    def _step(self, growing: Container[str] | None) -> list[RequestOutput]:
+        """One step of the core. Outputs of requests that have finished, and of those in `growing` with new tokens."""
         try:
             outputs = self.core.step()
-        except BaseException:
-            self._undelivered |= {o.request_id: o for o in self._end_lost()}
+        except BaseException as error:
+            self._outbox.put(self._end_lost(), error)
             raise
         now = self.core.clock()
         moved: dict[str, ParentRequest] = {}
@@ -242,7 +288,8 @@ class LLMEngine:
                 user.num_cached_tokens = output.num_cached_tokens
         if stopped:
             self.core.stop_requests(stopped)
-        return self._outputs(list(moved.values()), final_only)
+        self._outbox.grown |= dict.fromkeys(moved)
+        return self._outputs(list(moved.values()), growing)
 
     def _end_lost(self) -> list[RequestOutput]:
         """End the sequences that the core aborted in a failed step; the outputs that this completes."""
@@ -251,7 +298,7 @@ class LLMEngine:
             if sequence.finish_reason is None and sequence_id not in self.core.scheduler.requests:
                 sequence.abort()
                 lost[user.request_id] = user
-        return self._outputs(list(lost.values()), final_only=True)
+        return self._outputs(list(lost.values()), growing=())
 
     def generate_batch(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
@@ -291,14 +338,16 @@ class LLMEngine:
         if unknown:
             raise ValueError(f"request_ids={unknown} are unknown; allowed: ids of requests that were added")
 
-    def _outputs(self, users: list[ParentRequest], final_only: bool) -> list[RequestOutput]:
+    def _outputs(self, users: list[ParentRequest], growing: Container[str] | None) -> list[RequestOutput]:
+        """Outputs of those that have finished, and of the others in `growing` (None: of all)."""
         outputs = []
         now = self.core.clock()
         for user in users:
             if user.finished:
                 user.metrics.finished_time = now
                 self._forget(user)
-            if user.finished or not final_only:
+            if user.finished or growing is None or user.request_id in growing:
+                self._outbox.grown.pop(user.request_id, None)
                 outputs.append(user.output())
         return outputs
 
@@ -310,6 +359,9 @@ class LLMEngine:
         self._stems[first] -= 1
         if not self._stems[first]:
             del self._stems[first]
+        self._callers[user.caller] -= 1
+        if not self._callers[user.caller]:
+            del self._callers[user.caller]
 
     def _warn_of_overrides(self, params: SamplingParams) -> None:
         """Say once what explicit parameters override of the model's generation_config.json."""
