@@ -57,7 +57,9 @@ def beam_search(
     Raises ValueError, before anything runs, for a bad prompt. Other requests of the engine go on meanwhile. An
     interrupted search leaves no request behind.
     """
-    eos = () if params.ignore_eos else engine.eos_token_ids
+    stop_ids = params.stop_token_ids or []
+    SamplingParams(stop_token_ids=stop_ids).check_vocab(engine.vocab_size)
+    eos = tuple(dict.fromkeys([*(() if params.ignore_eos else engine.eos_token_ids), *stop_ids]))
     num_candidates = min(max(2, 1 + len(eos)) * params.beam_width, engine.vocab_size)
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=num_candidates, ignore_eos=True)
     searches: list[Search] = []
@@ -79,7 +81,7 @@ def beam_search(
                     on_done(search.index)
     finally:
         engine.loop.turn(lambda: engine.core.scheduler.free_held(request_ids))
-    return [result(engine, search) for search in searches]
+    return [result(engine, search, params) for search in searches]
 
 
 def check_last_round(engine: LLMEngine, search: Search, sampling: SamplingParams) -> None:
@@ -158,16 +160,13 @@ def advance(
     search.running = not full and could_improve
 
 
-def result(engine: LLMEngine, search: Search) -> BeamSearchOutput:
+def result(engine: LLMEngine, search: Search, params: BeamSearchParams) -> BeamSearchOutput:
     """The output of a finished search."""
-    sequences = [
-        BeamSequence(
-            beam.tokens,
-            "" if engine.tokenizer is None else str(engine.tokenizer.decode(beam.tokens, skip_special_tokens=True)),
-            beam.cum_logprob,
-            score,
-            reason,
-        )
-        for score, beam, reason in search.ended
-    ]
+    sequences = []
+    for score, beam, reason in search.ended:
+        last = beam.tokens[-1]
+        stop_token = last if reason == "stop" and last in (params.stop_token_ids or ()) else None
+        shown = beam.tokens[:-1] if reason == "stop" and not params.include_stop_str_in_output else beam.tokens
+        text = "" if engine.tokenizer is None else str(engine.tokenizer.decode(shown, skip_special_tokens=True))
+        sequences.append(BeamSequence(beam.tokens, text, beam.cum_logprob, score, reason, stop_token))
     return BeamSearchOutput(sequences, search.kv_saved)

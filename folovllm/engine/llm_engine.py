@@ -22,6 +22,7 @@ from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_pa
 from folovllm.engine.outbox import Outbox
 from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
+from folovllm.errors import ConfigError, InvalidRequestError, errors_as
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -42,9 +43,9 @@ class Submission:
 class LLMEngine:
     """An engine that the caller steps.
 
-    Several threads may call it, each for requests of its own: `step_for` hands every caller the outputs of its requests,
-    whoever runs the steps (`engine_loop.py`). `step` returns the outputs of all requests, and so belongs to a program in
-    which one thread has them all. `prepare`, `submit`, `on_step` and what `core` holds are for use between two steps.
+    Several threads may call it: `step_for` hands every caller the outputs of its requests, whoever runs the steps
+    (`engine_loop.py`). `step` takes the outputs of all requests, so it is for a program where one thread has them all,
+    as are `on_step` and `core`.
 
     It takes single configurations or one `EngineConfig`. Raises ValueError for settings that cannot work, before
     weights are loaded where that can be known.
@@ -61,13 +62,14 @@ class LLMEngine:
     ) -> None:
         given = (model_config, scheduler_config, cache_config)
         if engine_config is not None and any(c is not None for c in given):
-            raise ValueError("engine_config was given with other configurations; allowed: one or the other")
+            raise ConfigError("engine_config was given with other configurations; allowed: one or the other")
         self.config = engine_config or EngineConfig(
             model=model_config or ModelConfig(),
             scheduler=scheduler_config or SchedulerConfig(),
             cache=cache_config or CacheConfig(),
         )
-        built = parts or build_engine(self.config)
+        with errors_as(ConfigError):
+            built = parts or build_engine(self.config)
         self.core = built.core
         self.tokenizer = built.tokenizer
         self.eos_token_ids = built.eos_token_ids
@@ -96,6 +98,7 @@ class LLMEngine:
 
     # ------------------------------------------------------------------ requests in
 
+    @errors_as(InvalidRequestError)
     @between_steps
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
@@ -103,6 +106,7 @@ class LLMEngine:
         """Queue one prompt. Raises ValueError, with nothing queued, if anything about it is invalid."""
         self.submit([self.prepare(request_id, prompt, sampling_params, priority)])
 
+    @errors_as(InvalidRequestError)
     @between_steps
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
@@ -118,6 +122,7 @@ class LLMEngine:
         self.submit(submissions)
         return [s.user.request_id for s in submissions]
 
+    @errors_as(InvalidRequestError)
     @between_steps
     def prepare(
         self,
@@ -138,7 +143,8 @@ class LLMEngine:
         self._check(request_id, params, priority)
         if sampling_params is not None:
             self._warn_of_overrides(params)
-        given = read_prompt(prompt, self.tokenizer, self.vocab_size)
+        truncate = params.prompt_limit(self.max_model_len)
+        given = read_prompt(prompt, self.tokenizer, self.vocab_size, truncate)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
             Request(
@@ -163,6 +169,7 @@ class LLMEngine:
         user = ParentRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
         return Submission(user, requests)
 
+    @errors_as(InvalidRequestError)
     @between_steps
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Queue prepared prompts, all or none. Raises ValueError if an id is in use."""
