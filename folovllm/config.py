@@ -71,8 +71,8 @@ class ModelConfig:
     model: str = "folo-tiny"
     #: A folder or hub id with the tokenizer; None is the model's
     tokenizer: str | None = None
-    #: A name, or torch's dtype of that name. "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it
-    #: is native, else float32
+    #: A name or a torch.dtype. "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native,
+    #: else float32
     dtype: str = "auto"
     device: str = "auto"
     #: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone

@@ -143,8 +143,7 @@ class LLMEngine:
         self._check(request_id, params, priority)
         if sampling_params is not None:
             self._warn_of_overrides(params)
-        truncate = params.prompt_limit(self.max_model_len)
-        given = read_prompt(prompt, self.tokenizer, self.vocab_size, truncate)
+        given = read_prompt(prompt, self.tokenizer, self.vocab_size, params.prompt_limit(self.max_model_len))
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
         requests = [
             Request(
