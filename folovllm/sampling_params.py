@@ -94,7 +94,7 @@ class SamplingParams:
     #: one alone, -1 the whole vocabulary. They are of the raw logits: before bias, penalties, temperature, filters.
     logprobs: int | None = None
     include_stop_str_in_output: bool = False  #: the text keeps the stop string
-    #: Use only the last tokens of the prompt, this many; -1 is as many as leave room for one token of output. A text
+    #: Use only the last tokens of the prompt, this many; -1 is as many as leave one token for output. A text
     #: keeps the special tokens that the tokenizer puts before it.
     truncate_prompt_tokens: int | None = None
     logit_bias: dict[int, float] | None = None  #: what to add to the logits of some token ids; -inf bans a token

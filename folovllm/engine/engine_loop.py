@@ -1,7 +1,7 @@
 """One loop for the callers of an engine, whatever threads they are in.
 
     thread A: step_for ─ leads: step, step, ...     B's requests are in A's steps, and A hands B its outputs
-    thread B: enqueue (between two steps), step_for ─ follows: waits for outputs, or until nobody leads
+    thread B: enqueue (between two steps), step_for ─ follows: waits for outputs, or until there is no leader
 
 There is no thread of its own. The first thread that wants outputs leads: it runs steps, for all callers' requests. The
 others follow. A leader that returns to its caller wakes a follower, which leads if the leader does not come back first.
@@ -13,7 +13,7 @@ Invariants:
   1. The engine's state is read and changed in a turn, and turns never overlap. A step is a turn.
   2. A step begins after the turns that were asked for before it, so that new requests join running ones.
   3. A follower waits only while another thread is in a step. An interrupt may end a thread before it has woken the next
-     one, therefore nobody waits longer than `LOOK_AGAIN` without a look.
+     one, therefore no thread waits longer than `LOOK_AGAIN` without a look.
   4. No lock is held while a caller's code runs, except the observer of a step, which is a part of it.
 """
 
@@ -34,32 +34,50 @@ P = ParamSpec("P")
 
 
 class Follower(Generic[T]):
-    """A caller that waits. `ready` is called in a turn, by any thread: the caller's outputs, or None to wait on."""
+    """A caller that wants outputs.
 
-    def __init__(self, ready: Callable[[], T | None]) -> None:
+    `ready` is called in a turn, perhaps by another thread: the caller's outputs, or the error to raise in it, or None
+    to wait on.
+    """
+
+    def __init__(self, ready: Callable[[], T | Exception | None]) -> None:
         self._ready = ready
+        self.outputs: T | Exception | None = None
         self.woken = threading.Event()
-        self.outputs: T | None = None
-        self.error: BaseException | None = None
+        self.arrived = threading.Event()
 
     def settle(self) -> bool:
-        """Take what is ready. Whether the caller need not wait any longer."""
-        if self.outputs is None and self.error is None:
-            try:
-                self.outputs = self._ready()
-            except BaseException as error:  # raised where it belongs: in the caller's thread
-                self.error = error
-        if self.outputs is None and self.error is None:
-            return False
-        self.woken.set()
-        return True
+        """Take what is ready. Whether that is all the caller waits for."""
+        if self.outputs is None:
+            self.outputs = self._ready()
+        if self.outputs is not None:
+            self.woken.set()
+        return self.outputs is not None
+
+    def result(self) -> T:
+        """The outputs. Raises the error that came in their place."""
+        if self.outputs is None:
+            raise RuntimeError("a caller went on without outputs")
+        if isinstance(self.outputs, Exception):
+            raise self.outputs
+        return self.outputs
 
 
 class EngineLoop:
-    """Turns at an engine. See the invariants above."""
+    """Turns at an engine. See the invariants above.
+
+    with loop.following(ready) as me:
+        while loop.wait(me):
+            with loop.lock, loop.leading(me, shared) as leads:
+                if leads:
+                    me.outputs = a step
+    return me.result()
+    """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # reentrant: an observer of a step may call the engine
+        # Reentrant: an observer of a step may call the engine. Taken by `with`, where an interrupt finds no place between
+        # taking and giving back. What is noted beside it only saves waiting for it.
+        self.lock = threading.RLock()
         self._owner = 0  # the thread whose turn it is
         self._stepping = False
         self._arrivals: set[threading.Event] = set()  # of threads that wait for their turn
@@ -70,43 +88,64 @@ class EngineLoop:
         """Run `work` while no step runs."""
         arrival = threading.Event()
         try:
-            # Inside `try`, and the lock by `with`: an interrupt finds no place between taking and giving back.
             self._arrivals.add(arrival)
-            with self._lock:
+            with self.lock:
                 outer, self._owner = self._owner, threading.get_ident()
                 try:
                     return work()
                 finally:
                     self._owner = outer
         finally:
-            arrival.set()
-            self._arrivals.discard(arrival)
-            self._run_dropped()
+            self._leave(arrival)
 
-    def outputs(self, ready: Callable[[], T | None], step: Callable[[], T], shared: Callable[[], bool]) -> T:
-        """What is `ready`, else the outputs of `step`, unless another thread's step comes first and makes some ready.
-
-        shared: whether other threads have requests in a step. An exception of `ready` or `step` is raised here.
-        """
+    @contextmanager
+    def following(self, ready: Callable[[], T | Exception | None]) -> Iterator[Follower[T]]:
+        """A caller, until it has its outputs. Then the next one may lead."""
         me = Follower(ready)
         try:
             self._followers[me] = None
-            while me.outputs is None and me.error is None:
-                me.woken.clear()
-                nested = self._owner == threading.get_ident()
-                if self._stepping and not nested:
-                    me.woken.wait(LOOK_AGAIN)
-                    continue
-                for arrival in [] if nested else list(self._arrivals):
-                    arrival.wait(LOOK_AGAIN)
-                self.turn(lambda: self._lead(me, step, shared))
-            if me.error is not None:
-                raise me.error
-            return me.outputs  # type: ignore[return-value]  # not None here
+            yield me
         finally:
             self._followers.pop(me, None)
+            self._leave(me.arrived)
             for follower in list(self._followers)[:1]:
                 follower.woken.set()
+
+    def wait(self, me: Follower[Any]) -> bool:
+        """Wait while another thread is in a step, and for turns that come first. False once the caller has outputs."""
+        if self._owner != threading.get_ident():
+            while me.outputs is None and self._stepping:
+                if not me.woken.wait(LOOK_AGAIN):
+                    break
+                me.woken.clear()
+            for arrival in list(self._arrivals):
+                arrival.wait(LOOK_AGAIN)
+            me.arrived.clear()
+            self._arrivals.add(me.arrived)
+        return me.outputs is None
+
+    @contextmanager
+    def leading(self, me: Follower[Any], shared: Callable[[], bool]) -> Iterator[bool]:
+        """A step of this thread, in a turn. False: it is not needed, because the caller's outputs are there.
+
+        shared: whether other threads have requests in the step.
+        """
+        outer = self._owner, self._stepping
+        self._owner = threading.get_ident()
+        try:
+            if me.settle():
+                yield False
+                return
+            self._followers.pop(me, None)  # what is ready from here on is for the caller to return or to ask for
+            self._stepping = True
+            with interrupts_wait(shared()):
+                try:
+                    yield True
+                finally:
+                    self.settle_followers()
+        finally:
+            self._owner, self._stepping = outer
+            me.arrived.set()
 
     def settle_followers(self) -> None:
         """In a turn: hand out what has become ready."""
@@ -114,27 +153,20 @@ class EngineLoop:
             follower.settle()
 
     def drop(self, work: Callable[[], object]) -> None:
-        """Run `work` in a turn, now if nobody has one, else after it. For finalizers, which must not wait."""
+        """Run `work` in a turn, at once if there is no other, else after it. For finalizers, which must not wait."""
         self._dropped.append(work)
         self._run_dropped()
 
-    def _lead(self, me: Follower[T], step: Callable[[], T], shared: Callable[[], bool]) -> None:
-        if me.settle():
-            return
-        self._followers.pop(me, None)
-        outer, self._stepping = self._stepping, True
-        with interrupts_wait(shared()):
-            try:
-                me.outputs = step()
-            finally:
-                self._stepping = outer
-                self.settle_followers()
+    def _leave(self, arrival: threading.Event) -> None:
+        arrival.set()
+        self._arrivals.discard(arrival)
+        self._run_dropped()
 
     def _run_dropped(self) -> None:
-        # Who finds the lock taken leaves the work to its holder, who looks here after giving it back.
-        while self._dropped and self._lock.acquire(blocking=False):
+        # If the lock is taken, its holder does the work: it looks here after giving it back.
+        while self._dropped and self.lock.acquire(blocking=False):
             try:
-                if self._owner:
+                if self._owner == threading.get_ident():
                     return  # inside of a turn of this very thread
                 self._owner = threading.get_ident()
                 try:
@@ -142,7 +174,7 @@ class EngineLoop:
                 finally:
                     self._owner = 0
             finally:
-                self._lock.release()
+                self.lock.release()
 
 
 class HasLoop(Protocol):

@@ -23,6 +23,7 @@ from folovllm.engine.outbox import Outbox
 from folovllm.engine.output_processor import ParentRequest, RequestState
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.errors import ConfigError, InvalidRequestError, errors_as
+from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
@@ -43,9 +44,9 @@ class Submission:
 class LLMEngine:
     """An engine that the caller steps.
 
-    Several threads may call it: `step_for` hands every caller the outputs of its requests, whoever runs the steps
-    (`engine_loop.py`). `step` takes the outputs of all requests, so it is for a program where one thread has them all,
-    as are `on_step` and `core`.
+    Several threads may call it: `step_for` hands every caller the outputs of its requests, even if another thread runs
+    the steps (`engine_loop.py`). `step` takes those of all requests, so it is for programs where one thread has them
+    all, as are `on_step` and `core`.
 
     It takes single configurations or one `EngineConfig`. Raises ValueError for settings that cannot work, before
     weights are loaded where that can be known.
@@ -233,21 +234,22 @@ class LLMEngine:
         Other requests run in the step, too, and their outputs are kept for the next call that asks for them. If a step
         for others, perhaps in another thread, has outputs of `request_ids`, they are returned without a step.
         """
-        return self.loop.outputs(
-            lambda: self._ready(request_ids, final_only),
-            lambda: self._step_for(request_ids, final_only),
-            lambda: len(self._callers) > (threading.get_ident() in self._callers),
-        )
+        with self.loop.following(lambda: self._ready(request_ids, final_only)) as me:
+            while self.loop.wait(me):
+                with self.loop.lock, self.loop.leading(me, self._others_have_requests) as leads:
+                    if leads:
+                        me.outputs = self._step(request_ids, final_only)
+        return me.result()
 
-    def _ready(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput] | None:
-        """Outputs that earlier steps left for these requests. None if a step is needed first.
+    def _others_have_requests(self) -> bool:
+        return len(self._callers) > (threading.get_ident() in self._callers)
 
-        If a step that failed ended one of them, its error is raised.
-        """
+    def _ready(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput] | Exception | None:
+        """Outputs that earlier steps left for these requests, or the error that ended one. None if a step is needed."""
         if request_ids is None:
             return None
         if (error := self._outbox.take_failure(request_ids)) is not None:
-            raise error
+            return error
         outputs = self._outbox.take_of(request_ids)
         if not final_only:
             grown = [self._parent_requests[i] for i in self._outbox.grown_of(request_ids)]
@@ -256,15 +258,17 @@ class LLMEngine:
             return outputs or None
         return []  # others have aborted or received all of them
 
-    def _step_for(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
+    def _step(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
         has_work = self.core.has_unfinished_requests()
         try:
-            outputs = self._step(() if final_only else request_ids)
+            news = self.core.step()
         except BaseException as error:
+            self._outbox.put(self._end_lost(), error)
             mine = self._outbox.take_failure(request_ids)
             if mine is None and isinstance(error, Exception) and self._outbox.other_caller_fails(error):
                 return []  # it ended requests of others
             raise
+        outputs = self._process(news, () if final_only else request_ids)
         ready = [] if request_ids is not None else self._outbox.take(list(self._outbox.finished))
         self._outbox.put([o for o in outputs if o.finished])
         if has_work and self.on_step is not None and self.trace:
@@ -273,17 +277,12 @@ class LLMEngine:
         self._outbox.take(o.request_id for o in wanted)
         return wanted
 
-    def _step(self, growing: Container[str] | None) -> list[RequestOutput]:
-        """One step of the core. Outputs of requests that have finished, and of those in `growing` with new tokens."""
-        try:
-            outputs = self.core.step()
-        except BaseException as error:
-            self._outbox.put(self._end_lost(), error)
-            raise
+    def _process(self, news: list[EngineCoreOutput], growing: Container[str] | None) -> list[RequestOutput]:
+        """A step's tokens as text: outputs of requests that have finished, or have new tokens and are in `growing`."""
         now = self.core.clock()
         moved: dict[str, ParentRequest] = {}
         stopped: list[str] = []
-        for output in outputs:
+        for output in news:
             user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
             if sequence.add(output):

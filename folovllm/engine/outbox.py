@@ -13,7 +13,7 @@ class Outbox:
 
     def __init__(self) -> None:
         self.finished: dict[str, RequestOutput] = {}
-        self.grown: dict[str, None] = {}  # unfinished requests; the output is made when somebody asks
+        self.grown: dict[str, None] = {}  # unfinished requests; the output is made when it is asked for
         self.failures: dict[str, Exception] = {}  # of requests in `finished`
 
     def __contains__(self, request_id: object) -> bool:

@@ -409,10 +409,14 @@ def test_an_observer_may_call_the_engine() -> None:
     check_empty(llm.engine)
 
 
+def use_in_threads(llm: LLM) -> None:
+    at_once(*(lambda i=i: llm.generate(random_prompt(4, seed=i), GREEDY, use_tqdm=False) for i in range(2)))
+
+
 def test_an_llm_is_freed_with_its_last_name(folder: str) -> None:
     """No thread and no cycle of the loop's keeps it."""
     llm = make(folder, "m4")
-    at_once(*(lambda i=i: llm.generate(random_prompt(4, seed=i), GREEDY, use_tqdm=False) for i in range(2)))
+    use_in_threads(llm)
     engine, before = weakref.ref(llm.engine), threading.active_count()
     del llm
     gc.collect()
