@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
     from folovllm.engine.llm_engine import LLMEngine
     from folovllm.entrypoints.llm import LLM
+    from folovllm.errors import ConfigError, EngineDeadError, EngineGenerateError, InvalidRequestError
     from folovllm.outputs import CompletionOutput, RequestMetrics, RequestOutput
     from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -19,7 +20,11 @@ __all__ = [
     "BeamSearchParams",
     "CacheConfig",
     "CompletionOutput",
+    "ConfigError",
     "EngineConfig",
+    "EngineDeadError",
+    "EngineGenerateError",
+    "InvalidRequestError",
     "LLMEngine",
     "ModelConfig",
     "RequestMetrics",
@@ -38,6 +43,10 @@ MODULES = {
     "CompletionOutput": "outputs",
     "RequestMetrics": "outputs",
     "RequestOutput": "outputs",
+    "ConfigError": "errors",
+    "EngineDeadError": "errors",
+    "EngineGenerateError": "errors",
+    "InvalidRequestError": "errors",
     "BeamSearchParams": "sampling_params",
     "SamplingParams": "sampling_params",
 }

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import difflib
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar, cast, dataclass_transform
+
+from folovllm.errors import ConfigError, InvalidRequestError, errors_as
 
 T = TypeVar("T")
 
@@ -48,6 +51,21 @@ def check_bool(name: str, value: object, allowed: str = "True or False") -> None
         raise invalid(name, value, allowed)
 
 
+def as_int(value: object) -> int | None:
+    """An integer of any library (numpy, torch) as an int; None for anything else, bools included."""
+    if isinstance(value, bool) or "bool" in str(getattr(value, "dtype", "")) or getattr(value, "ndim", 0) != 0:
+        return None
+    try:
+        return operator.index(cast(Any, value))
+    except TypeError:
+        return None
+
+
+def as_list(value: object) -> Any:
+    """An array or a tensor of any library as a list, of lists if it has more dimensions; other values as they are."""
+    return cast(Any, value).tolist() if getattr(value, "ndim", 0) and hasattr(value, "tolist") else value
+
+
 def unknown_name(owner: str, name: str, known: Sequence[str]) -> ValueError:
     """The error for an unknown keyword. The nearest known name is given as a hint."""
     near = difflib.get_close_matches(name, known, n=1)
@@ -57,12 +75,23 @@ def unknown_name(owner: str, name: str, known: Sequence[str]) -> ValueError:
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def config(cls: type[T]) -> type[T]:
-    """A frozen dataclass that raises ValueError, not TypeError, for an unknown keyword."""
+    """A frozen dataclass that raises ConfigError, never TypeError, for an unknown keyword or a value not allowed."""
+    return _checked_dataclass(cls, ConfigError)
+
+
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
+def request_params(cls: type[T]) -> type[T]:
+    """The same, with InvalidRequestError."""
+    return _checked_dataclass(cls, InvalidRequestError)
+
+
+def _checked_dataclass(cls: type[T], error: type[ValueError]) -> type[T]:
     made = dataclass(frozen=True)(cls)
     known = [f.name for f in fields(cast(Any, made))]
     generated: Callable[..., None] = made.__init__
 
     @functools.wraps(generated)
+    @errors_as(error)
     def __init__(self: T, *args: Any, **kwargs: Any) -> None:
         for name in kwargs:
             if name not in known:

@@ -7,10 +7,12 @@ contradict each other each raise a `ValueError` that names the field, the value 
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass, field, fields
 from typing import Any, cast
 
 from folovllm.checks import check_bool, check_choice, check_float, check_int, config, invalid, quoted, unknown_name
+from folovllm.errors import ConfigError, errors_as
 
 DTYPES = ("auto", "float32", "float", "bfloat16", "float16", "half")
 LOAD_FORMATS = ("auto", "safetensors", "dummy")
@@ -21,6 +23,8 @@ BATCHINGS = ("padded", "loop")
 MODEL_IMPLS = ("auto", "folovllm", "transformers")
 MAX_THREADS = 1024  # torch has no bound of its own: it starts as many threads as it is told
 MIN_DEFAULT_BATCHED_TOKENS = 2048  # vLLM's default budget; raised to max_model_len if prompts cannot be split
+# vLLM's arguments that come with what they choose
+NOT_YET = {"enforce_eager": "CUDA graphs, and every step is eager", "tensor_parallel_size": "more devices than one"}
 MILESTONE_DEFAULT = "True, False or None (as the milestone says)"
 
 
@@ -62,9 +66,13 @@ NEWEST_MILESTONE = next(reversed(MILESTONES))
 class ModelConfig:
     """Which model, in which number format, on which device."""
 
-    #: A bundled name ("folo-tiny"), a local folder in Hugging Face format, or a hub id ("Qwen/Qwen3-0.6B")
+    #: A bundled name ("folo-tiny"), a local folder in Hugging Face format (a string or a path), or a hub id
+    #: ("Qwen/Qwen3-0.6B")
     model: str = "folo-tiny"
-    #: "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native, else float32
+    #: A folder or hub id with the tokenizer; None is the model's
+    tokenizer: str | None = None
+    #: A name or a torch.dtype. "auto" is the checkpoint's 16-bit type on a GPU; on a CPU bfloat16 where it is native,
+    #: else float32
     dtype: str = "auto"
     device: str = "auto"
     #: "auto" or "safetensors" read weights; "dummy" draws them at random from config.json alone
@@ -82,8 +90,14 @@ class ModelConfig:
     generation_config: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("model", "tokenizer", "generation_config"):
+            if isinstance(getattr(self, name), os.PathLike):
+                object.__setattr__(self, name, str(getattr(self, name)))
+        object.__setattr__(self, "dtype", dtype_name(self.dtype))
         if not isinstance(self.model, str) or not self.model:
             raise invalid("model", self.model, "a bundled name, a local folder or a hub id")
+        if self.tokenizer is not None and (not isinstance(self.tokenizer, str) or not self.tokenizer):
+            raise invalid("tokenizer", self.tokenizer, "None, a bundled name, a folder or a hub id")
         check_choice("dtype", self.dtype, DTYPES)
         check_choice("load_format", self.load_format, LOAD_FORMATS)
         if not isinstance(self.device, str) or self.device.split(":")[0] not in ("auto", "cpu", "cuda"):
@@ -242,6 +256,7 @@ class EngineConfig:
         return self.scheduler.max_num_batched_tokens or max(MIN_DEFAULT_BATCHED_TOKENS, longest_prompt)
 
     @classmethod
+    @errors_as(ConfigError)
     def from_kwargs(cls, **kwargs: Any) -> EngineConfig:
         """Sort flat keywords (those of `LLM`) into the four configurations. Raises ValueError for an unknown one."""
         owner = {f.name: part for part, kind in PARTS.items() for f in fields(cast(Any, kind))}
@@ -251,11 +266,21 @@ class EngineConfig:
         for name, value in kwargs.items():
             if name in owner:
                 parts[owner[name]][name] = value
+            elif name in NOT_YET:
+                raise ValueError(
+                    f"LLM has no field {name!r} yet; allowed: leaving it out (there are no {NOT_YET[name]})"
+                )
             elif name not in own:
                 raise unknown_name("LLM", name, [*owner, *own])
             elif name != "milestone" or value is not None:  # milestone=None is the default
                 engine_kwargs[name] = value
         return cls(**{part: kind(**parts[part]) for part, kind in PARTS.items()}, **engine_kwargs)
+
+
+def dtype_name(dtype: Any) -> Any:
+    """The name of a torch dtype; other values as they are. (torch is not imported for that.)"""
+    name = str(dtype)
+    return name.removeprefix("torch.") if type(dtype).__module__ == "torch" and name.startswith("torch.") else dtype
 
 
 PARTS: dict[str, type] = {"model": ModelConfig, "cache": CacheConfig, "scheduler": SchedulerConfig}

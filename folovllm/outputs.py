@@ -82,7 +82,8 @@ class BeamSequence:
     text: str
     cum_logprob: float  #: of the output's tokens
     score: float  #: for ranking: cum_logprob / length ** length_penalty
-    finish_reason: str  #: "stop" for an EOS, else "length"
+    finish_reason: str  #: "stop" for an EOS or a stop token, else "length"
+    stop_reason: int | None = None  #: the stop token that ended it; None for an EOS
 
 
 @dataclass

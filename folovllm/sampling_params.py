@@ -12,7 +12,7 @@ import math
 from dataclasses import KW_ONLY
 from typing import Any
 
-from folovllm.checks import check_bool, check_float, check_int, config, invalid
+from folovllm.checks import as_int, as_list, check_bool, check_float, check_int, invalid, request_params
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +28,8 @@ FLOAT32_MAX = (2.0 - 2.0**-23) * 2.0**127
 
 
 def _is_token_id(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    number = as_int(value)
+    return number is not None and number >= 0
 
 
 def _stop_strings(value: object) -> list[str]:
@@ -39,10 +40,10 @@ def _stop_strings(value: object) -> list[str]:
 
 
 def _stop_token_ids(value: object) -> list[int]:
-    ids = () if value is None else value
+    ids = () if value is None else as_list(value)
     if not isinstance(ids, (list, tuple, set, frozenset)) or not all(map(_is_token_id, ids)):
         raise invalid("stop_token_ids", value, "None or a list of token ids (integers >= 0)")
-    return list(dict.fromkeys(ids))  # as in vLLM: each id once, in the order given
+    return list(dict.fromkeys(map(int, ids)))  # as in vLLM: each id once, in the order given
 
 
 def _logit_bias(value: object) -> dict[int, float] | None:
@@ -56,11 +57,11 @@ def _logit_bias(value: object) -> dict[int, float] | None:
         if bias != -math.inf:
             name = f"logit_bias[{token_id}]"
             bias = check_float(name, bias, -FLOAT32_MAX, FLOAT32_MAX, "a finite (float32) number or -inf")
-        biases[token_id] = bias
+        biases[int(token_id)] = bias
     return biases
 
 
-@config
+@request_params
 class SamplingParams:
     """Sampling parameters of one request. Immutable: `dataclasses.replace` makes a changed (and checked) copy.
 
@@ -96,6 +97,9 @@ class SamplingParams:
     skip_special_tokens: bool = True  #: the text, in which stop strings are looked for, is without special tokens
     #: With skip_special_tokens=False: False removes the space that some tokenizers put between two added tokens
     spaces_between_special_tokens: bool = True
+    #: Use only the last tokens of the prompt, this many; -1 is as many as leave one token for output. A text
+    #: keeps the special tokens that the tokenizer puts before it.
+    truncate_prompt_tokens: int | None = None
     logit_bias: dict[int, float] | None = None  #: what to add to the logits of some token ids; -inf bans a token
 
     def __post_init__(self) -> None:
@@ -122,6 +126,10 @@ class SamplingParams:
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         check_bool("skip_special_tokens", self.skip_special_tokens)
         check_bool("spaces_between_special_tokens", self.spaces_between_special_tokens)
+        if self.truncate_prompt_tokens is not None:
+            check_int("truncate_prompt_tokens", self.truncate_prompt_tokens, -1)
+            if self.truncate_prompt_tokens == 0:
+                raise invalid("truncate_prompt_tokens", 0, "None, -1 or an integer >= 1")
         self._set("logit_bias", _logit_bias(self.logit_bias))
 
         if 0.0 < self.temperature < MIN_TEMPERATURE:
@@ -160,6 +168,15 @@ class SamplingParams:
         if self.logprobs is not None and self.logprobs > vocab_size:
             raise invalid("logprobs", self.logprobs, f"at most {vocab_size}, the vocabulary (-1 is all of it)")
 
+    def prompt_limit(self, max_model_len: int) -> int | None:
+        """The number of tokens that `truncate_prompt_tokens` keeps. Raises ValueError for more than the model takes."""
+        kept = self.truncate_prompt_tokens
+        if kept is not None and kept >= max_model_len:
+            raise invalid(
+                "truncate_prompt_tokens", kept, f"at most {max_model_len - 1} (max_model_len is {max_model_len})"
+            )
+        return max_model_len - 1 if kept == -1 else kept
+
     def child(self, index: int) -> SamplingParams:
         """The parameters of sample `index` of `n`: one sequence, seeded `seed + index` if there is a seed."""
         check_int("index", index, 0, self.n - 1)
@@ -169,7 +186,7 @@ class SamplingParams:
         return child
 
 
-@config
+@request_params
 class BeamSearchParams:
     """Beam search: keep the `beam_width` best sequences after every step (vLLM: `vllm/sampling_params.py`)."""
 
@@ -180,6 +197,8 @@ class BeamSearchParams:
     #: A beam's score is its log probability / length ** length_penalty: a larger value favours longer beams
     length_penalty: float = 1.0
     ignore_eos: bool = False  #: EOS does not finish a beam
+    stop_token_ids: list[int] | None = None  #: ids that finish a beam, besides EOS; a list after construction
+    include_stop_str_in_output: bool = False  #: the text keeps the stop token
 
     def __post_init__(self) -> None:
         check_int("beam_width", self.beam_width, 1)
@@ -187,3 +206,5 @@ class BeamSearchParams:
         check_float("temperature", self.temperature, *TEMPERATURES)
         check_float("length_penalty", self.length_penalty, -FLOAT32_MAX, FLOAT32_MAX, "a finite number")
         check_bool("ignore_eos", self.ignore_eos)
+        object.__setattr__(self, "stop_token_ids", _stop_token_ids(self.stop_token_ids))
+        check_bool("include_stop_str_in_output", self.include_stop_str_in_output)

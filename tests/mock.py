@@ -221,4 +221,4 @@ def check_empty(engine: LLMEngine) -> None:
     usage = scheduler.kv.usage()
     assert usage.reserved == 0 and usage.used == 0
     assert engine._request_states == {} and engine._parent_requests == {}
-    assert engine._undelivered == {} and engine._stems == {}
+    assert len(engine._outbox) == 0 and not engine._outbox.grown and not engine._outbox.failures and engine._stems == {}

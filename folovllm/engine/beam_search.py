@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 
 from folovllm.engine.input_processor import Prompt
 from folovllm.engine.llm_engine import LLMEngine
+from folovllm.errors import EngineGenerateError
 from folovllm.outputs import BeamSearchOutput, BeamSequence, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
 
@@ -56,7 +57,9 @@ def beam_search(
     Raises ValueError, before anything runs, for a bad prompt. Other requests of the engine go on meanwhile. An
     interrupted search leaves no request behind.
     """
-    eos = () if params.ignore_eos else engine.eos_token_ids
+    stop_ids = params.stop_token_ids or []
+    SamplingParams(stop_token_ids=stop_ids).check_vocab(engine.vocab_size)
+    eos = tuple(dict.fromkeys([*(() if params.ignore_eos else engine.eos_token_ids), *stop_ids]))
     num_candidates = min(max(2, 1 + len(eos)) * params.beam_width, engine.vocab_size)
     sampling = SamplingParams(temperature=0, max_tokens=1, logprobs=num_candidates, ignore_eos=True)
     searches: list[Search] = []
@@ -70,15 +73,15 @@ def beam_search(
     try:
         while active := [search for search in searches if search.running]:
             outputs = run_round(engine, active, sampling, request_ids)
-            kv_saved = engine.core.scheduler.kv.usage().sharing_saves
+            kv_saved = engine.loop.turn(engine.core.scheduler.kv.usage).sharing_saves
             for search in active:
                 search.kv_saved = max(search.kv_saved, kv_saved)
                 advance(search, outputs, num_candidates, eos, params)
                 if not search.running:
                     on_done(search.index)
     finally:
-        engine.core.scheduler.free_held(request_ids)
-    return [result(engine, search) for search in searches]
+        engine.loop.turn(lambda: engine.core.scheduler.free_held(request_ids))
+    return [result(engine, search, params) for search in searches]
 
 
 def check_last_round(engine: LLMEngine, search: Search, sampling: SamplingParams) -> None:
@@ -97,6 +100,20 @@ def run_round(
     engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, request_ids: list[str]
 ) -> dict[str, RequestOutput]:
     """One more token for every beam. `request_ids` are the round before's, and become this round's."""
+    engine.loop.turn(lambda: submit_round(engine, searches, sampling, request_ids))
+    outputs = engine.run_to_completion(request_ids)
+    for request_id in request_ids:
+        if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
+            reason = outputs[request_id].outputs[0].stop_reason if request_id in outputs else None
+            reason = reason or "it was aborted, or its logits are not finite"
+            raise EngineGenerateError(f"request {request_id!r} of a beam search has no tokens: {reason}")
+    return outputs
+
+
+def submit_round(
+    engine: LLMEngine, searches: Sequence[Search], sampling: SamplingParams, request_ids: list[str]
+) -> None:
+    """Queue a request for every beam, as a fork of its parent in the round before."""
     submissions = []
     for beam, salt in [(beam, search.cache_salt) for search in searches for beam in search.beams]:
         parent_id, beam.request_id = beam.request_id, engine.next_request_id()
@@ -105,13 +122,6 @@ def run_round(
     engine.submit(submissions)
     engine.core.scheduler.free_held(request_ids)  # the forks have their share
     request_ids[:] = [s.user.request_id for s in submissions]
-    outputs = engine.run_to_completion(request_ids)
-    for request_id in request_ids:
-        if request_id not in outputs or not outputs[request_id].outputs[0].logprobs:
-            reason = outputs[request_id].outputs[0].stop_reason if request_id in outputs else None
-            reason = reason or "it was aborted, or its logits are not finite"
-            raise RuntimeError(f"request {request_id!r} of a beam search has no tokens: {reason}")
-    return outputs
 
 
 def advance(
@@ -151,16 +161,13 @@ def advance(
     search.running = not full and could_improve
 
 
-def result(engine: LLMEngine, search: Search) -> BeamSearchOutput:
+def result(engine: LLMEngine, search: Search, params: BeamSearchParams) -> BeamSearchOutput:
     """The output of a finished search."""
-    sequences = [
-        BeamSequence(
-            beam.tokens,
-            "" if engine.tokenizer is None else str(engine.tokenizer.decode(beam.tokens, skip_special_tokens=True)),
-            beam.cum_logprob,
-            score,
-            reason,
-        )
-        for score, beam, reason in search.ended
-    ]
+    sequences = []
+    for score, beam, reason in search.ended:
+        last = beam.tokens[-1]
+        stop_token = last if reason == "stop" and last in (params.stop_token_ids or ()) else None
+        shown = beam.tokens[:-1] if reason == "stop" and not params.include_stop_str_in_output else beam.tokens
+        text = "" if engine.tokenizer is None else str(engine.tokenizer.decode(shown, skip_special_tokens=True))
+        sequences.append(BeamSequence(beam.tokens, text, beam.cum_logprob, score, reason, stop_token))
     return BeamSearchOutput(sequences, search.kv_saved)

@@ -40,6 +40,7 @@ from folovllm.models.loader import (
     resolve_device,
     resolve_dtype,
     resolve_model,
+    resolve_tokenizer,
     special_token_ids,
 )
 from folovllm.models.paged_model import PagedModel
@@ -106,7 +107,8 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, hf_config, device)
     spec = LoadSpec(source, hf_config, dtype, device, config.model.load_format, config.model.seed, max_model_len)
-    tokenizer = load_tokenizer(source)
+    own = config.model.tokenizer
+    tokenizer = load_tokenizer(source if own is None else resolve_tokenizer(own))
     option = config.model.generation_config
     own_file = option in ("auto", "vllm")
     generation_config = load_generation_config(source) if own_file else generation_config_of(option)

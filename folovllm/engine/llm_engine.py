@@ -7,26 +7,28 @@ prompt -tokenizer-> Request(s) -> core.step() -> EngineCoreOutput -detokenizer->
 
 from __future__ import annotations
 
-import logging
+import threading
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Sequence
 from dataclasses import dataclass
 from typing import cast
 
 from folovllm.checks import invalid
 from folovllm.config import CacheConfig, EngineConfig, ModelConfig, SchedulerConfig
+from folovllm.engine.engine_loop import EngineLoop, between_steps
 from folovllm.engine.factory import EngineParts, build_engine
 from folovllm.engine.input_processor import Prompt, as_prompt_list, broadcast_params, read_prompt
+from folovllm.engine.outbox import Outbox
 from folovllm.engine.output_processor import ParentRequest, RequestState
+from folovllm.engine.request_checks import RequestChecks
 from folovllm.engine.retry import reason_of
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
+from folovllm.errors import ConfigError, InvalidRequestError, errors_as
 from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling.noise import own_seed
 from folovllm.sampling_params import SamplingParams
-
-logger = logging.getLogger(__name__)
 
 Params = SamplingParams | Sequence[SamplingParams] | None
 
@@ -41,6 +43,10 @@ class Submission:
 
 class LLMEngine:
     """An engine that the caller steps.
+
+    Several threads may call it: `step_for` hands every caller the outputs of its requests, even if another thread runs
+    the steps (`engine_loop.py`). `step` takes those of all requests, so it is for programs where one thread has them
+    all, as are `on_step` and `core`.
 
     It takes single configurations or one `EngineConfig`. Raises ValueError for settings that cannot work, before
     weights are loaded where that can be known.
@@ -57,25 +63,26 @@ class LLMEngine:
     ) -> None:
         given = (model_config, scheduler_config, cache_config)
         if engine_config is not None and any(c is not None for c in given):
-            raise ValueError("engine_config was given with other configurations; allowed: one or the other")
+            raise ConfigError("engine_config was given with other configurations; allowed: one or the other")
         self.config = engine_config or EngineConfig(
             model=model_config or ModelConfig(),
             scheduler=scheduler_config or SchedulerConfig(),
             cache=cache_config or CacheConfig(),
         )
-        built = parts or build_engine(self.config)
+        with errors_as(ConfigError):
+            built = parts or build_engine(self.config)
         self.core = built.core
         self.tokenizer = built.tokenizer
         self.eos_token_ids = built.eos_token_ids
         self.vocab_size = built.vocab_size
         self.max_model_len = built.max_model_len
         self.defaults = built.defaults  # sampling parameters of requests without any
-        self._has_warned = False  # that explicit parameters override some of these
-        self._special_token_ids = built.special_token_ids
-        self._warned_of: set[str] = set()  # stop strings that cannot match
+        self.loop = EngineLoop()
+        self._checks = RequestChecks(self.config, built)
         self._parent_requests: dict[str, ParentRequest] = {}
         self._request_states: dict[str, tuple[ParentRequest, RequestState]] = {}  # by the core's request id
-        self._undelivered: dict[str, RequestOutput] = {}  # completed in a step for other requests
+        self._outbox = Outbox()  # from steps for other requests
+        self._callers: Counter[int] = Counter()  # threads, by how many of `_parent_requests` they submitted
         self._stems: Counter[str] = Counter()  # of the ids in `_parent_requests`
         self._next_id = 0
         self._num_unseeded = 0  # requests so far that draw and brought no seed
@@ -93,12 +100,16 @@ class LLMEngine:
 
     # ------------------------------------------------------------------ requests in
 
+    @errors_as(InvalidRequestError)
+    @between_steps
     def add_request(
         self, request_id: str, prompt: Prompt, sampling_params: SamplingParams | None = None, priority: int = 0
     ) -> None:
         """Queue one prompt. Raises ValueError, with nothing queued, if anything about it is invalid."""
         self.submit([self.prepare(request_id, prompt, sampling_params, priority)])
 
+    @errors_as(InvalidRequestError)
+    @between_steps
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
     ) -> list[str]:
@@ -113,6 +124,8 @@ class LLMEngine:
         self.submit(submissions)
         return [s.user.request_id for s in submissions]
 
+    @errors_as(InvalidRequestError)
+    @between_steps
     def prepare(
         self,
         request_id: str,
@@ -128,12 +141,8 @@ class LLMEngine:
         when it has finished, until `scheduler.free_held`. Both are for one sequence (n = 1).
         """
         arrival = self.core.clock()
-        params = self.defaults.params if sampling_params is None else sampling_params
-        self._check(request_id, params, priority)
-        if sampling_params is not None:
-            self._warn_of_overrides(params)
-            self._warn_of_hidden_stops(params)
-        given = read_prompt(prompt, self.tokenizer, self.vocab_size)
+        params = self._checks.check(request_id, sampling_params, priority)
+        given = read_prompt(prompt, self.tokenizer, self.vocab_size, params.prompt_limit(self.max_model_len))
         max_model_len = self.max_model_len
         if params.max_tokens is None:  # it ends where the KV cache ends, unless its prompt alone is longer
             longest = max(self.core.scheduler.kv.longest_request, len(given.token_ids) + 1)
@@ -162,6 +171,8 @@ class LLMEngine:
         user = ParentRequest(request_id, given.text, given.token_ids, sequences, RequestMetrics(arrival))
         return Submission(user, requests)
 
+    @errors_as(InvalidRequestError)
+    @between_steps
     def submit(self, submissions: Sequence[Submission]) -> None:
         """Queue prepared prompts, all or none. Raises ValueError if an id is in use."""
         taken: set[str] = set()  # by submissions that come before in the list
@@ -175,6 +186,8 @@ class LLMEngine:
         for submission in submissions:
             self._parent_requests[submission.user.request_id] = submission.user
             self._stems[stem(submission.user.request_id)] += 1
+            submission.user.caller = threading.get_ident()
+            self._callers[submission.user.caller] += 1
             for request, sequence in zip(submission.requests, submission.user.sequences, strict=True):
                 self._request_states[request.request_id] = (submission.user, sequence)
                 if request.sampling_params.seed is None and not request.sampling_params.is_greedy:
@@ -182,6 +195,7 @@ class LLMEngine:
                     self._num_unseeded += 1
                 self.core.add_request(request)
 
+    @between_steps
     def next_request_id(self) -> str:
         """An unused id, also as the first part of one ("7" of "7/0"): "0", "1", ..."""
         while str(self._next_id) in self._stems or self.is_live(str(self._next_id)):
@@ -191,8 +205,9 @@ class LLMEngine:
 
     def is_live(self, request_id: str) -> bool:
         """Whether a request is unfinished, or its final output not yet returned."""
-        return request_id in self._parent_requests or request_id in self._undelivered
+        return request_id in self._parent_requests or request_id in self._outbox
 
+    @between_steps
     def abort_request(self, request_id: str | Iterable[str]) -> list[RequestOutput]:
         """End requests now and free what they hold; returns their outputs so far. Unknown ids are ignored."""
         if not isinstance(request_id, Iterable):
@@ -203,12 +218,13 @@ class LLMEngine:
         for user in users:
             for sequence in user.sequences:
                 sequence.abort()
-        ended = [self._undelivered.pop(i) for i in request_ids if i in self._undelivered]
-        return ended + self._outputs(users, final_only=False)
+        outputs = self._outbox.take(request_ids) + self._outputs(users, growing=None)
+        self.loop.settle_followers()
+        return outputs
 
     def has_unfinished_requests(self) -> bool:
         """Whether `step` has anything to compute or to return."""
-        return bool(self._parent_requests or self._undelivered)
+        return bool(self._parent_requests or self._outbox)
 
     # ------------------------------------------------------------------ one step
 
@@ -219,38 +235,60 @@ class LLMEngine:
     def step_for(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
         """Run one step and return the outputs of some requests (None: of all), or only the final ones.
 
-        Other requests run in the step, too. Their final outputs are kept for the next call that asks for them. If a
-        step for others has completed some of `request_ids`, their outputs are returned without a step.
+        Other requests run in the step, too, and their outputs are kept for the next call that asks for them. If a step
+        for others, perhaps in another thread, has outputs of `request_ids`, they are returned without a step.
         """
-        if request_ids is not None and not self._undelivered.keys().isdisjoint(request_ids):
-            return [self._undelivered.pop(i) for i in list(self._undelivered) if i in request_ids]
+        with self.loop.following(lambda: self._ready(request_ids, final_only)) as me:
+            while self.loop.wait(me):
+                with self.loop.lock, self.loop.leading(me, self._others_have_requests) as leads:
+                    if leads:
+                        me.outputs = self._step(request_ids, final_only)
+        return me.result()
+
+    def _others_have_requests(self) -> bool:
+        return len(self._callers) > (threading.get_ident() in self._callers)
+
+    def _ready(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput] | Exception | None:
+        """Outputs that earlier steps left for these requests, or the error that ended one. None if a step is needed."""
+        if request_ids is None:
+            return None
+        if (error := self._outbox.take_failure(request_ids)) is not None:
+            return error
+        outputs = self._outbox.take_of(request_ids)
+        if not final_only:
+            grown = [self._parent_requests[i] for i in self._outbox.grown_of(request_ids)]
+            outputs += self._outputs(grown, request_ids)
+        if outputs or not request_ids or any(map(self.is_live, request_ids)):
+            return outputs or None
+        return []  # others have aborted or received all of them
+
+    def _step(self, request_ids: Collection[str] | None, final_only: bool) -> list[RequestOutput]:
         has_work = self.core.has_unfinished_requests()
-        outputs = self._step(final_only)
-        ready = [] if request_ids is not None else list(self._undelivered.values())
-        self._undelivered |= {o.request_id: o for o in outputs if o.finished}
+        news: list[EngineCoreOutput] = []
+        try:
+            news = self.core.step()
+            outputs = self._process(news, () if final_only else request_ids)
+        except BaseException as error:
+            self.core.abort_requests([output.request_id for output in news])  # tokens of these may be lost
+            self._outbox.put(self._end_lost(), error)
+            mine = self._outbox.take_failure(request_ids)
+            if mine is None and isinstance(error, Exception) and self._outbox.other_caller_fails(error):
+                return []  # it ended requests of others
+            raise
+        ready = [] if request_ids is not None else self._outbox.take(list(self._outbox.finished))
+        self._outbox.put([o for o in outputs if o.finished])
         if has_work and self.on_step is not None and self.trace:
             self.on_step(self.trace[-1])  # if it raises, what has finished is returned by the next call
         wanted = [*ready, *(o for o in outputs if request_ids is None or o.request_id in request_ids)]
-        for output in wanted:
-            self._undelivered.pop(output.request_id, None)
+        self._outbox.take(o.request_id for o in wanted)
         return wanted
 
-    def _step(self, final_only: bool) -> list[RequestOutput]:
-        outputs: list[EngineCoreOutput] = []
-        try:
-            outputs = self.core.step()
-            return self._deliver(outputs, final_only)
-        except BaseException:  # tokens of these requests may be lost
-            self.core.abort_requests([output.request_id for output in outputs])
-            self._undelivered |= {o.request_id: o for o in self._end_lost()}
-            raise
-
-    def _deliver(self, outputs: Sequence[EngineCoreOutput], final_only: bool) -> list[RequestOutput]:
-        """Add new tokens to the users' outputs, and return those that have changed."""
+    def _process(self, news: list[EngineCoreOutput], growing: Container[str] | None) -> list[RequestOutput]:
+        """A step's tokens as text: outputs of requests that have finished, or have new tokens and are in `growing`."""
         now = self.core.clock()
         moved: dict[str, ParentRequest] = {}
         stopped: list[str] = []
-        for output in outputs:
+        for output in news:
             user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
             try:
@@ -265,7 +303,8 @@ class LLMEngine:
                 user.num_cached_tokens = output.num_cached_tokens
         if stopped:
             self.core.stop_requests(stopped)
-        return self._outputs(list(moved.values()), final_only)
+        self._outbox.grown |= dict.fromkeys(moved)
+        return self._outputs(list(moved.values()), growing)
 
     def _end_lost(self) -> list[RequestOutput]:
         """End the sequences that the core aborted in a failed step; the outputs that this completes."""
@@ -274,7 +313,7 @@ class LLMEngine:
             if sequence.finish_reason is None and sequence_id not in self.core.scheduler.requests:
                 sequence.abort()
                 lost[user.request_id] = user
-        return self._outputs(list(lost.values()), final_only=True)
+        return self._outputs(list(lost.values()), growing=())
 
     def generate_batch(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None
@@ -314,14 +353,16 @@ class LLMEngine:
         if unknown:
             raise ValueError(f"request_ids={unknown} are unknown; allowed: ids of requests that were added")
 
-    def _outputs(self, users: list[ParentRequest], final_only: bool) -> list[RequestOutput]:
+    def _outputs(self, users: list[ParentRequest], growing: Container[str] | None) -> list[RequestOutput]:
+        """Outputs of those that have finished, and of the others in `growing` (None: of all)."""
         outputs = []
         now = self.core.clock()
         for user in users:
             if user.finished:
                 user.metrics.finished_time = now
                 self._forget(user)
-            if user.finished or not final_only:
+            if user.finished or growing is None or user.request_id in growing:
+                self._outbox.grown.pop(user.request_id, None)
                 outputs.append(user.output())
         return outputs
 
@@ -333,48 +374,9 @@ class LLMEngine:
         self._stems[first] -= 1
         if not self._stems[first]:
             del self._stems[first]
-
-    def _warn_of_overrides(self, params: SamplingParams) -> None:
-        """Say once what explicit parameters override of the model's generation_config.json."""
-        overridden = [] if self._has_warned else self.defaults.overridden_by(params)
-        if overridden:
-            self._has_warned = True
-            logger.warning(
-                "explicit sampling parameters override %s of the generation_config.json of model=%r",
-                ", ".join(overridden),
-                self.config.model.model,
-            )
-
-    def _warn_of_hidden_stops(self, params: SamplingParams) -> None:
-        """Say once of a stop string that it cannot match, because a special token in it is not in the text."""
-        if not params.stop or not params.skip_special_tokens:
-            return
-        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else self.eos_token_ids)}
-        for stop in set(params.stop) - self._warned_of:
-            hidden = [name for name in self._special_token_ids if name in stop]
-            if hidden and self._special_token_ids.get(stop) not in ends:  # those of `ends` end the output anyway
-                self._warned_of.add(stop)
-                logger.warning(
-                    "stop=%r never matches: the text does not show the special token %r; allowed: "
-                    "skip_special_tokens=False, or stop_token_ids=[%d]",
-                    stop,
-                    hidden[0],
-                    self._special_token_ids[hidden[0]],
-                )
-
-    def _check(self, request_id: str, params: SamplingParams, priority: int) -> None:
-        if not isinstance(request_id, str) or not request_id:
-            raise invalid("request_id", request_id, "a non-empty string")
-        if not isinstance(params, SamplingParams):
-            raise invalid("sampling_params", params, "a SamplingParams or None")
-        params.check_vocab(self.vocab_size)
-        if params.stop and self.tokenizer is None:
-            raise invalid("stop", params.stop, "none, because the model has no tokenizer")
-        if isinstance(priority, bool) or not isinstance(priority, int):
-            raise invalid("priority", priority, "an integer")
-        policy = self.config.scheduler.scheduling_policy
-        if priority != 0 and policy != "priority":
-            raise invalid("priority", priority, f"0, because scheduling_policy is {policy!r}")
+        self._callers[user.caller] -= 1
+        if not self._callers[user.caller]:
+            del self._callers[user.caller]
 
 
 def stem(request_id: str) -> str:

@@ -125,6 +125,7 @@ class ParentRequest:
     sequences: list[RequestState]
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    caller: int = 0  # the thread that submitted it
 
     @property
     def finished(self) -> bool:

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
-from jinja2 import TemplateError
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerBase
 
 from folovllm.checks import invalid
 from folovllm.config import EngineConfig
@@ -16,10 +16,10 @@ from folovllm.engine.beam_search import beam_search
 from folovllm.engine.input_processor import Prompt, as_prompt_list, encode
 from folovllm.engine.llm_engine import LLMEngine, Params
 from folovllm.engine.recording import record
+from folovllm.entrypoints.chat import ChatOptions, Message, conversations_of, render
+from folovllm.errors import ConfigError, InvalidRequestError, errors_as
 from folovllm.outputs import BeamSearchOutput, RequestOutput
 from folovllm.sampling_params import BeamSearchParams, SamplingParams
-
-Message = dict[str, str]
 
 
 class OutputStream(Iterator[RequestOutput]):
@@ -56,19 +56,22 @@ class OutputStream(Iterator[RequestOutput]):
         self._engine.abort_request(sorted(unfinished))
 
     def __del__(self) -> None:
-        if self._unfinished:
-            self.close()
+        if self._unfinished:  # in any thread, and at any time: it must not wait for a step
+            engine, request_ids = self._engine, sorted(self._unfinished)
+            engine.loop.drop(lambda: engine.abort_request(request_ids))
 
 
 class LLM:
     """An engine, and the calls that most programs need.
+
+    Several threads may use one LLM: each call has its own answers, and the engine's steps serve the requests of all.
 
     model: a bundled name, a local folder or a hub id. milestone: the preset, "m1" to "m4"; None is the newest.
     Every other keyword is a field of ModelConfig, CacheConfig, SchedulerConfig or EngineConfig. Raises ValueError for
     an unknown keyword, and for any value that cannot work.
     """
 
-    def __init__(self, model: str = "folo-tiny", milestone: str | None = None, **kwargs: Any) -> None:
+    def __init__(self, model: str | Path = "folo-tiny", milestone: str | None = None, **kwargs: Any) -> None:
         self.engine = LLMEngine(engine_config=EngineConfig.from_kwargs(model=model, milestone=milestone, **kwargs))
 
     def generate(
@@ -97,6 +100,7 @@ class LLM:
             done = self.engine.run_to_completion(request_ids, on_done)
         return list(done.values())
 
+    @errors_as(InvalidRequestError)
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams, use_tqdm: bool = False
     ) -> list[BeamSearchOutput]:
@@ -115,20 +119,26 @@ class LLM:
 
             return beam_search(self.engine, prompt_list, params, on_done)
 
+    def get_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The model's tokenizer. Raises ValueError if it has none."""
+        if self.engine.tokenizer is None:
+            raise ConfigError(f"model={self.engine.config.model.model!r} has no tokenizer; allowed: token ids")
+        return self.engine.tokenizer
+
     def get_default_sampling_params(self) -> SamplingParams:
         """The parameters of requests that have none, as `generation_config` says (vLLM's name)."""
         return self.engine.defaults.params
 
     def reset_prefix_cache(self) -> None:
         """Empty the prefix cache. Running requests keep their blocks."""
-        self.engine.core.scheduler.kv.reset_prefix_cache()
+        self.engine.loop.turn(self.engine.core.scheduler.kv.reset_prefix_cache)
 
     def save_trace(self, path: str | Path) -> Path:
         """Write the trace for `folovllm replay` and for Perfetto. Returns the path.
 
         It has the state of the blocks only with `LLM(..., trace_blocks=True)`.
         """
-        return record(self.engine).save(path)
+        return self.engine.loop.turn(lambda: record(self.engine)).save(path)
 
     def enqueue(
         self, prompts: Prompt | Sequence[Prompt], sampling_params: Params = None, priority: Sequence[int] | int = 0
@@ -154,43 +164,38 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: Params = None,
         use_tqdm: bool = True,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool | None = None,
+        continue_final_message: bool = False,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answer one conversation or several, lists of {"role": ..., "content": ...}, with the chat template."""
-        return self.generate(self.chat_prompts(messages), sampling_params, use_tqdm)
+        """Answer one conversation or several, lists of {"role": ..., "content": ...}, with the chat template.
 
-    def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]]) -> list[Prompt]:
-        """Conversations as token ids, with the beginning of the assistant's turn.
-
-        Raises ValueError for a malformed message, and for a model without a chat template.
+        The options have vLLM's meanings, see `ChatOptions`. Raises ValueError as `chat_prompts` does.
         """
+        prompts = self.chat_prompts(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
+            chat_template_kwargs=chat_template_kwargs,
+        )
+        return self.generate(prompts, sampling_params, use_tqdm)
+
+    @errors_as(InvalidRequestError)
+    def chat_prompts(self, messages: Sequence[Message] | Sequence[Sequence[Message]], **options: Any) -> list[Prompt]:
+        """Conversations as token ids. options: those of `chat`.
+
+        Special tokens are those that the template writes; none is added. Raises ValueError for a malformed message, for
+        one that the template refuses, and for a model without a chat template.
+        """
+        chosen = ChatOptions(**options | {"chat_template_kwargs": options.get("chat_template_kwargs") or {}})
         tokenizer = self.engine.tokenizer
-        if tokenizer is None or not tokenizer.chat_template:
+        if tokenizer is None or not (tokenizer.chat_template or chosen.chat_template):
             raise ValueError(f"model={self.engine.config.model.model!r} has no chat template; allowed: generate()")
-        single = isinstance(messages, (list, tuple)) and bool(messages) and isinstance(messages[0], dict)
-        if not isinstance(messages, (list, tuple)):
-            raise invalid("messages", messages, "a list of messages, or a list of such lists")
-        conversations = cast(Sequence[Sequence[Message]], [messages] if single else messages)
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            check_conversation(conversation)
-            try:
-                rendered = str(
-                    tokenizer.apply_chat_template(list(conversation), tokenize=False, add_generation_prompt=True)
-                )
-            except TemplateError as error:  # such as a model without a system role
-                raise ValueError(f"messages={conversation!r} is refused by the chat template: {error}") from error
-            ids = encode(tokenizer, "messages", rendered, add_special_tokens=False)
-            prompts.append({"prompt_token_ids": ids})
-        return prompts
-
-
-def check_conversation(conversation: Any) -> None:
-    """Raise ValueError unless `conversation` is a non-empty list of {"role": str, "content": str}."""
-    allowed = 'a non-empty list of {"role": "system" | "user" | "assistant", "content": text}'
-    if not isinstance(conversation, (list, tuple)) or not conversation:
-        raise invalid("messages", conversation, allowed)
-    for i, message in enumerate(conversation):
-        known = isinstance(message, dict) and message.keys() == {"role", "content"}
-        roles = ("system", "user", "assistant")
-        if not known or message["role"] not in roles or not isinstance(message["content"], str):
-            raise invalid(f"messages[{i}]", message, allowed)
+        texts = [render(tokenizer, conversation, chosen) for conversation in conversations_of(messages)]
+        ids = self.engine.loop.turn(
+            lambda: [encode(tokenizer, "messages", text, add_special_tokens=False) for text in texts]
+        )
+        return [{"prompt_token_ids": prompt} for prompt in ids]

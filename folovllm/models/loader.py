@@ -168,6 +168,22 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         raise load_error(source, "the tokenizer", error) from error
 
 
+def resolve_tokenizer(tokenizer: str) -> ModelSource:
+    """Find the files of a tokenizer: a bundled name, a folder or a hub id, as in `resolve_model`.
+
+    A folder needs no config.json. Raises ValueError for what `resolve_model` refuses, and without tokenizer files.
+    """
+    path = Path(tokenizer).expanduser()
+    if path.is_dir():
+        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+            raise invalid("tokenizer", tokenizer, f"a folder with one of {', '.join(_TOKENIZER_FILES)}")
+        return ModelSource(path.resolve().name, str(path), "local", has_weights=False)
+    source = resolve_model(tokenizer)
+    if source.kind == "config":
+        raise invalid("tokenizer", tokenizer, f"a model with one; {tokenizer} is bundled as a shape")
+    return source
+
+
 def eos_token_ids(
     hf_config: PretrainedConfig,
     generation_config: GenerationConfig | None,

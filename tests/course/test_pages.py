@@ -26,6 +26,7 @@ OWN = [
     "compatibility_text",
     "compatibility_sampling",
     "compatibility_door",
+    "compatibility_api",
     "errata",
     "interview",
     "vllm_map",

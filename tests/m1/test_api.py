@@ -155,7 +155,7 @@ CHAT_ERRORS = [
     ("hello", "messages='hello' is not valid|messages="),
     ([{"role": "user"}], r"messages\[0\]=.* is not valid; allowed: a non-empty list"),
     ([{"role": "user", "content": 5}], r"messages\[0\]=.* is not valid"),
-    ([{"role": "user", "content": "x", "name": "y"}], r"messages\[0\]=.* is not valid"),
+    ([{"role": "user", "content": "x", "mood": "y"}], r"messages\[0\]\['mood'\]='y' is not valid; allowed: no other"),
     ([[]], r"messages=\[\] is not valid"),
     (None, "messages=None is not valid; allowed: a list of messages"),
     (5, "messages=5 is not valid"),

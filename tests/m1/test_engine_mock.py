@@ -82,7 +82,7 @@ def test_abort_and_arrival_at_any_step_leave_others_untouched(work, max_num_seqs
             user, sequence = engine._request_states[victim]
             engine.core.abort_requests([victim])
             sequence.abort()
-            for output in engine._outputs([user], final_only=True):
+            for output in engine._outputs([user], growing=()):
                 done[output.request_id] = [c.token_ids for c in output.outputs]
             cut.add(victim)
         for output in engine.step():

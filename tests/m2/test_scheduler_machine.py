@@ -161,7 +161,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         user, sequence = self.engine._request_states[victim]
         self.engine.core.abort_requests([victim])
         sequence.abort()
-        for output in self.engine._outputs([user], final_only=True):
+        for output in self.engine._outputs([user], growing=()):
             self.take(output)
 
     # ------------------------------------------------------------------ one step

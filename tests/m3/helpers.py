@@ -67,7 +67,7 @@ def check_all_free(engine: LLMEngine) -> None:
     assert scheduler.requests == {} and scheduler.running == [] and len(scheduler.waiting) == 0
     assert scheduler.num_waiting == 0 and scheduler._finished_req_ids == []
     assert (len(scheduler._parked), scheduler._waiting_forks, scheduler._held) == (0, {}, {})
-    assert not engine._request_states and not engine._parent_requests and not engine._undelivered
+    assert not engine._request_states and not engine._parent_requests and not engine._outbox
     if isinstance(runner, PagedRunner):
         assert len(runner.states) == 0
     else:
