@@ -75,8 +75,8 @@ class EngineLoop:
     """
 
     def __init__(self) -> None:
-        # Reentrant: an observer of a step may call the engine. Taken by `with`, where an interrupt finds no place
-        # between taking and giving back. What is noted beside it only saves waiting for it.
+        # Reentrant: an observer of a step may call the engine. Taken by `with`, where no interrupt comes between
+        # taking and giving back. What is noted beside it only saves waiting for it.
         self.lock = threading.RLock()
         self._owner = 0  # the thread whose turn it is
         self._stepping = False

@@ -11,6 +11,7 @@ did not write, because both began with the same new prefix, is not run: it has t
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
 from folovllm.outputs import Logprob
@@ -39,7 +40,7 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
     Raises a device fault.
     """
     todo = halves(step.scheduled)  # the next part is the last
-    sampled: dict[str, tuple[list[int], list[dict[int, Logprob]] | None]] = {}
+    sampled: dict[str, tuple[list[int], list[Mapping[int, Logprob]] | None]] = {}
     not_written: set[int] = set()  # blocks
     result = ModelRunnerOutput()
     while todo:

@@ -30,7 +30,7 @@ TOKENS = 8
 GREEDY = SamplingParams(temperature=0, max_tokens=TOKENS)
 LONG = SamplingParams(temperature=0, max_tokens=40)
 MOCK = SamplingParams(max_tokens=6, ignore_eos=True)
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(40)
 
 
 @pytest.fixture(scope="module")
