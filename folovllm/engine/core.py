@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
 from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
+from folovllm.runner.host_memory import HostHeap
 from folovllm.runner.interface import ModelRunner
 from folovllm.scheduler.scheduler import Scheduler
 
@@ -25,11 +26,13 @@ class EngineCore:
         max_trace_steps: int = 10_000,
         trace_blocks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        heap: HostHeap | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.clock = clock
         self.recorder = StepRecorder(scheduler, max_trace_steps, trace_blocks)
+        self.heap = heap  # set last, so that it ends last: after the model and the K/V
 
     @property
     def trace(self) -> Trace:

@@ -135,7 +135,7 @@ def test_one_check_then_the_cache_or_one_line(server: tuple[str, Counter[str]], 
     assert len(found) == sum(map(len, cases.values()))
     for case, result in found.items():
         kind, _, rest = case.rpartition(" org/")
-        name, milestone = rest.split()
+        name, _milestone = rest.split()
         if name in FAILURES:
             assert result == expected, (case, result)
         elif name == "no-weights":
