@@ -11,9 +11,13 @@ at the start and at the end of the text, the ratio of times (measured in this ru
 
 from __future__ import annotations
 
+from folovllm.entrypoints.start import prepare
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C should print one line then as well
+    prepare()
+
 import argparse
 import random
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -26,6 +30,7 @@ from folovllm.baseline import BaselineResult, generate_cached, generate_recomput
 from folovllm.config import LOAD_FORMATS
 from folovllm.course.glossary import default_prompts
 from folovllm.course.lessons.baseline_report import BaselineReport, compare
+from folovllm.entrypoints.terminal import clean_exit
 from folovllm.models.loader import (
     eos_token_ids,
     load_config,
@@ -187,7 +192,5 @@ def report_table(report: BaselineReport, recompute: BaselineResult, cached: Base
 
 
 if __name__ == "__main__":
-    try:
+    with clean_exit(Console()):
         main()
-    except ValueError as error:
-        sys.exit(f"error: {error}")

@@ -8,6 +8,11 @@ python examples/m1_inference.py --model qwen3-0.6b --load-format dummy        # 
 
 from __future__ import annotations
 
+from folovllm.entrypoints.start import prepare
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C should print one line then as well
+    prepare()
+
 import argparse
 
 from rich.console import Console

@@ -15,6 +15,11 @@ So M2 loop against M1 is the gain of scheduling, and M2 padded against M2 loop i
 
 from __future__ import annotations
 
+from folovllm.entrypoints.start import prepare
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C should print one line then as well
+    prepare()
+
 import argparse
 import time
 from collections.abc import Sequence

@@ -13,6 +13,11 @@ float32 (--dtype float32) every token is the same.
 
 from __future__ import annotations
 
+from folovllm.entrypoints.start import prepare
+
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C should print one line then as well
+    prepare()
+
 import argparse
 from collections.abc import Iterable, Sequence
 from statistics import fmean

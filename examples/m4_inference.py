@@ -21,17 +21,10 @@ the meantime, a line below the table says so.
 
 from __future__ import annotations
 
-import signal
-import sys
+from folovllm.entrypoints.start import prepare
 
-if __name__ == "__main__":  # the imports below take seconds; Ctrl-C should print one line then as well
-
-    def interrupted(*_: object) -> None:
-        """As `clean_exit`, which handles Ctrl-C later."""
-        print("\ninterrupted")
-        sys.exit(130)
-
-    signal.signal(signal.SIGINT, interrupted)
+if __name__ == "__main__":  # the imports below take seconds, and Ctrl-C should print one line then as well
+    prepare()
 
 import argparse
 import time
@@ -473,5 +466,4 @@ def same_tokens(arms: Sequence[Arm], dtype: str) -> list[str]:
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)
     main()

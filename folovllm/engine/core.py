@@ -13,6 +13,7 @@ from folovllm.engine.retry import execute_in_parts, is_device_fault, reason_of
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
 from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
+from folovllm.runner.host_memory import HostHeap
 from folovllm.runner.interface import ModelRunner
 from folovllm.scheduler.scheduler import Scheduler
 
@@ -29,12 +30,14 @@ class EngineCore:
         max_trace_steps: int = 10_000,
         trace_blocks: bool = False,
         clock: Callable[[], float] = time.perf_counter,
+        heap: HostHeap | None = None,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
         self.clock = clock
         self.failure: str | None = None  # why the device is lost
         self.recorder = StepRecorder(scheduler, max_trace_steps, trace_blocks)
+        self.heap = heap  # set last, so that it ends last: after the model and the K/V
 
     @property
     def trace(self) -> Trace:

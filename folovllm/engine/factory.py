@@ -47,10 +47,11 @@ from folovllm.models.paged_model import PagedModel
 from folovllm.models.weights import load_decoder
 from folovllm.runner.hf.check import check_side_by_side
 from folovllm.runner.hf.hf_runner import HFRunner
+from folovllm.runner.host_memory import GIB, HostHeap, free_cpu_bytes
 from folovllm.runner.input_batch import InputBatch
 from folovllm.runner.interface import ModelRunner
 from folovllm.runner.kv_storage import KVStorage
-from folovllm.runner.memory import GIB, determine_available_memory, keep_freed_memory, kv_block_bytes
+from folovllm.runner.memory import determine_available_memory, kv_block_bytes, memory_share
 from folovllm.runner.paged_runner import PagedRunner
 from folovllm.runner.threads import choose_num_threads
 from folovllm.sampling.sampler import Sampler
@@ -116,6 +117,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
     defaults = generation_defaults(None if option == "vllm" else generation_config, special_ids)
     sampler = Sampler()
     budget = config.max_num_batched_tokens(max_model_len)
+    heap = HostHeap(keep=device.type == "cpu" and config.preset.paged and config.keep_freed_memory)
     kv: KVCacheManager
     runner: ModelRunner
     if config.preset.paged:
@@ -124,6 +126,10 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
         if model is None:
             model = load_hf_model(source, dtype, device, spec.load_format, spec.seed)
         kv = ContiguousKVManager(kv_capacity(config, max_model_len), max_model_len)
+        logger.info(
+            "K/V: as much memory as its tokens take. %s tokens are reserved by count alone, %s for each request",
+            f"{kv.capacity:,}", f"{kv.region:,}",
+        )  # fmt: skip
         batching = config.batching or next(iter(config.preset.batchings), "loop")
         check_side_by_side(model, batching, max_model_len)
         runner = HFRunner(model, sampler, batching, num_threads=step_threads(config, hf_config, device)[0])
@@ -136,7 +142,7 @@ def build_engine(config: EngineConfig, model: transformers.PreTrainedModel | Non
         config.chunked_prefill,
         config.scheduler.long_prefill_token_threshold,
     )
-    core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks)
+    core = EngineCore(scheduler, runner, config.max_trace_steps, config.trace_blocks, heap=heap)
     vocab_size = int(hf_config.get_text_config().vocab_size)
     eos_ids = eos_token_ids(hf_config, generation_config, tokenizer)
     return EngineParts(core, tokenizer, eos_ids, vocab_size, max_model_len, defaults, special_ids)
@@ -150,8 +156,6 @@ def build_paged(
     Raises ValueError if no block fits into memory.
     """
     device = spec.device
-    if device.type == "cpu" and config.keep_freed_memory:
-        keep_freed_memory()
     backend = choose_backend(config.attention_backend, spec, config.cache.block_size)
     model = load_paged_model(spec, backend, config.model.model_impl)
     size = config.cache.block_size
@@ -159,11 +163,14 @@ def build_paged(
     max_requests = min(config.max_num_seqs, max_tokens)
     buffers = InputBatch(max_tokens, max_requests, max_blocks, size, device, GPU_SIZES if device.type == "cuda" else ())
     block_bytes = kv_block_bytes(model, size)
-    num_blocks = config.cache.num_kv_blocks
+    num_blocks, why = config.cache.num_kv_blocks, "as num_kv_blocks says"
     if num_blocks is None:
         free = determine_available_memory(config, model, buffers, sampler, backend)
         # At most twice what all running requests hold at their longest; the rest is for cached prefixes and idle K/V.
-        num_blocks = min(free // block_bytes, 2 * max_requests * max_blocks)
+        num_blocks, why = min(
+            (free // block_bytes, memory_share(config, device)),
+            (2 * max_requests * max_blocks, f"twice what {max_requests} requests of {model.max_positions} tokens hold"),
+        )
         if num_blocks < 1:
             raise ValueError(
                 f"the model leaves {free:,} bytes for K/V and a block takes {block_bytes:,}; allowed: a smaller "
@@ -171,7 +178,18 @@ def build_paged(
             )
     swaps = config.scheduler.preemption_mode == "swap"
     num_host_blocks = int(config.cache.swap_space * GIB) // block_bytes if swaps else 0
-    storage = KVStorage(model.config, model.dtype, model.device, size, num_blocks, num_host_blocks)
+    asked = f"K/V of {num_blocks * block_bytes / GIB:.2f} GiB in {num_blocks:,} blocks of {size} tokens, {why}"
+    if num_host_blocks:
+        asked += f", and {num_host_blocks * block_bytes / GIB:.2f} GiB of swap_space"
+    try:
+        storage = KVStorage(model.config, model.dtype, model.device, size, num_blocks, num_host_blocks)
+    except (MemoryError, OverflowError, ValueError, torch.OutOfMemoryError) as error:  # by size: numpy has three
+        raise ValueError(f"{asked}: the system refuses so much memory; allowed: less") from error
+    if device.type == "cpu":
+        asked += "; it takes memory as it is written"
+        if (num_blocks + num_host_blocks) * block_bytes > (left := free_cpu_bytes()):
+            logger.warning("%s, and may need more than the %.2f GiB that are free", asked, left / GIB)
+    logger.info("%s", asked)
     manager = BlockManager(num_blocks, size, num_host_blocks, PrefixCache(size) if config.prefix_caching else None)
     num_threads = step_threads(config, spec.hf_config, device)[0]
     return manager, PagedRunner(model, storage, backend, sampler, buffers, num_threads=num_threads)

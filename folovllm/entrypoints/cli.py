@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 from contextlib import nullcontext
 from dataclasses import fields
 from typing import Annotated, Any, cast
@@ -12,6 +14,7 @@ import transformers
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from typer.core import TyperGroup
 
 from folovllm.checks import check_float, check_int
@@ -26,6 +29,7 @@ from folovllm.config import (
 from folovllm.engine.factory import step_threads
 from folovllm.engine.recording import recording
 from folovllm.entrypoints.llm import LLM, Message
+from folovllm.entrypoints.model_info import check_decoder, number, shape_rows, text_config
 from folovllm.entrypoints.options import (
     Batching,
     BlockSize,
@@ -56,7 +60,7 @@ from folovllm.entrypoints.options import (
 from folovllm.entrypoints.tables import phase_table, request_table, stats_table, step_table
 from folovllm.entrypoints.terminal import (
     by_name,
-    check_parent,
+    check_writable,
     clean_exit,
     is_installed,
     make_prompts,
@@ -64,7 +68,6 @@ from folovllm.entrypoints.terminal import (
     print_stream,
     show_ids,
 )
-from folovllm.kv_cache.formulas import attention_kind, head_dim_of, held_bytes_per_token
 from folovllm.models.loader import BUNDLED, load_config, load_tokenizer, resolve_device, resolve_dtype, resolve_model
 from folovllm.sampling_params import SamplingParams
 
@@ -180,7 +183,7 @@ def generate(
     console = Console()
     with clean_exit(console):
         if trace is not None:
-            check_parent("trace", trace)
+            check_writable("trace", trace)
         check_int("num_prompts", num_prompts, 1)
         check_float("pace", pace, 0, 60)
         llm, params = llm_and_params(console, ctx.params)
@@ -202,8 +205,14 @@ def generate(
         steps, stats = llm.engine.trace, llm.engine.stats
         console.print(request_table(outputs), step_table(steps), phase_table(steps), stats_table(stats))
         if trace is not None and recorder is not None:
-            console.print(f"Trace of {len(steps)} steps: {recorder.save(trace)}", soft_wrap=True)
-            console.print(f"To see them: folovllm replay {trace}", markup=False, highlight=False, soft_wrap=True)
+            try:
+                recorder.save(trace)
+            except OSError as error:
+                raise OSError(error.errno, error.strerror, str(trace)) from None  # a full disk has no file name
+            console.print(f"Trace of {len(steps)} steps: {trace}", markup=False, highlight=False, soft_wrap=True)
+            console.print(
+                f"To see them: folovllm replay {shlex.quote(str(trace))}", markup=False, highlight=False, soft_wrap=True
+            )
 
 
 @app.command()
@@ -249,7 +258,9 @@ def chat(
 
 
 def read_line(console: Console) -> str | None:
-    """A line of input; None at the end of input."""
+    """A line of input; None at the end of input, or without any."""
+    if sys.stdin is None:
+        return None
     try:
         return console.input("[bold cyan]> [/]").strip()
     except EOFError:
@@ -285,32 +296,26 @@ def info(
     with clean_exit(console):
         source = resolve_model(model)
         config = load_config(source)
-        text = config.get_text_config()
+        check_decoder(config)
+        text = text_config(config)
         where = resolve_device(device)
-        kind = resolve_dtype(dtype, config, where)
-        threads, reason = step_threads(EngineConfig(), config, where)
-        per_token = held_bytes_per_token(config, kind.itemsize)
+        kind = resolve_dtype(dtype, config if config.dtype is not None else text, where)
+        threads, reason = None, "torch's default"
+        if number(text, "hidden_size") is not None:
+            threads, reason = step_threads(EngineConfig(), text, where)
         tokenizer = load_tokenizer(source)
-        rows: dict[str, object] = {
+        rows = {
             "model": f"{source.name} ({source.kind})",
-            "architecture": ", ".join(config.architectures or [config.model_type]),
-            "layers": text.num_hidden_layers,
-            "hidden size": text.hidden_size,
-            "attention": f"{attention_kind(config)}: {text.num_attention_heads} query heads, "
-            f"{text.num_key_value_heads} KV heads of {head_dim_of(text)}",
-            "vocabulary": f"{text.vocab_size:,}",
-            "longest sequence": f"{text.max_position_embeddings:,} tokens",
+            **shape_rows(config, kind),
             "tokenizer": "none (token ids in, token ids out)" if tokenizer is None else type(tokenizer).__name__,
             "CPU threads of a step": f"{threads or torch.get_num_threads()} ({reason})",
             "would run in": f"{str(kind).removeprefix('torch.')} on {where}",
-            "KV cache per token": f"{per_token:,} bytes",
-            "KV cache of the longest": f"{per_token * text.max_position_embeddings / 2**20:,.1f} MiB",
             "torch, transformers": f"{torch.__version__}, {transformers.__version__}",
             "Python": platform.python_version(),
         }
         table = Table(show_header=False)
         for name, value in rows.items():
-            table.add_row(name, str(value))
+            table.add_row(name, Text(value))
         console.print(table)
         console.print(f"Bundled models: {', '.join(BUNDLED)}", highlight=False)
         for milestone in MILESTONES.values():

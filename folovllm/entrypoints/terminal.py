@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn, TextIO
 
 import torch
 from rich.console import Console
 
 from folovllm.checks import invalid
 from folovllm.entrypoints.llm import LLM
+from folovllm.entrypoints.start import INTERRUPTED, interrupted
 from folovllm.outputs import RequestOutput
 
+CLOSED_PIPE = 128 + 13  # exit status, as of a program that SIGPIPE ends
 DEFAULT_PROMPTS = "folovllm.course.glossary:default_prompts"
 
 
@@ -43,22 +48,73 @@ def is_installed(place: str) -> bool:
 
 @contextmanager
 def clean_exit(console: Console) -> Iterator[None]:
-    """Exit with one line instead of a traceback: status 2 for a ValueError, 130 for Ctrl-C."""
+    """Exit with one line on stderr instead of a traceback, for what a user or the system does.
+
+    Status 2 for a ValueError, 1 for an OSError such as a full disk, 130 for Ctrl-C, and 141, without a line, where
+    nobody reads the output any more (`| head`).
+    """
+    console.on_broken_pipe = _raise_again  # type: ignore[method-assign]
+    early = signal.getsignal(signal.SIGINT) is interrupted
+    if early:
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # there is something to put away from now on
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except ValueError as error:
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
-        raise SystemExit(2) from None
+        _leave(2, str(error))
     except KeyboardInterrupt:
-        console.print("\ninterrupted")
-        raise SystemExit(130) from None
+        _leave(INTERRUPTED)
+    except BrokenPipeError:
+        _leave(CLOSED_PIPE)
+    except (OSError, MemoryError) as error:
+        _leave(1, str(error) or "out of memory")
+    finally:
+        if early:
+            signal.signal(signal.SIGINT, interrupted)
 
 
-def check_parent(name: str, path: Path) -> None:
-    """Raise ValueError unless `path` is in an existing folder, and is not a folder itself."""
-    if not path.parent.is_dir() or path.is_dir():
-        raise invalid(name, str(path), "a file in a folder that exists")
+def _raise_again() -> None:
+    raise
+
+
+def _leave(status: int, message: str = "") -> NoReturn:
+    """Exit. What cannot be written to stdout is dropped, so that the interpreter does not try once more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError as error:
+        message = message and f"standard output cannot be written: {error.strerror}"
+        _drop(sys.stdout)
+    try:
+        errors = Console(stderr=True, soft_wrap=True, highlight=False)
+        errors.on_broken_pipe = _raise_again  # type: ignore[method-assign]
+        if message:
+            errors.print("[bold red]error:[/]", end=" ")
+            errors.print(message, markup=False)
+        elif status == INTERRUPTED:
+            errors.print("\ninterrupted")
+    except OSError:
+        _drop(sys.stderr)
+    raise SystemExit(status) from None
+
+
+def _drop(stream: TextIO) -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def check_writable(name: str, path: Path) -> None:
+    """Raise ValueError unless a file can be written at `path`. What is there stays as it is."""
+    try:
+        if not path.parent.is_dir() or path.is_dir():
+            raise invalid(name, str(path), "a file in a folder that exists")
+        is_new = not os.path.lexists(path)
+        if is_new or path.is_file():  # no device and no pipe, which may wait for a reader
+            path.open("ab").close()
+        if is_new:
+            path.unlink()
+    except OSError as error:
+        raise invalid(name, str(path), f"a file that can be written ({error.strerror})") from None
 
 
 def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:

@@ -84,7 +84,8 @@ def text_config(config: PretrainedConfig) -> PretrainedConfig:
     unusual = set(getattr(config, "layer_types", None) or ()) - GROWING_LAYERS
     if unusual:
         raise ValueError(f"layer_types holds {sorted(unusual)}: allowed are {sorted(GROWING_LAYERS)}")
-    if getattr(config, "num_kv_shared_layers", 0) or getattr(config, "is_heterogeneous", False):
+    odd = ("num_kv_shared_layers", "is_heterogeneous", "cross_attention_layers")  # the last: K/V of an image
+    if any(getattr(config, name, None) for name in odd):
         raise ValueError(f"model_type={config.model_type!r}: its layers do not all cache the same K and V")
     return config
 

@@ -21,7 +21,7 @@ import textwrap
 import zipfile
 from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from transformers import PretrainedConfig
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from folovllm.checks import invalid
+from folovllm.models.hub import why_not_the_hub
 
 logger = logging.getLogger(__name__)
 
@@ -79,6 +80,16 @@ class ModelSource:
     path_or_id: str  # what `from_pretrained` takes: a folder, or a hub id
     kind: Literal["bundled", "config", "local", "hub"]
     has_weights: bool  # False for bundled configs and folders without weight files; assumed for a hub id
+
+    @cached_property
+    def cache_only(self) -> str | None:
+        """Why a hub id is looked up in the cache alone; None if the hub answers. The hub is asked on first use."""
+        return why_not_the_hub(self.path_or_id) if self.kind == "hub" else None
+
+    @property
+    def local_files_only(self) -> bool:
+        """The argument of that name in transformers and huggingface_hub."""
+        return self.cache_only is not None
 
     def __str__(self) -> str:
         return self.name if self.kind == "bundled" else f"{self.name} ({self.path_or_id})"
@@ -168,16 +179,18 @@ def weight_files(source: ModelSource, load_format: str = "auto", named: str | No
     named: the file or index that config.json names (`transformers_weights`). Raises ValueError if there are none.
     """
     names = (named,) if named else WEIGHT_FILES[:2] if load_format == "safetensors" else WEIGHT_FILES
-    where = source.path_or_id
+    where, offline = source.path_or_id, source.local_files_only
     if named:
         _check_named(source, named)
     for name in names:
         try:
             # transformers' own functions: for a folder they look, for a hub id they also download.
-            file = cached_file(where, name, _raise_exceptions_for_missing_entries=False)
+            file = cached_file(where, name, local_files_only=offline, _raise_exceptions_for_missing_entries=False)
             if file is None:
                 continue
-            files = get_checkpoint_shard_files(where, file)[0] if name.endswith(".index.json") else [file]
+            files = [file]
+            if name.endswith(".index.json"):
+                files = get_checkpoint_shard_files(where, file, local_files_only=offline)[0]
         except LOAD_ERRORS as error:
             raise load_error(source, name, error) from error
         if files:
@@ -261,9 +274,8 @@ def load_error(source: ModelSource, what: str, error: BaseException) -> ValueErr
     """The ValueError for any failure to load `what`. If a hub id cannot be downloaded, it says what to do instead."""
     reason = textwrap.shorten(str(error) or type(error).__name__, width=300, placeholder=" …")
     if source.kind == "hub" and isinstance(error, OSError):
-        return ValueError(
-            f"cannot get {what} of {source.name!r} from the hub or its cache: {reason}; {DOWNLOAD_ADVICE}"
-        )
+        hub = "the hub" if source.cache_only is None else f"the hub ({source.cache_only})"
+        return ValueError(f"cannot get {what} of {source.name!r} from {hub} or its cache: {reason}; {DOWNLOAD_ADVICE}")
     return ValueError(f"{source}: cannot load {what}: {reason}")
 
 

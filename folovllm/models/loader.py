@@ -112,7 +112,9 @@ def load_config(source: ModelSource) -> PretrainedConfig:
     """The model's config.json as a Hugging Face config. Raises ValueError if it is missing or cannot be read."""
     try:
         with _quiet():
-            return AutoConfig.from_pretrained(source.path_or_id, trust_remote_code=False)
+            return AutoConfig.from_pretrained(
+                source.path_or_id, local_files_only=source.local_files_only, trust_remote_code=False
+            )
     except LOAD_ERRORS as error:
         raise load_error(source, "config.json", error) from error
 
@@ -122,17 +124,18 @@ def load_generation_config(source: ModelSource) -> GenerationConfig | None:
 
     Raises ValueError if the file of a folder or a bundled model cannot be read.
     """
+    offline = source.local_files_only
     has_file = source.kind == "hub" or (Path(source.path_or_id) / "generation_config.json").is_file()
     try:
         with _quiet():
             try:
                 if has_file:
-                    return GenerationConfig.from_pretrained(source.path_or_id)
+                    return GenerationConfig.from_pretrained(source.path_or_id, local_files_only=offline)
             except OSError:
                 if source.kind != "hub":  # if the hub has the model, it does not have this file
                     raise
             return GenerationConfig.from_pretrained(
-                source.path_or_id, config_file_name="config.json", _from_model_config=True
+                source.path_or_id, config_file_name="config.json", local_files_only=offline, _from_model_config=True
             )
     except LOAD_ERRORS as error:
         if source.kind == "hub" and isinstance(error, OSError):
@@ -163,7 +166,9 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         return None
     try:
         with _quiet():
-            return AutoTokenizer.from_pretrained(source.path_or_id, trust_remote_code=False)
+            return AutoTokenizer.from_pretrained(
+                source.path_or_id, local_files_only=source.local_files_only, trust_remote_code=False
+            )
     except (*LOAD_ERRORS, ImportError) as error:
         raise load_error(source, "the tokenizer", error) from error
 

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
-import os
-import sys
 
 import torch
 
@@ -15,6 +12,7 @@ from folovllm.kv_cache.interface import BlockPlan
 from folovllm.math_utils import cdiv
 from folovllm.messages import NewRequestData, ScheduledRequest, SchedulerOutput
 from folovllm.models.paged_model import PagedModel
+from folovllm.runner.host_memory import free_cpu_bytes
 from folovllm.runner.input_batch import InputBatch
 from folovllm.runner.kv_storage import KVStorage
 from folovllm.runner.paged_runner import PagedRunner
@@ -24,9 +22,6 @@ from folovllm.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 CPU_MEMORY_SHARE = 0.25  # of the memory available after the model is loaded
-GIB = 2**30
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), from <malloc.h>
-LARGEST_HEAP_BLOCK = 32 * 2**20  # bytes; glibc's upper bound for M_MMAP_THRESHOLD
 
 
 def kv_block_bytes(model: PagedModel, block_size: int) -> int:
@@ -58,6 +53,13 @@ def determine_available_memory(
     return available
 
 
+def memory_share(config: EngineConfig, device: torch.device) -> str:
+    """`determine_available_memory` in words."""
+    if device.type == "cpu":
+        return f"{CPU_MEMORY_SHARE:.0%} of the memory that is free to this process"
+    return f"what gpu_memory_utilization={config.cache.gpu_memory_utilization} leaves"
+
+
 def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backend: AttentionBackend) -> None:
     """Run the largest step, a prefill of the whole token budget with sampling, to measure its peak memory."""
     size = buffers.block_size
@@ -76,31 +78,3 @@ def profile_run(model: PagedModel, buffers: InputBatch, sampler: Sampler, backen
     step = SchedulerOutput(shares, scheduled_new_reqs=new)
     runner.update_states(step)
     runner.execute_model(step)
-
-
-def free_cpu_bytes() -> int:
-    """MemAvailable of Linux; total memory if unknown."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":") for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        if hasattr(os, "sysconf") and "SC_PHYS_PAGES" in os.sysconf_names:
-            return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-        return 8 * GIB  # Windows: unknown without a package
-
-
-def keep_freed_memory() -> bool:
-    """Make glibc keep freed memory for the next tensor, in the whole process. Returns whether that worked.
-
-    A long prefill allocates and frees tensors of tens of megabytes in every layer. By default glibc returns such memory
-    to the system at once, which then zeroes every page again: over a tenth of such a step here. vLLM's manual advises
-    another allocator for the same reason. Other C libraries are not changed.
-    """
-    if not sys.platform.startswith("linux"):
-        return False
-    try:
-        mallopt = ctypes.CDLL(None).mallopt
-    except (OSError, AttributeError):
-        return False  # another C library
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK) and mallopt(M_TRIM_THRESHOLD, GIB))

@@ -90,13 +90,16 @@ def test_the_bundled_model_answers_from_a_clean_checkout() -> None:
         assert f"with a cache: {text}\n" in done.stdout
 
 
-def test_a_mistake_is_one_line_and_no_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A string as the exit code is what Python writes to stderr, before it ends with status 1."""
+def test_a_mistake_is_one_line_and_no_traceback(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(sys, "argv", [str(EXAMPLE), "--model", "no-such-model"])
+    monkeypatch.setattr("folovllm.entrypoints.start.prepare", lambda: None)  # this process keeps its signals
     with pytest.raises(SystemExit) as ended:
         runpy.run_path(str(EXAMPLE), run_name="__main__")
-    assert isinstance(ended.value.code, str)
-    assert ended.value.code.startswith("error: ") and "no-such-model" in ended.value.code
+    assert ended.value.code == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "no-such-model" in line
 
 
 @pytest.mark.parametrize(

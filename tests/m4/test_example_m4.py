@@ -190,7 +190,7 @@ def test_interrupted_it_ends_cleanly(
     monkeypatch.setattr(LLMEngine, "step", interrupted)
     with pytest.raises(SystemExit) as ended:
         example.main([*SMALL, "--milestones", "m4", *watch])
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert ended.value.code == 130 and output.endswith("\ninterrupted\n") and "Traceback" not in output
     assert not engines[-1].has_unfinished_requests()
 
@@ -202,7 +202,7 @@ def test_interrupted_while_it_is_loaded_it_ends_cleanly(tmp_path: Path) -> None:
         [sys.executable, str(EXAMPLE)], env={**os.environ, **ENV, "PYTHONPATH": f"{tmp_path}{os.pathsep}{ROOT}"},
         capture_output=True, encoding="utf-8", timeout=240,
     )  # fmt: skip
-    assert (done.returncode, done.stdout, done.stderr) == (130, "\ninterrupted\n", "")
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "\ninterrupted\n")
 
 
 @pytest.mark.parametrize(

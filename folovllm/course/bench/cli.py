@@ -30,6 +30,7 @@ from folovllm.course.bench.systems import (
 )
 from folovllm.course.bench.tables import TABLE_WIDTH, count, number, tables
 from folovllm.course.bench.workloads import WORKLOADS, BenchRequest, draw, get_workload, longest
+from folovllm.entrypoints.terminal import check_writable, clean_exit
 from folovllm.models.loader import load_config, resolve_device, resolve_dtype, resolve_model
 
 
@@ -131,23 +132,19 @@ def bench(
         model, milestones, peers, workloads, rounds, base, dtype, device, load_format, max_num_seqs,
         max_num_batched_tokens, seed, scale, arrival_rate, out,
     )  # fmt: skip
-    try:
+    with clean_exit(console):
         checked = check(options)
         if checked.header["git"]["commit"] is None:
             console.print(machine.NO_COMMIT, style="yellow")
         measurements = measure(console, checked)
-    except ValueError as error:
-        console.print("[bold red]error:[/]", end=" ")
-        console.print(str(error), markup=False, highlight=False)
-        raise typer.Exit(2) from None
-    report = report_of(checked, measurements)
-    if measurements.rounds:
-        console.print(tables(report))
-    if measurements.interrupted:
-        complete = count(len(measurements.rounds), "complete round")
-        console.print(f"interrupted after {complete}; nothing was written", highlight=False)
-        raise typer.Exit(130)
-    write(console, report, checked.out)
+        report = report_of(checked, measurements)
+        if measurements.rounds:
+            console.print(tables(report))
+        if measurements.interrupted:
+            complete = count(len(measurements.rounds), "complete round")
+            console.print(f"interrupted after {complete}; nothing was written", highlight=False)
+            raise typer.Exit(130)
+        write(console, report, checked.out)
     if any(reason.startswith("failed") for reasons in measurements.left_out.values() for reason in reasons.values()):
         raise typer.Exit(1)
 
@@ -222,6 +219,8 @@ def check(options: Options) -> Bench:
         },
     }
     out = options.out or Path("results", file_name + ".json")
+    there = next(folder for folder in out.absolute().parents if folder.exists())  # the others will be made
+    check_writable("out", out if there == out.absolute().parent else there / out.name)
     return Bench(Plan(systems, chosen, options.rounds, template), base, config, dtype, requests, header, out)
 
 

@@ -15,6 +15,7 @@ from rich.text import Text
 from folovllm.course.grading.progress import exercise_states, load_progress, progress_file, record, reset
 from folovllm.course.grading.progress_page import bar, near, progress_page
 from folovllm.course.grading.runner import Check, Exercise, Milestone, Report, find_milestones, run_checks
+from folovllm.entrypoints.terminal import clean_exit
 
 COLOURS = {"passed": "green", "failed": "red", "not started": "dim", "not reached": "yellow"}
 PRINTED_LINES = 8  # shown of the output of an answer in a failed check
@@ -43,37 +44,36 @@ def grade(
     Results are saved in `.folovllm/progress.json` in the repository; FOLOVLLM_PROGRESS names another file.
     """
     console = Console()
-    try:
-        found = find_milestones()
-        if forget:
-            if impl is not None or only or hint is not None:
-                raise ValueError("--impl, --only and --hint cannot be combined with --reset")
-            console.print(reset(progress_file(), None if milestone is None else choose(found, milestone).name))
-            return
-        if milestone is None or milestone == "all":
-            if impl is not None or only or hint is not None:
-                raise ValueError(f"--impl, --only and --hint need a milestone; allowed: {', '.join(found)}")
-            if milestone == "all":
-                check_what_is_new(console, found, time_limit)
-            console.print(progress_page(found, load_progress(progress_file())))
-            return
-        chosen = choose(found, milestone)
-        if hint is not None:
-            text = chosen.hint(hint)
-            console.print(Panel(Markdown(text), title=f"Hint for {hint}", title_align="left"))
-            return
-        path = chosen.exercise_file if impl is None else impl
-        with console.status(Text(f"Checking {near(path)} ...")):
-            report = run_checks(chosen, path, only or (), time_limit)
-    except (ValueError, RuntimeError, OSError) as error:
-        console.print(Text.assemble(("error: ", "bold red"), str(error)), highlight=False)
-        raise typer.Exit(2) from None
-    except KeyboardInterrupt:
-        console.print("\ninterrupted")
-        raise typer.Exit(130) from None
-    console.print(report_view(chosen, path, report, whole=not only))
-    remember(console, chosen, path, report)
-    raise typer.Exit(0 if report.all_passed else 1)
+    with clean_exit(console):
+        try:
+            found = find_milestones()
+            if forget:
+                if impl is not None or only or hint is not None:
+                    raise ValueError("--impl, --only and --hint cannot be combined with --reset")
+                console.print(reset(progress_file(), None if milestone is None else choose(found, milestone).name))
+                return
+            if milestone is None or milestone == "all":
+                if impl is not None or only or hint is not None:
+                    raise ValueError(f"--impl, --only and --hint need a milestone; allowed: {', '.join(found)}")
+                if milestone == "all":
+                    check_what_is_new(console, found, time_limit)
+                console.print(progress_page(found, load_progress(progress_file())))
+                return
+            chosen = choose(found, milestone)
+            if hint is not None:
+                text = chosen.hint(hint)
+                console.print(Panel(Markdown(text), title=f"Hint for {hint}", title_align="left"))
+                return
+            path = chosen.exercise_file if impl is None else impl
+            with console.status(Text(f"Checking {near(path)} ...")):
+                report = run_checks(chosen, path, only or (), time_limit)
+        except BrokenPipeError:
+            raise
+        except (RuntimeError, OSError) as error:
+            raise ValueError(str(error)) from None
+        console.print(report_view(chosen, path, report, whole=not only))
+        remember(console, chosen, path, report)
+        raise typer.Exit(0 if report.all_passed else 1)
 
 
 def remember(console: Console, milestone: Milestone, path: Path, report: Report) -> None:

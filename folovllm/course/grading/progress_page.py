@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def next_exercise(milestone: Milestone, exercise: ExerciseState, only_optional: 
         LEFT: "optional: all others pass" if only_optional else "not written yet",
     }[exercise.state]
     line = line_of(exercise)
-    option = "" if exercise.file.resolve() == milestone.exercise_file.resolve() else f" --impl {file}"
+    option = "" if exercise.file.resolve() == milestone.exercise_file.resolve() else f" --impl {shlex.quote(file)}"
     rows = {
         "open": file if line is None else f"{file}, line {line}",
         "read": ", ".join(near(chapter) for chapter in milestone.chapters(exercise.name)),

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from folovllm.course.replay.load import load_recording
 from folovllm.course.replay.page import write_page
-from folovllm.entrypoints.terminal import check_parent, clean_exit
+from folovllm.entrypoints.terminal import check_writable, clean_exit
 
 
 def replay(
@@ -25,7 +25,7 @@ def replay(
     console = Console()
     with clean_exit(console):
         page = trace.with_suffix(".html") if out is None else out
-        check_parent("out", page)
+        check_writable("out", page)
         if page.resolve() == trace.resolve():
             raise ValueError(f"out={str(page)!r} is the trace itself; allowed: another file")
         recording = load_recording(trace)
