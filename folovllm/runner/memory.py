@@ -12,7 +12,7 @@ from folovllm.kv_cache.interface import BlockPlan
 from folovllm.math_utils import cdiv
 from folovllm.messages import NewRequestData, ScheduledRequest, SchedulerOutput
 from folovllm.models.paged_model import PagedModel
-from folovllm.runner.host_memory import free_cpu_bytes
+from folovllm.runner.host_memory import GIB, free_cpu_bytes
 from folovllm.runner.input_batch import InputBatch
 from folovllm.runner.kv_storage import KVStorage
 from folovllm.runner.paged_runner import PagedRunner

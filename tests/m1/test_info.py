@@ -1,4 +1,4 @@
-"""`folovllm info` on every config that transformers has: K/V as large as transformers' cache, or "not known" by name."""
+"""`folovllm info` on every config that transformers has: K/V as large as its cache, or "not known" by name."""
 
 from __future__ import annotations
 
