@@ -92,9 +92,11 @@ def gather_logprobs(
     log_sum_exp = table.logsumexp(dim=-1, keepdim=True)  # [A, 1]
     entries: dict[int, Mapping[int, Logprob]] = {}
     whole = [i for i, row in enumerate(rows) if asked[row] == -1]
-    for i, values in zip(whole, (table[whole] - log_sum_exp[whole]).cpu().numpy() if whole else (), strict=True):
-        entries[rows[i]] = WholeVocabulary(token_ids[rows[i]], values)
     some = [i for i, row in enumerate(rows) if asked[row] != -1]
+    if whole:
+        wide = table[whole] - log_sum_exp[whole] if some else table - log_sum_exp  # [W, V]
+        for i, values in zip(whole, wide.cpu().numpy(), strict=True):
+            entries[rows[i]] = WholeVocabulary(token_ids[rows[i]], values)
     if not some:
         return entries
     if whole:
