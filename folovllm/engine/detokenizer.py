@@ -153,11 +153,13 @@ class IncrementalDecoder:
 
     def _count_open(self, text: str) -> int:
         """How much of the end of a text may be the beginning of a character."""
-        return min(len(text) - len(text.rstrip(REPLACEMENT)), LONGEST - 1) if self._may_end_open else 0
+        num_broken = len(text) - max(self._num_shown, len(text.rstrip(REPLACEMENT)))
+        return max(0, min(num_broken, LONGEST - 1)) if self._may_end_open else 0
 
     def _slide(self, num_open: int = 0) -> None:
         """Shorten the window to what the text of the next tokens depends on."""
-        self._window = self._window[-LONGEST:] if num_open else self._last_visible(self._window, 1)
+        # Three U+FFFD can be nine tokens, and a cut within a character is forgotten three tokens later.
+        self._window = self._window[-3 * LONGEST :] if num_open else self._last_visible(self._window, 1)
         self._num_shown = max(0, len(self._decode(self._window)) - num_open)
 
     def _last_visible(self, token_ids: Sequence[int], count: int) -> list[int]:
