@@ -28,6 +28,7 @@ from folovllm.sampling_params import SamplingParams
 logger = logging.getLogger(__name__)
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+TOKENIZER_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 @dataclass
@@ -247,7 +248,7 @@ class LLMEngine:
             moved[user.request_id] = user
             try:
                 ends = sequence.add(output)
-            except Exception as error:  # such as a tokenizer's, about these tokens
+            except TOKENIZER_ERRORS as error:
                 ends = sequence.fail(reason_of(error))
             if ends:
                 stopped.append(output.request_id)
