@@ -490,8 +490,8 @@ def test_never_fits_is_judged_on_the_whole_pool(
         assert reason is None
     else:
         assert reason == (
-            f"it may grow to 34 tokens ({prompt} of prompt and {34 - prompt} of output), all but the last of which take "
-            "9 blocks of 4, and the whole KV cache has 8"
+            f"it may grow to 34 tokens ({prompt} of prompt and {34 - prompt} of output), all but the last of which "
+            "take 9 blocks of 4, and the whole KV cache has 8"
         )
 
 
