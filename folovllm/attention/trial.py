@@ -1,4 +1,4 @@
-"""Whether an attention backend can run here, found out when the engine is made and not in somebody's step."""
+"""Whether an attention backend can run here, found out when the engine is made and not in a step."""
 
 from __future__ import annotations
 

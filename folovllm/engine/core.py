@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable
 
 from folovllm.engine.retry import execute_in_parts, is_device_fault, reason_of
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
-from folovllm.messages import EngineCoreOutput, ModelRunnerOutput, SchedulerOutput
+from folovllm.messages import EngineCoreOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.host_memory import HostHeap
 from folovllm.runner.interface import ModelRunner
@@ -95,7 +95,7 @@ class EngineCore:
     def _run(self, step: SchedulerOutput, start: float) -> list[EngineCoreOutput]:
         scheduled = self.clock()
         self.runner.update_states(step)
-        result = self._execute(step)
+        result = execute_in_parts(self.runner, step)
         self.scheduler.recompute(result.unread, step)
         executed = self.clock()
         requests = [self.scheduler.requests[share.request_id] for share in step.scheduled]
@@ -108,15 +108,6 @@ class EngineCore:
         self.recorder.record(step, result, requests, phases)
         self._settle()
         return outputs
-
-    def _execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        try:
-            return self.runner.execute_model(step)
-        except Exception as error:
-            if is_device_fault(error):
-                raise
-            logger.debug("a step failed and is tried again in parts", exc_info=error)
-            return execute_in_parts(self.runner, step)
 
     def _stop(self, reason: str) -> list[EngineCoreOutput]:
         """The device is lost: all unfinished requests end, and `check_can_run` refuses others."""

@@ -31,6 +31,7 @@ from folovllm.sampling.noise import own_seed
 from folovllm.sampling_params import SamplingParams
 
 Params = SamplingParams | Sequence[SamplingParams] | None
+TOKENIZER_ERRORS = (ValueError, TypeError, ArithmeticError, LookupError, AttributeError, RuntimeError)
 
 
 @dataclass
@@ -293,7 +294,7 @@ class LLMEngine:
             moved[user.request_id] = user
             try:
                 ends = sequence.add(output)
-            except Exception as error:  # such as a tokenizer's, about these tokens
+            except TOKENIZER_ERRORS as error:
                 ends = sequence.fail(reason_of(error))
             if ends:
                 stopped.append(output.request_id)

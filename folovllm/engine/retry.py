@@ -1,6 +1,6 @@
-"""A step whose forward failed: find the requests at fault, and give the others their tokens.
+"""Run a step. If its forward fails: find the requests at fault, and give the others their tokens.
 
-The step is tried again in halves, and a half that fails in halves of its own, until a request that fails stands alone::
+The step is tried again in halves, and a half that fails in halves of its own, until a request that fails is alone::
 
     [a b c d] fails -> [a b] gives two tokens, [c d] fails -> [c] gives one, [d] fails: only d ends, with its reason
 
@@ -35,11 +35,12 @@ def reason_of(error: Exception) -> str:
 
 
 def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerOutput:
-    """Run the requests of a step, whose forward failed, in parts. Each runs, or is in `failed`, or in `unread`.
+    """Run a step, as a whole if its forward does not fail, else in parts.
 
-    Raises a device fault.
+    Each request has run, or is in `failed`, or in `unread`. Raises a device fault.
     """
-    todo = halves(step.scheduled)  # the next part is the last
+    todo = [step.scheduled]  # the next part is the last
+    failures = 0
     sampled: dict[str, tuple[list[int], list[Mapping[int, Logprob]] | None]] = {}
     not_written: set[int] = set()  # blocks
     result = ModelRunnerOutput()
@@ -53,15 +54,18 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
         except Exception as error:
             if is_device_fault(error):
                 raise
-            if len(shares) > 1:
+            failures += 1
+            if len(shares) > 1 or failures == 1:
+                logger.debug("%d requests failed together and are tried again", len(shares), exc_info=error)
                 todo += halves(shares)
                 continue
             result.failed[shares[0].request_id] = reason_of(error)
             result.not_written.add(shares[0].request_id)
             not_written.update(shares[0].plan.written_blocks())
             logger.error("request %r failed alone and is ended: %s", shares[0].request_id, reason_of(error))
-            logger.debug("its error", exc_info=error)
             continue
+        if failures == 0:
+            return done
         each = zip(shares, done.sampled_token_ids, done.logprobs, strict=True)
         sampled |= {share.request_id: (tokens, logprobs) for share, tokens, logprobs in each}
         merge(result, done)
@@ -76,7 +80,7 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
 
 
 def halves(shares: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
-    """The second half, then the first: requests read K/V that those before them write. One alone is tried again."""
+    """The second half, then the first: requests read K/V that those before them write. One alone is one part."""
     middle = len(shares) // 2
     return [half for half in (shares[middle:], shares[:middle]) if half]
 

@@ -206,9 +206,9 @@ def test_a_running_request_reserves_as_much_as_it_may_ever_need():
 
 def test_a_cache_smaller_than_the_model_runs_what_fits_and_refuses_the_rest():
     engine = mock_engine(max_num_seqs=4, max_model_len=64, capacity=20)
-    with pytest.raises(ValueError, match=r"may grow to 21 tokens \(9 of prompt and 12 of output\).*holds 20"):
-        add(engine, "large", 9, 12)
-    add(engine, "a", 9, 11)
+    with pytest.raises(ValueError, match=r"may grow to 22 tokens \(9 of prompt and 13 of output\).*holds 20"):
+        add(engine, "large", 9, 13)
+    add(engine, "a", 9, 12)
     add(engine, "b", 9, 11)
     drain(engine)
     assert engine.stats.max_running == 1

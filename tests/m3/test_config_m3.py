@@ -241,8 +241,8 @@ def test_swap_space_is_host_memory_in_gib_and_only_for_swapping(folder: str) -> 
 def test_a_pool_smaller_than_the_model_serves_what_fits_and_refuses_the_rest(folder: str) -> None:
     llm = make(folder, num_kv_blocks=5, block_size=8, max_model_len=256)
     params = SamplingParams(temperature=0, max_tokens=8)
-    prompts = [random_prompt(n, seed=n) for n in (3, 32, 33)]
-    message = r"may grow to 41 tokens \(33 of prompt and 8 of output\), which take 6 blocks of 8, .* has 5"
+    prompts = [random_prompt(n, seed=n) for n in (3, 33, 34)]
+    message = r"may grow to 42 tokens \(34 of prompt and 8 of output\), all but the last .* 6 blocks of 8, .* has 5"
     with pytest.raises(ValueError, match=message):
         llm.generate(prompts, params, use_tqdm=False)
     assert llm.engine.stats.steps == 0 and not llm.engine.has_unfinished_requests()
