@@ -23,6 +23,7 @@ CHAPTERS = sorted(DOCS.glob("chapters/*.md"))
 OWN = [
     "compatibility",
     "compatibility_config",
+    "compatibility_resources",
     "errata",
     "interview",
     "vllm_map",
