@@ -9,9 +9,8 @@ import logging
 import os
 import threading
 
-import httpx
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 logger = logging.getLogger(__name__)
 
@@ -49,8 +48,6 @@ def _ask(model_id: str, seconds: float) -> str | None:
     except HfHubHTTPError as error:
         status = error.response.status_code
         return f"it answers with status {status}" if status >= 500 or status == TOO_MANY_REQUESTS else None
-    except httpx.TimeoutException:
-        return f"it does not answer within {seconds:g} s"
-    except (OSError, ValueError, RuntimeError, httpx.HTTPError, httpx.InvalidURL) as error:  # of a network, of a proxy
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # of the network, a proxy, an address
         return str(error) or type(error).__name__
     return None if found.commit_hash else "what answers is no hub"
