@@ -6,12 +6,18 @@ from typing import Any
 
 import torch
 from transformers import PretrainedConfig
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    MODEL_FOR_MASKED_LM_MAPPING_NAMES,
+)
 
 from folovllm.kv_cache.formulas import attention_kind, head_dim_of, held_bytes_per_token, num_kv_heads
 
 # What a config raises that lacks a field, or has another kind of value in it, such as a list of one per layer.
 UNREADABLE = (ValueError, TypeError, AttributeError, NotImplementedError, ZeroDivisionError, KeyError)
+
+# Where is_decoder counts. GPT-NeoX has the field, too, and is a decoder whatever it says.
+ENCODERS = {*MODEL_FOR_MASKED_LM_MAPPING_NAMES, "bert-generation"}
 
 
 def check_decoder(config: PretrainedConfig) -> None:
@@ -46,7 +52,7 @@ def kv_bytes_or_reason(config: PretrainedConfig, dtype: torch.dtype) -> tuple[in
         names = (config.model_type, text.model_type)
         if not any(name in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES for name in names):
             raise ValueError(f"model_type={config.model_type!r} is no decoder of text to transformers")
-        if getattr(text, "is_decoder", None) is False:
+        if getattr(text, "is_decoder", None) is False and text.model_type in ENCODERS:
             raise ValueError(f"model_type={config.model_type!r} is an encoder without is_decoder=True")
         return held_bytes_per_token(config, dtype.itemsize), ""
     except UNREADABLE as error:
@@ -58,6 +64,8 @@ def attention(config: PretrainedConfig) -> str:
     try:
         text = config.get_text_config(decoder=True)
         kind, heads = attention_kind(config), text.num_attention_heads
+        if kind == "MLA":
+            return f"{kind}: {heads} query heads, a latent of {text.kv_lora_rank} + {text.qk_rope_head_dim}"
         return f"{kind}: {heads} query heads, {num_kv_heads(text)} KV heads of {head_dim_of(text)}"
     except UNREADABLE:
         return "not known"

@@ -17,7 +17,8 @@ def prepare() -> None:
         signal.signal(signal.SIGINT, interrupted)
     for stream in (sys.stdin, sys.stdout):  # stderr replaces anyway
         if isinstance(stream, io.TextIOWrapper):  # None if it is closed
-            stream.reconfigure(errors="replace")
+            with suppress(io.UnsupportedOperation):  # stdin that something has read from
+                stream.reconfigure(errors="replace")
 
 
 def interrupted(*_: object) -> None:

@@ -106,15 +106,16 @@ def _drop(stream: TextIO) -> None:
 def check_writable(name: str, path: Path) -> None:
     """Raise ValueError unless a file can be written at `path`. What is there stays as it is."""
     try:
-        if not path.parent.is_dir() or path.is_dir():
-            raise invalid(name, str(path), "a file in a folder that exists")
+        in_folder = path.parent.is_dir() and not path.is_dir()
         is_new = not os.path.lexists(path)
-        if is_new or path.is_file():  # no device and no pipe, which may wait for a reader
+        if in_folder and (is_new or path.is_file()):  # no device and no pipe, which may wait for a reader
             path.open("ab").close()
-        if is_new:
-            path.unlink()
-    except OSError as error:
-        raise invalid(name, str(path), f"a file that can be written ({error.strerror})") from None
+            if is_new:
+                path.unlink()
+    except (OSError, ValueError) as error:  # a ValueError for a null character
+        raise invalid(name, str(path), f"a file that can be written ({error})") from None
+    if not in_folder:
+        raise invalid(name, str(path), "a file in a folder that exists")
 
 
 def make_prompts(llm: LLM, prompts: list[str] | None, num_prompts: int, raw: bool) -> tuple[list[str], list[Any]]:

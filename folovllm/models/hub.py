@@ -10,7 +10,7 @@ import os
 import threading
 
 from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url, is_offline_mode
-from huggingface_hub.errors import HfHubHTTPError
+from huggingface_hub.errors import HfHubHTTPError, HTTPError
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +48,6 @@ def _ask(model_id: str, seconds: float) -> str | None:
     except HfHubHTTPError as error:
         status = error.response.status_code
         return f"it answers with status {status}" if status >= 500 or status == TOO_MANY_REQUESTS else None
-    except Exception as error:  # whatever a network can do
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # of the network, a proxy, an address
         return str(error) or type(error).__name__
     return None if found.commit_hash else "what answers is no hub"

@@ -27,6 +27,7 @@ OWN = [
     "compatibility_sampling",
     "compatibility_door",
     "compatibility_api",
+    "compatibility_resources",
     "errata",
     "interview",
     "vllm_map",

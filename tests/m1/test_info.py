@@ -1,4 +1,4 @@
-"""`folovllm info` on every config that transformers has: K/V as large as its cache, or "not known" by name."""
+"""`folovllm info` on every config of transformers: K/V as large as its cache, or "not known" by name."""
 
 from __future__ import annotations
 
@@ -29,13 +29,12 @@ TINY: dict[str, dict[str, Any]] = {  # names of fields differ, and which of them
     "phi": USUAL,
     "gemma2": {**USUAL, "num_key_value_heads": 2, "head_dim": 24},
     "qwen2": {**USUAL, "num_key_value_heads": 1},
-    "deepseek_v2": {**USUAL, "kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12,
-                    "v_head_dim": 20, "first_k_dense_replace": 3},
-}  # fmt: skip
+}
 NOT_KNOWN = {
     "mamba": "linear_attention", "falcon_mamba": "linear_attention", "jamba": "linear_attention",
     "qwen3_next": "linear_attention", "falcon": "no num_key_value_heads", "rwkv": "num_attention_heads",
     "mllama": "do not all cache the same", "gemma3n": "do not all cache the same", "bert": "is an encoder",
+    "bert-generation": "is an encoder", "roberta": "is an encoder",
     "clip": "no decoder of text", "vit": "no decoder of text",
 }  # fmt: skip
 
@@ -62,6 +61,15 @@ def test_bytes_per_token_are_those_of_the_cache(kind: str, tmp_path: Path) -> No
     assert status == 0, output
     assert f"{cached_bytes_per_token(config):,} bytes" in output
     assert re.search(r"layers\W+3 ", output) and re.search(r"hidden size\W+64 ", output) and " 4 query heads" in output
+
+
+def test_a_latent_is_held_as_keys_and_values_of_every_head(tmp_path: Path) -> None:
+    """That M4's pool has as many bytes is tested in tests/m4/test_families.py; transformers' cache holds the latent."""
+    latent = {"kv_lora_rank": 16, "q_lora_rank": None, "qk_rope_head_dim": 8, "qk_nope_head_dim": 12, "v_head_dim": 20}
+    AutoConfig.for_model("deepseek_v2", **USUAL, **latent).save_pretrained(tmp_path)
+    status, output = info(tmp_path)
+    assert status == 0 and f"{3 * 4 * (8 + 12 + 20) * 4:,} bytes" in output
+    assert "MLA: 4 query heads, a latent of 16 + 8" in output
 
 
 def test_the_text_of_a_model_with_images_is_what_counts(tmp_path: Path) -> None:

@@ -151,7 +151,7 @@ def test_a_mistake_is_one_message_and_status_2(
     with pytest.raises(SystemExit) as ended:
         example.main(args)
     assert ended.value.code == 2
-    output = flat(capsys.readouterr().out)
+    output = flat(capsys.readouterr().err)
     assert output.startswith("error: ") and message in output and output.count("error") == 1
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -25,7 +26,7 @@ from tests.oracle import hf_greedy
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 FAILURES = {  # the name of the repository: the status of the answer, and what the warning says
-    "hangs": (None, "timed out"),
+    "hangs": (None, "timed out|does not answer within 2 s"),
     "fails": (500, "status 500"),
     "overloaded": (503, "status 503"),
     "limits": (429, "status 429"),
@@ -147,7 +148,7 @@ def test_one_check_then_the_cache_or_one_line(server: tuple[str, Counter[str]], 
                 "server": FAILURES.get(name.partition(".")[0], (0, ""))[1],
                 "refused": "refused", "no name": "name resolution",
             }[kind]  # fmt: skip
-            assert why in result, (case, result)
+            assert re.search(why, result), (case, result)
     # One request each. A hub that answers, and does not know the id, may be asked again.
     counts = {name: count for name, count in asked.items() if name.partition(".")[0] in FAILURES}
     assert counts == {**dict.fromkeys(FAILURES, 1), **{f"{n}.unknown": 1 for n in FAILURES}, "fails": len(MILESTONES)}
