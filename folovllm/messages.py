@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from folovllm.kv_cache.interface import KVOp, KVPlan
-from folovllm.outputs import Logprob
+from folovllm.outputs import Logprob, PromptLogprobs
 from folovllm.request import Request
 from folovllm.sampling_params import SamplingParams
 
@@ -47,6 +47,7 @@ class ScheduledRequest:
     # earlier computes K/V and samples nothing.
     samples: bool
     plan: KVPlan
+    prompt_rows: range = range(0)  # positions whose logits give a log probability of the prompt: the next token's
 
     @property
     def num_tokens(self) -> int:
@@ -87,6 +88,8 @@ class ModelRunnerOutput:
 
     sampled_token_ids: list[list[int]] = field(default_factory=list)  # empty for a chunk that samples nothing
     logprobs: list[list[Mapping[int, Logprob]] | None] = field(default_factory=list)  # None where none were asked for
+    # Request id -> the entries of its `prompt_rows`.
+    prompt_logprobs: dict[str, list[Mapping[int, Logprob]]] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)  # request id -> why nothing could be sampled for it
     not_written: set[str] = field(default_factory=set)  # those of `failed` whose forward failed: their K/V is in doubt
     # Requests that did not run, because they read K/V of such ones. They have no entries in the lists.
@@ -109,12 +112,14 @@ class EngineCoreOutput:
     stop_reason: int | str | None
     num_cached_tokens: int
     first_scheduled_time: float | None
+    prompt_logprobs: PromptLogprobs | None = None  # all of them, with the first token
 
     @classmethod
     def of(
         cls, request: Request, token_ids: list[int], logprobs: list[Mapping[int, Logprob]] | None
     ) -> EngineCoreOutput:
         """The output of a request that has just got `token_ids`; `logprobs` may have entries for dropped ones, too."""
+        is_later = request.num_output_tokens > len(token_ids)
         return cls(
             request.request_id,
             token_ids,
@@ -123,4 +128,5 @@ class EngineCoreOutput:
             request.stop_reason,
             request.num_cached_tokens,
             request.first_scheduled_time,
+            None if is_later or request.lacks_prompt_logprobs else request.prompt_logprobs,
         )

@@ -17,6 +17,9 @@ class Logprob:
     decoded_token: str | None = None
 
 
+PromptLogprobs = list[Mapping[int, Logprob] | None]  # None for the first token, then a token's entry and the likeliest
+
+
 @dataclass
 class RequestMetrics:
     """Times of one request, in seconds on the engine's clock (`time.perf_counter`: only differences are meaningful)."""
@@ -105,3 +108,6 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0  #: prompt tokens found in the prefix cache
+    #: With `SamplingParams.prompt_logprobs`, once the prompt is computed: None for its first token, then for each
+    #: token its entry and those of the likeliest, as in `CompletionOutput.logprobs`
+    prompt_logprobs: PromptLogprobs | None = None

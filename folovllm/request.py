@@ -13,8 +13,10 @@ Read beside vLLM's `vllm/v1/request.py`.
 from __future__ import annotations
 
 import enum
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from folovllm.outputs import Logprob, PromptLogprobs
 from folovllm.sampling_params import SamplingParams
 
 
@@ -70,6 +72,9 @@ class Request:
     hold: bool = False  # keep the K/V when finished, for forks, until `free_held` or until blocks run out
     cache_salt: str = ""  # only requests with the same one share cached prefixes
     own_seed: int = 0  # of its random numbers if the sampling parameters have none
+    # Of the prompt's first tokens, if they are asked for. One list for all samples of a prompt: the first of them that
+    # computes a token's adds it.
+    prompt_logprobs: PromptLogprobs | None = None
 
     status: RequestStatus = RequestStatus.WAITING
     output_token_ids: list[int] = field(default_factory=list)
@@ -123,6 +128,22 @@ class Request:
     def stop_token_ids(self) -> frozenset[int]:
         """Ids that may not be sampled before `min_tokens`: EOS (as in vLLM even if ignored) and the user's own."""
         return frozenset(self.eos_token_ids) | frozenset(self.sampling_params.stop_token_ids or ())
+
+    @property
+    def lacks_prompt_logprobs(self) -> bool:
+        """Whether log probabilities of the prompt are still to be computed."""
+        return self.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt_tokens
+
+    def prompt_rows(self, start: int, end: int) -> range:
+        """Of positions [start, end), those whose logits give a log probability that is lacking: the next token's."""
+        if self.prompt_logprobs is None:
+            return range(0)
+        return range(max(start, len(self.prompt_logprobs) - 1), min(end, self.num_prompt_tokens - 1))
+
+    def add_prompt_logprobs(self, rows: range, entries: Sequence[Mapping[int, Logprob]]) -> None:
+        """Add what `prompt_rows` asked for, unless another sample has done so in the same step."""
+        if self.prompt_logprobs is not None:
+            self.prompt_logprobs += entries[len(self.prompt_logprobs) - 1 - rows.start :]
 
     @property
     def is_finished(self) -> bool:

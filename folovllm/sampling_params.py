@@ -93,6 +93,8 @@ class SamplingParams:
     #: How many of the likeliest tokens to report log probabilities for, beside the chosen token's; 0 is the chosen
     #: one alone, -1 the whole vocabulary. They are of the raw logits: before bias, penalties, temperature, filters.
     logprobs: int | None = None
+    #: The same of every token of the prompt but the first. Such a request does not read the prefix cache.
+    prompt_logprobs: int | None = None
     include_stop_str_in_output: bool = False  #: the text keeps the stop string
     skip_special_tokens: bool = True  #: the text, in which stop strings are looked for, is without special tokens
     #: With skip_special_tokens=False: False removes the space that some tokenizers put between two added tokens
@@ -121,8 +123,9 @@ class SamplingParams:
         if self.max_tokens is not None:
             check_int("max_tokens", self.max_tokens, 1)
         check_int("min_tokens", self.min_tokens, 0, self.max_tokens)
-        if self.logprobs is not None:
-            check_int("logprobs", self.logprobs, -1)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                check_int(name, getattr(self, name), -1)
         check_bool("include_stop_str_in_output", self.include_stop_str_in_output)
         check_bool("skip_special_tokens", self.skip_special_tokens)
         check_bool("spaces_between_special_tokens", self.spaces_between_special_tokens)
@@ -165,8 +168,9 @@ class SamplingParams:
         banned = [bias for bias in (self.logit_bias or {}).values() if bias == -math.inf]
         if len(banned) == vocab_size:
             raise invalid("logit_bias", "-inf for every token", "at least one token that is not banned")
-        if self.logprobs is not None and self.logprobs > vocab_size:
-            raise invalid("logprobs", self.logprobs, f"at most {vocab_size}, the vocabulary (-1 is all of it)")
+        for name in ("logprobs", "prompt_logprobs"):
+            if (getattr(self, name) or 0) > vocab_size:
+                raise invalid(name, getattr(self, name), f"at most {vocab_size}, the vocabulary (-1 is all of it)")
 
     def prompt_limit(self, max_model_len: int) -> int | None:
         """The number of tokens that `truncate_prompt_tokens` keeps. Raises ValueError for more than the model takes."""

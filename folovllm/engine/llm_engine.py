@@ -25,7 +25,7 @@ from folovllm.engine.retry import reason_of
 from folovllm.engine.trace import EngineStats, StepTrace, Trace
 from folovllm.errors import ConfigError, InvalidRequestError, errors_as
 from folovllm.messages import EngineCoreOutput
-from folovllm.outputs import RequestMetrics, RequestOutput
+from folovllm.outputs import PromptLogprobs, RequestMetrics, RequestOutput
 from folovllm.request import Request
 from folovllm.sampling.noise import own_seed
 from folovllm.sampling_params import SamplingParams
@@ -149,6 +149,7 @@ class LLMEngine:
             longest = max(self.core.scheduler.kv.longest_request, len(given.token_ids) + 1)
             max_model_len = min(max_model_len, longest)
         sequence_ids = [request_id] if params.n == 1 else [f"{request_id}/{i}" for i in range(params.n)]
+        prompt_logprobs: PromptLogprobs | None = None if params.prompt_logprobs is None else [None]
         requests = [
             Request(
                 request_id=sequence_id,
@@ -161,6 +162,7 @@ class LLMEngine:
                 parent_id=parent_id if i == 0 else sequence_ids[0],
                 hold=hold,
                 cache_salt=given.cache_salt,
+                prompt_logprobs=prompt_logprobs,
             )
             for i, sequence_id in enumerate(sequence_ids)
         ]
@@ -293,6 +295,7 @@ class LLMEngine:
             user, sequence = self._request_states[output.request_id]
             moved[user.request_id] = user
             try:
+                user.add_prompt_logprobs(output, self.tokenizer)
                 ends = sequence.add(output)
             except TOKENIZER_ERRORS as error:
                 ends = sequence.fail(reason_of(error))

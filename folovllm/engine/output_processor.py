@@ -14,7 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from folovllm.engine.detokenizer import Detokenizer, IncrementalDecoder
 from folovllm.messages import EngineCoreOutput
-from folovllm.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
+from folovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
 from folovllm.sampling.logprobs import WholeVocabulary
 from folovllm.sampling_params import SamplingParams
 
@@ -101,18 +101,23 @@ class RequestState:
         if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
-            if isinstance(entries, WholeVocabulary):  # its entries are made when the user reads them
+            if isinstance(entries, WholeVocabulary):
                 self.cumulative_logprob += entries.logprob(token_id)
-                if self.token_decoder is not None:
-                    entries.decode = copy.copy(self.token_decoder).peek
             else:
                 self.cumulative_logprob += entries[token_id].logprob
-                if self.token_decoder is not None:
-                    for i, entry in entries.items():
-                        entry.decoded_token = self.token_decoder.peek(i)
             if self.token_decoder is not None:
-                self.token_decoder.push(token_id)
+                add_texts(entries, token_id, self.token_decoder)
             self.logprobs.append(entries)
+
+
+def add_texts(entries: Mapping[int, Logprob], token_id: int, decoder: IncrementalDecoder) -> None:
+    """Set `decoded_token` of the entries of one place. The decoder goes on with the token that stands there."""
+    if isinstance(entries, WholeVocabulary):  # its entries are made when the user reads them
+        entries.decode = copy.copy(decoder).peek
+    else:
+        for i, entry in entries.items():
+            entry.decoded_token = decoder.peek(i)
+    decoder.push(token_id)
 
 
 @dataclass
@@ -125,11 +130,22 @@ class ParentRequest:
     sequences: list[RequestState]
     metrics: RequestMetrics
     num_cached_tokens: int = 0
+    prompt_logprobs: PromptLogprobs | None = None
     caller: int = 0  # the thread that submitted it
 
     @property
     def finished(self) -> bool:
         return all(s.finish_reason is not None for s in self.sequences)
+
+    def add_prompt_logprobs(self, output: EngineCoreOutput, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        """Take the prompt's log probabilities from the first sequence that has them."""
+        if self.prompt_logprobs is not None or output.prompt_logprobs is None:
+            return
+        if tokenizer is not None:
+            decoder = IncrementalDecoder(tokenizer, self.prompt_token_ids[:1], skip_special_tokens=False)
+            for token_id, entries in zip(self.prompt_token_ids[1:], output.prompt_logprobs[1:], strict=True):
+                add_texts(entries or {}, token_id, decoder)
+        self.prompt_logprobs = output.prompt_logprobs
 
     def output(self) -> RequestOutput:
         """A copy of the current state, for the user."""
@@ -141,4 +157,5 @@ class ParentRequest:
             finished=self.finished,
             metrics=replace(self.metrics, token_times=list(self.metrics.token_times)),
             num_cached_tokens=self.num_cached_tokens,
+            prompt_logprobs=None if self.prompt_logprobs is None else list(self.prompt_logprobs),
         )

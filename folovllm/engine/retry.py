@@ -88,6 +88,7 @@ def halves(shares: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
 def merge(result: ModelRunnerOutput, part: ModelRunnerOutput) -> None:
     """Add what a part has failed, counted and timed."""
     result.failed |= part.failed
+    result.prompt_logprobs |= part.prompt_logprobs
     result.forwards += part.forwards
     result.padding_tokens += part.padding_tokens
     result.padding_kv_tokens += part.padding_kv_tokens

@@ -101,7 +101,7 @@ class BlockManager(KVCacheManager):
 
     def _hits(self, request: Request) -> list[CachedBlock]:
         """Cached blocks with the first tokens of a request that holds nothing; one token is left to compute."""
-        if self.cache is None:
+        if self.cache is None or request.lacks_prompt_logprobs:  # it needs the logits of each prompt token
             return []
         return self.cache.find(request, (request.num_tokens - 1) // self.block_size)
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
+
 from torch import Tensor
 
 from folovllm.messages import ModelRunnerOutput, NewRequestData, ScheduledRequest, SchedulerOutput
+from folovllm.outputs import Logprob
 from folovllm.sampling.batch import SamplingBatch, SamplingMetadata, SamplingState
+from folovllm.sampling.logprobs import gather_logprobs
 from folovllm.sampling.sampler import Sampler
 
+# Rows of the prompt that the LM head computes at a time: a long prompt's logits can be larger than the model.
+PROMPT_ROWS = 64
 NO_CHOICE = "the logits leave no token to choose: they hold NaN or +inf, or logit_bias and min_tokens ban every token"
 
 
@@ -61,6 +67,16 @@ class SamplingStates:
         if (asked := rows.penalties) is not None:
             asked.counts.add(asked.slots, out.sampled[asked.rows])
         return result
+
+    def add_prompt_logprobs(
+        self, found: dict[str, list[Mapping[int, Logprob]]], rows: Sequence[tuple[str, int]], logits: Tensor
+    ) -> None:
+        """Add to `found`, by request, the entries of rows, (request id, position) each, from their logits, [N, V]."""
+        news = [self._requests[request_id] for request_id, _ in rows]
+        asked = {row: new.sampling_params.prompt_logprobs or 0 for row, new in enumerate(news)}
+        next_ids = [new.prompt_token_ids[position + 1] for new, (_, position) in zip(news, rows, strict=True)]
+        for row, entries in gather_logprobs(logits, asked, next_ids).items():
+            found.setdefault(rows[row][0], []).append(entries)
 
     def _select(self, batch: SamplingBatch, request_ids: list[str]) -> SamplingMetadata:
         """The rows of these requests; those of the step before, if the requests are the same."""

@@ -205,7 +205,8 @@ class Scheduler:
         """Add a request's share, as planned, to the step."""
         end = plan.start + plan.num_tokens
         samples = end == request.num_tokens
-        step.add(ScheduledRequest(request.request_id, request.tokens(plan.start, end), plan.start, samples, plan))
+        rows = request.prompt_rows(plan.start, end)
+        step.add(ScheduledRequest(request.request_id, request.tokens(plan.start, end), plan.start, samples, plan, rows))
 
     def update_from_output(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineCoreOutput]:
         """Count K/V, append sampled tokens, finish what is complete. Returns an output per request with news."""
@@ -218,6 +219,7 @@ class Scheduler:
             if share.request_id not in result.not_written:
                 self.kv.cache_blocks(share.plan)
                 request.num_computed_tokens += share.num_tokens
+            request.add_prompt_logprobs(share.prompt_rows, result.prompt_logprobs.get(share.request_id, ()))
             if request.num_computed_tokens >= request.num_prompt_tokens:  # fork before the leader may finish
                 forked += [self._fork(request, sample) for sample in self._parked.pop(request.request_id)]
             before = request.num_output_tokens

@@ -113,8 +113,8 @@ def trial_logits(runner: HFRunner, prompts: Sequence[list[int]], new: Sequence[l
     for step in steps:
         shares = [ScheduledRequest(str(i), ids, a, True, KVPlan(str(i), a, len(ids))) for i, a, ids in step]
         for group in runner.groups(shares):
-            logits, _ = runner.forward(group, runner.batch_of(group))  # [B, V]
-            for share, row in zip(group, logits, strict=True):
+            logits, _ = runner.forward(group, runner.batch_of(group))  # [B, 1, V]
+            for share, row in zip(group, logits[:, 0], strict=True):
                 rows[int(share.request_id)].append(row)
     return [torch.stack(found) for found in rows]
 

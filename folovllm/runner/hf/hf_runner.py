@@ -1,23 +1,24 @@
 """Hugging Face's own forward on per-request K/V: one request at a time (M1), or several in a padded batch (M2).
 
 The shapes of one call for B requests of at most L new tokens: token ids [B, L] and positions [B, L] in, logits
-[B, 1, V] of the last column out; the cache, [B, Hkv, T, D] per layer for keys and for values, grows by L columns.
+[B, N, V] of the last N columns out; the cache, [B, Hkv, T, D] per layer for keys and for values, grows by L columns.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from folovllm.outputs import Logprob
 from folovllm.runner.hf.padded_cache import PaddedBatch, PaddedCaches
 from folovllm.runner.interface import ModelRunner
-from folovllm.runner.sampling_states import SamplingStates
+from folovllm.runner.sampling_states import PROMPT_ROWS, SamplingStates
 from folovllm.runner.threads import cpu_threads
 from folovllm.sampling.sampler import Sampler
 
@@ -76,17 +77,24 @@ class HFRunner(ModelRunner):
         groups = self.groups(step.scheduled)
         prepared = self.clock()
         rows: dict[str, Tensor] = {}  # request id -> its last token's logits, [V]
+        prompt_logprobs: dict[str, list[Mapping[int, Logprob]]] = {}
         paddings = []
         for group in groups:
             batch = self.batch_of(group)
             before.append((batch, batch.lengths))
-            logits, padding = self.forward(group, batch)  # [B, V]
-            rows.update(zip((share.request_id for share in group), logits, strict=True))
-            paddings.append(padding)
+            for part in in_pieces(group):
+                asked = [(share.request_id, position) for share in part for position in share.prompt_rows]
+                logits, padding = self.forward(part, batch, part[0].num_tokens if asked else 1)  # [B, N, V]
+                if asked:
+                    first = part[0].prompt_rows.start - part[0].start
+                    self.states.add_prompt_logprobs(prompt_logprobs, asked, logits[0, first : first + len(asked)])
+                rows.update(zip((share.request_id for share in part), logits[:, -1], strict=True))
+                paddings.append(padding)
         forwarded = self.clock()
         sampling = [rows[share.request_id] for share in step.scheduled if share.samples]
         result = self.states.sample(step.scheduled, torch.stack(sampling) if sampling else None)
-        result.forwards = len(groups)
+        result.prompt_logprobs = prompt_logprobs
+        result.forwards = len(paddings)
         result.padding_tokens = sum(padding.tokens for padding in paddings)
         result.padding_kv_tokens = sum(padding.kv_tokens for padding in paddings)
         result.phases = {
@@ -99,21 +107,25 @@ class HFRunner(ModelRunner):
     def groups(self, scheduled: list[ScheduledRequest]) -> list[list[ScheduledRequest]]:
         """Which requests share a forward: prefills do, and so do decodes.
 
-        Both at once would pad every decode's single token to the longest prompt.
+        Both at once would pad every decode's single token to the longest prompt. A prompt whose log probabilities are
+        asked for is alone, in pieces.
         """
         if self.batching == "loop":
             return [[share] for share in scheduled]
-        prefills = [share for share in scheduled if share.start == 0]
+        alone = [[share] for share in scheduled if share.prompt_rows]
+        prefills = [share for share in scheduled if share.start == 0 and not share.prompt_rows]
         decodes = [share for share in scheduled if share.start > 0]
-        return [group for group in (prefills, decodes) if group]
+        return [*alone, *(group for group in (prefills, decodes) if group)]
 
     def batch_of(self, group: Sequence[ScheduledRequest]) -> PaddedBatch:
         """The K/V that these requests have so far, as one batch."""
         request_ids = [share.request_id for share in group]
         return self.caches.add(request_ids) if group[0].start == 0 else self.caches.gather(request_ids)
 
-    def forward(self, group: Sequence[ScheduledRequest], batch: PaddedBatch) -> tuple[Tensor, Padding]:
-        """Requests through the model, left-padded to a rectangle: logits of their last tokens, [B, V]."""
+    def forward(
+        self, group: Sequence[ScheduledRequest], batch: PaddedBatch, num_logits: int = 1
+    ) -> tuple[Tensor, Padding]:
+        """Requests through the model, left-padded to a rectangle: logits of the last columns, [B, num_logits, V]."""
         device = self.model.device
         columns = max(share.num_tokens for share in group)  # L
         rows = [(columns - share.num_tokens, share) for share in group]
@@ -135,8 +147,20 @@ class HFRunner(ModelRunner):
             use_cache=True,
             # The LM head is the widest layer, and one column is all that sampling needs. By its index: logits_to_keep=1
             # would hand it a slice, which torch, on a CPU in bfloat16, multiplies by a copy of the weight per row.
-            logits_to_keep=torch.tensor([columns - 1], device=device),
+            logits_to_keep=torch.arange(columns - num_logits, columns, device=device),
         )
         batch.lengths = lengths
-        logits: Tensor = out.logits[:, -1]  # [B, V]
+        logits: Tensor = out.logits[:, -num_logits:]  # [B, N, V]
         return logits, Padding(sum(pad for pad, _ in rows), sum(hidden))
+
+
+def in_pieces(group: list[ScheduledRequest]) -> Iterator[list[ScheduledRequest]]:
+    """The forwards of a group: one, or for a prompt whose log probabilities are asked for one per `PROMPT_ROWS`."""
+    share, rows = group[0], group[0].prompt_rows
+    if not rows:
+        yield group
+        return
+    for i in range(0, share.num_tokens, PROMPT_ROWS):
+        start, token_ids = share.start + i, share.token_ids[i : i + PROMPT_ROWS]
+        asked = range(max(rows.start, start), min(rows.stop, start + len(token_ids)))
+        yield [replace(share, token_ids=token_ids, start=start, prompt_rows=asked)]
