@@ -111,7 +111,7 @@ class RequestState:
 
 
 def add_texts(entries: Mapping[int, Logprob], token_id: int, decoder: IncrementalDecoder) -> None:
-    """Set `decoded_token` of the entries of one place. The decoder goes on with the token that stands there."""
+    """Set `decoded_token` of the entries of one place. The decoder goes on with the chosen token."""
     if isinstance(entries, WholeVocabulary):  # its entries are made when the user reads them
         entries.decode = copy.copy(decoder).peek
     else:

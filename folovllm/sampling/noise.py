@@ -40,8 +40,18 @@ def exponential_noise(seeds: Tensor, index: Tensor, vocab_size: int) -> Tensor:
     """
     streams = splitmix64(seeds, index)[:, None]  # [R, 1]
     words = splitmix64(streams, torch.arange((vocab_size + 1) // 2, device=seeds.device))  # [R, V / 2]
-    bits = words.view(torch.int32)[:, :vocab_size] & 0x7FFFFFFF  # 31 bits per token
-    uniform = (bits.float() + 0.5) * 2.0**-31  # small ones are fine-grained, and it is they that win a race
+    return _exponential(words.view(torch.int32)[:, :vocab_size])
+
+
+def exponential_noise_at(seeds: Tensor, index: Tensor, token_ids: Tensor) -> Tensor:
+    """Some numbers of `exponential_noise`: those of `token_ids`, int64, of whose shape the result is, as the others."""
+    words = splitmix64(splitmix64(seeds, index), token_ids >> 1)[..., None].view(torch.int32)  # [..., 2]
+    return _exponential(words.gather(-1, (token_ids & 1)[..., None]).squeeze(-1))
+
+
+def _exponential(bits: Tensor) -> Tensor:
+    """Exponential numbers from the lower 31 bits of int32."""
+    uniform = (bits & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31)  # small ones are fine-grained, and they win a race
     return uniform.clamp_(max=1 - 2.0**-24).neg_().log1p_().neg_()
 
 

@@ -29,7 +29,7 @@ from folovllm.sampling.logits import (
     apply_top_p,
 )
 from folovllm.sampling.logprobs import gather_logprobs
-from folovllm.sampling.noise import exponential_noise
+from folovllm.sampling.noise import exponential_noise, exponential_noise_at
 
 NO_TOKEN = -1  # the token id of a row from which no token can be chosen
 
@@ -96,9 +96,24 @@ def _draw(logits: torch.Tensor, rows: SamplingMetadata, seeds: torch.Tensor, ind
     logits = _where_asked(apply_min_p, logits, rows.min_p)
     logits = _where_asked(apply_top_k, logits, rows.top_k)
     logits = _where_asked(apply_top_p, logits, rows.top_p)
-    # A race of exponentials: noise_i / p_i is an exponential time with rate p_i, and i is first with probability p_i.
-    # So the index of the largest p_i / noise_i is a sample, for all rows at once and without a sync.
-    return _argmax(logits.softmax(dim=-1).div_(exponential_noise(seeds, index, logits.shape[-1])))
+    return _race(logits, seeds, index, rows.min_p is not None or rows.top_k is not None or rows.top_p is not None)
+
+
+def _race(logits: torch.Tensor, seeds: torch.Tensor, index: torch.Tensor, is_filtered: bool) -> torch.Tensor:
+    """One draw per row from the softmax of `logits` `[R, V]`: token ids `[R]`, or NO_TOKEN.
+
+    A race of exponentials: noise_i / p_i is an exponential time with rate p_i, and i is first with probability p_i. So
+    the index of the largest p_i / noise_i is a sample, for all rows at once and without a sync.
+
+    On a CPU, where noise takes longer than all else, few tokens that filters leave make it for these alone.
+    """
+    probs = logits.softmax(dim=-1)  # [R, V]
+    may_be_few = is_filtered and logits.device.type == "cpu"
+    if not may_be_few or 4 * int(probs.count_nonzero()) > probs.numel():
+        return _argmax(probs.div_(exponential_noise(seeds, index, logits.shape[-1])))
+    rows, token_ids = probs.nonzero().unbind(dim=1)  # [N]
+    probs[rows, token_ids] = probs[rows, token_ids].div_(exponential_noise_at(seeds[rows], index[rows], token_ids))
+    return _argmax(probs)
 
 
 def _argmax(scores: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ OWN = [
     "compatibility_config",
     "compatibility_text",
     "compatibility_sampling",
+    "compatibility_prompt_logprobs",
     "compatibility_door",
     "compatibility_api",
     "compatibility_resources",

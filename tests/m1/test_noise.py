@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.stats import kstest, pearsonr
 
-from folovllm.sampling.noise import exponential_noise, own_seed, splitmix64, to_int64
+from folovllm.sampling.noise import exponential_noise, exponential_noise_at, own_seed, splitmix64, to_int64
 from tests.m1.sampling_reference import reference_noise
 
 # The first outputs of the authors' splitmix64.c (https://prng.di.unimi.it/splitmix64.c), as its users test it.
@@ -31,6 +31,14 @@ def test_noise_is_that_of_its_definition(vocab_size: int) -> None:
     noise = exponential_noise(torch.tensor(seeds), torch.tensor(index), vocab_size)
     expected = torch.tensor([reference_noise(s, i, vocab_size) for s, i in zip(seeds, index, strict=True)])
     torch.testing.assert_close(noise, expected.float(), rtol=1e-4, atol=0)  # float32 has few digits of 1 - u
+
+
+def test_noise_of_some_tokens_is_that_of_all() -> None:
+    seeds, index = torch.arange(-3, 4), torch.arange(7) * 2**20
+    for vocab_size in (1, 2, 9, 64):
+        token_ids = torch.arange(vocab_size).expand(7, -1)  # [7, V]
+        some = exponential_noise_at(seeds[:, None], index[:, None], token_ids)
+        torch.testing.assert_close(some, exponential_noise(seeds, index, vocab_size), rtol=1e-6, atol=0)
 
 
 def test_noise_depends_on_nothing_else() -> None:

@@ -6,6 +6,7 @@ import pickle
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from folovllm.kv_cache.interface import KVPlan
@@ -15,6 +16,7 @@ from folovllm.runner.sampling_states import SamplingStates
 from folovllm.sampling import Sampler, SamplingBatch, SamplingState
 from folovllm.sampling.logprobs import WholeVocabulary
 from folovllm.sampling_params import SamplingParams
+from tests.m1.sampling_reference import reference_noise, reference_probs, state
 from tests.m1.test_sampler import LargeTensors
 
 WIDE = 5_000
@@ -85,6 +87,41 @@ def test_a_penalty_makes_one_tensor_of_the_vocabularys_size() -> None:
     for kwargs in ({"repetition_penalty": 1.1}, {"frequency_penalty": 0.5}, {"logit_bias": {7: 1.0}}):
         made = [op for op in large_tensors(**kwargs) if "index_put_" not in op]  # in place, and sparse
         assert len(made) == 1, kwargs
+
+
+FILTERS: list[dict[str, Any]] = [{"top_k": 20}, {"top_p": 0.5}, {"min_p": 0.3}, {"top_k": 50, "top_p": 0.9}, {}]
+
+
+@pytest.mark.parametrize("fields", FILTERS, ids=str)
+def test_filtered_rows_make_noise_for_the_tokens_that_are_left(fields: dict[str, Any]) -> None:
+    batch = SamplingBatch("cpu", WIDE)
+    logits = 3 * torch.randn(8, WIDE, generator=torch.Generator().manual_seed(0))
+    rows = batch.select([batch.add(SamplingState(SamplingParams(**fields), [3], seed=s)) for s in range(8)])
+    with LargeTensors(2 * WIDE) as mode:  # a word of noise is for two tokens: all rows' would be twice that
+        Sampler()(logits, rows, [0] * 8)
+    noise = [op for op in mode.made if "bitwise_xor" in op or "log1p" in op]
+    assert bool(noise) == (not fields)
+
+
+@pytest.mark.parametrize("fields", FILTERS, ids=str)
+def test_a_filtered_draw_is_the_race_of_all_tokens(fields: dict[str, Any]) -> None:
+    """By the formula in float64, beside rows with no filter, with few digits (ties), and rows that have no token."""
+    batch, vocab_size = SamplingBatch("cpu", 60), 60
+    table = (2 * torch.randn(40, vocab_size, generator=torch.Generator().manual_seed(1))).bfloat16()
+    table[7], table[9, 3] = -float("inf"), float("nan")
+    asked = [SamplingParams(**fields if row % 3 else {}) for row in range(40)]
+    rows = batch.select([batch.add(SamplingState(params, [3], seed=row)) for row, params in enumerate(asked)])
+    found = Sampler()(table, rows, [row % 4 for row in range(40)])
+    assert found.bad_rows == [7, 9]
+    compared = 0
+    for row, params in enumerate(asked):
+        if row in found.bad_rows:
+            continue
+        probs, near = reference_probs(table[row].float().tolist(), state(params))
+        noise = reference_noise(row, row % 4, vocab_size)
+        compared += not near  # else float32 may see a filter's edge elsewhere
+        assert near or found.token_ids[row] == max(range(vocab_size), key=lambda i: probs[i] / noise[i])
+    assert compared > 25
 
 
 def test_log_probabilities_make_few_tensors_of_the_vocabularys_size() -> None:

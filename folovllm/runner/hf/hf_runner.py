@@ -82,7 +82,7 @@ class HFRunner(ModelRunner):
         for group in groups:
             batch = self.batch_of(group)
             before.append((batch, batch.lengths))
-            for part in in_pieces(group):
+            for part in in_chunks(group):
                 asked = [(share.request_id, position) for share in part for position in share.prompt_rows]
                 logits, padding = self.forward(part, batch, part[0].num_tokens if asked else 1)  # [B, N, V]
                 if asked:
@@ -108,7 +108,7 @@ class HFRunner(ModelRunner):
         """Which requests share a forward: prefills do, and so do decodes.
 
         Both at once would pad every decode's single token to the longest prompt. A prompt whose log probabilities are
-        asked for is alone, in pieces.
+        asked for is alone, in chunks.
         """
         if self.batching == "loop":
             return [[share] for share in scheduled]
@@ -154,7 +154,7 @@ class HFRunner(ModelRunner):
         return logits, Padding(sum(pad for pad, _ in rows), sum(hidden))
 
 
-def in_pieces(group: list[ScheduledRequest]) -> Iterator[list[ScheduledRequest]]:
+def in_chunks(group: list[ScheduledRequest]) -> Iterator[list[ScheduledRequest]]:
     """The forwards of a group: one, or for a prompt whose log probabilities are asked for one per `PROMPT_ROWS`."""
     share, rows = group[0], group[0].prompt_rows
     if not rows:
