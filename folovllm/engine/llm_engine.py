@@ -272,8 +272,11 @@ class LLMEngine:
             news = self.core.step()
             outputs = self._process(news, () if final_only else request_ids)
         except BaseException as error:
-            self.core.abort_requests([output.request_id for output in news])  # tokens of these may be lost
-            self._outbox.put(self._end_lost(), error)
+            try:
+                if news:  # their tokens may be lost
+                    self.core.abort_requests([output.request_id for output in news])
+            finally:
+                self._outbox.put(self._end_lost(), error)
             mine = self._outbox.take_failure(request_ids)
             if mine is None and isinstance(error, Exception) and self._outbox.other_caller_fails(error):
                 return []  # it ended requests of others

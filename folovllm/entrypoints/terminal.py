@@ -51,7 +51,7 @@ def clean_exit(console: Console) -> Iterator[None]:
     """Exit with one line on stderr instead of a traceback, for what a user or the system does.
 
     Status 2 for a ValueError, 1 for an OSError such as a full disk, 130 for Ctrl-C, and 141, without a line, where
-    nobody reads the output any more (`| head`).
+    the output is read no more (`| head`).
     """
     console.on_broken_pipe = _raise_again  # type: ignore[method-assign]
     early = signal.getsignal(signal.SIGINT) is interrupted

@@ -623,6 +623,11 @@ class YourBlockManager(KVCacheManager):
         self.answer = make(num_blocks, block_size)
         self.computed: dict[str, int] = {}  # of every request with a table
 
+    @property
+    def longest_request(self) -> int:
+        """All blocks full, and a last token that needs no slot."""
+        return self.num_blocks * self.block_size + 1
+
     def why_never_fits(self, request: Request) -> str | None:
         """None, or why the request is larger than the pool."""
         needed = -(-request.max_total_tokens // self.block_size)

@@ -658,16 +658,17 @@ def failing(engine: LLMEngine, before: bool) -> SchedulerOutput:
     assert isinstance(runner, PagedMockRunner)
     update, execute, steps = runner.update_states, runner.execute_model, []
 
-    def broken(step: SchedulerOutput) -> Any:
+    def broken_update(step: SchedulerOutput) -> None:
         steps.append(step)
-        if not before:
-            execute(step)
+        if before:
+            raise KeyboardInterrupt
+        update(step)
+
+    def broken_execute(step: SchedulerOutput) -> Any:
+        execute(step)
         raise KeyboardInterrupt
 
-    if before:
-        runner.update_states = broken  # type: ignore[method-assign]
-    else:
-        runner.execute_model = broken  # type: ignore[method-assign]
+    runner.update_states, runner.execute_model = broken_update, broken_execute  # type: ignore[method-assign]
     with pytest.raises(KeyboardInterrupt):
         engine.step()
     runner.update_states, runner.execute_model = update, execute  # type: ignore[method-assign]

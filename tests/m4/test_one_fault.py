@@ -18,6 +18,7 @@ from folovllm import LLM, BeamSearchParams, SamplingParams
 from folovllm.engine import llm_engine
 from folovllm.messages import SchedulerOutput
 from folovllm.outputs import RequestOutput
+from folovllm.sampling import sampler
 from tests.m4.helpers import cached_engine
 from tests.mock import PagedMockRunner, check_empty, mock_tokens, paged_mock_engine
 from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
@@ -195,19 +196,18 @@ def test_streams_of_random_numbers_advance_only_with_a_token(mode: str, llms: Ca
 def test_a_sampler_that_fails_has_drawn_nothing(
     mode: str, llms: Callable[[str], LLM], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """It fails when it has drawn: the repeat draws the same numbers, also from the stream of unseeded requests."""
+    """It fails when it has drawn: the repeat draws the same numbers, also for a request without a seed."""
     llm = llms(mode)
-    sampler: Any = llm.engine.core.runner.states.sampler  # type: ignore[attr-defined]
     prompts, params = prompts_of(7, 1), [SamplingParams(max_tokens=8, ignore_eos=True, seed=None)]
     for seeded in (False, True):
         params = [SamplingParams(max_tokens=8, ignore_eos=True, seed=3 if seeded else None)]
         texts = []
         for failing in (False, True):
-            sampler.generator.manual_seed(11)
+            llm.engine._num_unseeded = 0  # so that the request gets the same seed of its own
             draw, calls = sampler._draw, []
 
-            def failing_draw(logits: Any, states: Any, draw: Any = draw, calls: list[int] = calls) -> Any:
-                result = draw(logits, states)
+            def failing_draw(*args: Any, draw: Any = draw, calls: list[int] = calls) -> Any:
+                result = draw(*args)
                 calls.append(1)
                 if len(calls) % 2:
                     raise MemoryError
