@@ -29,7 +29,8 @@ def reads(config: PretrainedConfig, field: str) -> bool:
 def without_unread_windows(config: PretrainedConfig) -> PretrainedConfig:
     """The text config as it is, or a copy without windows and kinds of layers that its model does not read."""
     text = config.get_text_config(decoder=True)
-    unread = [name for name in WINDOW_FIELDS if hasattr(text, name) and not reads(text, name)]
+    # What is not in `vars` is another name of a field that the architecture has.
+    unread = [name for name in WINDOW_FIELDS if name in vars(text) and not reads(text, name)]
     if unread:
         text = copy.deepcopy(text)
         for name in unread:

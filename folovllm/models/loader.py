@@ -322,7 +322,10 @@ def _load_checkpoint(
             )
     except LOAD_ERRORS as error:
         # A tied head of another shape, for one, makes transformers compare what it never loaded.
-        weights, prefix = _weights_of(config)
+        try:
+            weights, prefix = _weights_of(config)
+        except LOAD_ERRORS:  # the config itself cannot be followed
+            raise load_error(source, "the weights", error) from error
         found, _ = checkpoint.by_canonical_name(weights, prefix)
         check_complete(source, mismatched=other_shapes(found, weights))
         raise load_error(source, "the weights", error) from error

@@ -251,7 +251,7 @@ def test_a_callback_that_raises_or_waits_for_another_call_holds_up_nobody(monkey
 
 
 def test_a_step_that_fails_is_the_fault_of_those_whose_requests_it_ends() -> None:
-    """One at a time: the step of the poisoned request has no other, and whoever runs it, its caller hears of it."""
+    """One at a time: the step of the poisoned request has no other, and in whatever thread, its caller hears of it."""
     llm = mock_llm(1)
     runner = llm.engine.core.runner
     execute = runner.execute_model
@@ -263,16 +263,17 @@ def test_a_step_that_fails_is_the_fault_of_those_whose_requests_it_ends() -> Non
 
     runner.execute_model = poisoned  # type: ignore[method-assign]
 
-    def ask(token: int) -> list[int]:
-        return tokens(llm.generate([[token, 1]], MOCK, use_tqdm=False)[0])
+    def ask(token: int) -> tuple[list[int], Any, Any]:
+        completion = llm.generate([[token, 1]], MOCK, use_tqdm=False)[0].outputs[0]
+        return completion.token_ids, completion.finish_reason, completion.stop_reason
 
     prompts = [1, 2, 13, 3, 13, 4]
     results = at_once(*(lambda token=token: ask(token) for token in prompts))
     for token, result in zip(prompts, results, strict=True):
         if token == 13:
-            assert isinstance(result, RuntimeError) and str(result) == "poison"
+            assert result == ([], "error", "RuntimeError: poison")
         else:
-            assert result == mock_tokens([token, 1], MOCK)[0]
+            assert result == (mock_tokens([token, 1], MOCK)[0], "length", None)
     check_empty(llm.engine)
 
 

@@ -21,6 +21,7 @@ from transformers import GenerationConfig
 
 from folovllm.kv_cache.interface import KVPlan
 from folovllm.messages import ScheduledRequest
+from folovllm.models.config_fields import without_unread_windows
 from folovllm.models.decoder import MODEL_TYPES
 from folovllm.runner.hf.hf_runner import HFRunner
 from folovllm.sampling.sampler import Sampler
@@ -91,6 +92,8 @@ def generate_alone(model: PreTrainedModel, prompt: list[int], new_tokens: int) -
     settings = GenerationConfig(
         do_sample=False, max_new_tokens=new_tokens, pad_token_id=0, output_logits=True, return_dict_in_generate=True
     )
+    text = model.config.get_text_config(decoder=True)
+    settings.use_cache = without_unread_windows(text) is text  # else its cache would drop what the model attends to
     input_ids = torch.tensor([prompt], device=model.device)  # [1, L]
     hf: Any = model
     # generate would fill from the model's own what a given configuration leaves unset.
