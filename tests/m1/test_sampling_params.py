@@ -32,6 +32,8 @@ VLLM_DEFAULTS: dict[str, Any] = {
     "max_tokens": 16,
     "min_tokens": 0,
     "logprobs": None,
+    "prompt_logprobs": None,
+    "truncate_prompt_tokens": None,
     "include_stop_str_in_output": False,
     "skip_special_tokens": True,
     "spaces_between_special_tokens": True,
@@ -255,6 +257,8 @@ def test_beam_search_defaults_are_vllms() -> None:
         "temperature": 0.0,
         "length_penalty": 1.0,
         "ignore_eos": False,
+        "stop_token_ids": [],
+        "include_stop_str_in_output": False,
     }
 
 

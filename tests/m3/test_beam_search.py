@@ -423,7 +423,7 @@ def test_logits_that_leave_no_choice_end_the_search(searched: Cases) -> None:
     decoder = llm.engine.core.runner.model
     logits = decoder.logits
     decoder.logits = lambda hidden: logits(hidden) * math.nan
-    with pytest.raises(RuntimeError, match="beam search was aborted, or its logits are not finite"):
+    with pytest.raises(RuntimeError, match="of a beam search has no tokens: the logits leave no token to choose"):
         llm.beam_search(PROMPTS, BeamSearchParams(3, 7))
     decoder.logits = logits
     check_all_free(llm.engine)
