@@ -1,6 +1,7 @@
 """Run a step. If its forward fails: find the requests at fault, and give the others their tokens.
 
-The step is tried again in halves, and a half that fails in halves of its own, until a request that fails is alone::
+The step is tried again in halves, and a half that fails in halves of its own, until a request that fails is alone. That
+one gets another try, because its failure may have been chance::
 
     [a b c d] fails -> [a b] gives two tokens, [c d] fails -> [c] gives one, [d] fails: only d ends, with its reason
 
@@ -40,7 +41,8 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
     Each request has run, or is in `failed`, or in `unread`. Raises a device fault.
     """
     todo = [step.scheduled]  # the next part is the last
-    failures = 0
+    has_failed = False
+    failed_alone: set[str] = set()  # once: it may have been chance
     sampled: dict[str, tuple[list[int], list[Mapping[int, Logprob]] | None]] = {}
     not_written: set[int] = set()  # blocks
     result = ModelRunnerOutput()
@@ -54,9 +56,11 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
         except Exception as error:
             if is_device_fault(error):
                 raise
-            failures += 1
-            if len(shares) > 1 or failures == 1:
-                logger.debug("%d requests failed together and are tried again", len(shares), exc_info=error)
+            has_failed = True
+            if len(shares) > 1 or shares[0].request_id not in failed_alone:
+                logger.debug("requests failed and are tried again: %d", len(shares), exc_info=error)
+                if len(shares) == 1:
+                    failed_alone.add(shares[0].request_id)
                 todo += halves(shares)
                 continue
             result.failed[shares[0].request_id] = reason_of(error)
@@ -64,7 +68,7 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
             not_written.update(shares[0].plan.written_blocks())
             logger.error("request %r failed alone and is ended: %s", shares[0].request_id, reason_of(error))
             continue
-        if failures == 0:
+        if not has_failed:
             return done
         each = zip(shares, done.sampled_token_ids, done.logprobs, strict=True)
         sampled |= {share.request_id: (tokens, logprobs) for share, tokens, logprobs in each}

@@ -290,7 +290,7 @@ def test_a_lack_of_memory_that_stays_ends_one_step_and_not_the_engine(mode: str,
     with Faults(llm, calls=range(1, 50)) as faults:
         add_all(llm, prompts, [greedy(4)] * 3)
         assert {o.outputs[0].finish_reason for o in drain(llm).values()} == {"error"}
-    assert faults.raised <= 2 * len(prompts)  # a whole, its halves, and so on: never more than twice the requests
+    assert faults.raised <= 3 * len(prompts)  # a whole, its halves, and so on, and each alone twice
     outputs = llm.generate(prompts, greedy(4), use_tqdm=False)
     assert [o.outputs[0].token_ids for o in outputs] == [hf_greedy(MODEL, prompt, 4) for prompt in prompts]
 
