@@ -1,5 +1,7 @@
 """The errors that a program may want to tell apart. Whatever a user can mend is a ValueError, as everywhere in Python.
 
+::
+
     ValueError                what was asked for cannot be: the message names the field, its value and what is allowed
       ConfigError             about an engine: its settings, its model, its tokenizer. Raised before a weight is read
                               where that can be known

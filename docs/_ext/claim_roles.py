@@ -109,8 +109,9 @@ class ClaimsLedger(SphinxDirective):
             self.env.note_dependency(str(registry.DOCS / f"{page}.md"))
         for chapter in registry.CHAPTERS:
             title = (chapter.__doc__ or "").splitlines()[0].removeprefix("Claims of ").rstrip(".")
-            numbers = listed.pop(registry.page_of(chapter), [])
-            made.append(self.section(title[0].upper() + title[1:], chapter.CLAIMS, numbers))
+            claims, numbers = getattr(chapter, "CLAIMS", {}), listed.pop(registry.page_of(chapter), [])
+            if claims or numbers:
+                made.append(self.section(title[0].upper() + title[1:], claims, numbers))
         return [*made, *(self.section(f"Measured, on {page}", {}, names) for page, names in listed.items() if names)]
 
     def section(self, title: str, claims: dict[str, ledger.Claim], numbers: list[str]) -> nodes.section:

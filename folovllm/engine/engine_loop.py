@@ -64,14 +64,16 @@ class Follower(Generic[T]):
 
 
 class EngineLoop:
-    """Turns at an engine. See the invariants above.
+    """Turns at an engine. See the invariants above::
 
-    with loop.following(ready) as me:
-        while loop.wait(me):
-            with loop.lock, loop.leading(me, shared) as leads:
-                if leads:
-                    me.outputs = a step
-    return me.result()
+        with loop.following(ready) as me:
+            while loop.wait(me):
+                with loop.lock, loop.leading(me, shared) as leads:
+                    if leads:
+                        me.outputs = a step
+        return me.result()
+
+    `ready` and `shared` are those of `Follower` and `leading`.
     """
 
     def __init__(self) -> None:
