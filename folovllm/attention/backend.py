@@ -49,7 +49,7 @@ class AttentionBackend(ABC):
         values.index_copy_(0, meta.slot_mapping, value)
 
     def copy_blocks(self, pool: Tensor, pairs: Sequence[tuple[int, int]]) -> None:
-        """Copy whole blocks (from, to), in order, in all layers of a pool [layers, parts, blocks, block_size, Hkv, D]."""
+        """Copy whole blocks (from, to), in order, in all layers: a pool is [layers, parts, blocks, size, Hkv, D]."""
         for source, target in pairs:
             pool[:, :, target] = pool[:, :, source]
 
