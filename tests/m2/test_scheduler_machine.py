@@ -7,49 +7,31 @@ is looked at twice: when it has been scheduled, against the rules of the policy 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from folovllm import SamplingParams
 from folovllm.messages import ModelRunnerOutput, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
+from tests.machines import MAX_MODEL_LEN, EngineMachine, Record, RunnerFailure
 from tests.mock import VOCAB_SIZE, check_empty, mock_engine, mock_tokens
 
-MAX_MODEL_LEN = 32
 USER_IDS = [f"r{i}" for i in range(6)]  # few, so that an id is used again after its request has gone
 
 
-class RunnerFailure(BaseException):
-    """What the machine throws out of a step, as Ctrl-C is."""
-
-
 @dataclass
-class Record:
-    """One call of `add_request`. cut: samples that were ended from outside, so that only a part of each is there."""
+class Arrival(Record):
+    """The same, with its place in the order of arrivals."""
 
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
     arrival: int
-    cut: set[int] = field(default_factory=set)
-    limit: int = MAX_MODEL_LEN
-
-    def longest(self) -> int:
-        """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
-
-    def limit_to(self, capacity: int) -> None:
-        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
-        if self.params.max_tokens is None:
-            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
+class SchedulerMachine(EngineMachine):
     @initialize(
         policy=st.sampled_from(["fcfs", "priority", "sjf"]),
         max_num_seqs=st.integers(1, 5),
@@ -64,7 +46,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.execute, self.update = self.runner.execute_model, self.runner.update_states
         self.runner.execute_model = self.watched_forward  # type: ignore[method-assign]
         self.runner.update_states = self.watched  # type: ignore[method-assign]
-        self.records: dict[str, Record] = {}  # of user requests that are not over
+        self.records: dict[str, Arrival] = {}  # of user requests that are not over
         self.arrivals = 0
         self.failure = ""
         self.poisoned: set[str] = set()
@@ -97,7 +79,7 @@ class SchedulerMachine(RuleBasedStateMachine):
         free = [i for i in USER_IDS if i not in self.records]
         if not free:
             return
-        record = Record(prompt, params, priority if self.policy == "priority" else 0, self.arrivals)
+        record = Arrival(prompt, params, priority if self.policy == "priority" else 0, self.arrivals)
         record.limit_to(min(self.capacity, MAX_MODEL_LEN))
         waiting = self.scheduler.num_waiting
         if len(prompt) > self.budget:
@@ -155,15 +137,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take(output)
         assert not any(i.split("/")[0] == user_id for i in self.scheduler.requests)
 
-    def end_one_sample(self, victim: str) -> None:
-        """As a stop string does: one of several samples ends, its siblings go on."""
-        self.cut(victim)
-        user, sequence = self.engine._request_states[victim]
-        self.engine.core.abort_requests([victim])
-        sequence.abort()
-        for output in self.engine._outputs([user], growing=()):
-            self.take(output)
-
     # ------------------------------------------------------------------ one step
 
     def step(self) -> None:
@@ -202,14 +175,6 @@ class SchedulerMachine(RuleBasedStateMachine):
             raise RunnerFailure
         assert result is not None
         return result
-
-    def unfinished(self) -> list[str]:
-        """The samples that go on."""
-        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
-
-    def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._request_states[sequence_id]
-        self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""

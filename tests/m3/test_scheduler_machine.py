@@ -9,56 +9,27 @@ against the rules written out, and when it is done, cell by cell.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 
 from folovllm import SamplingParams
-from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
-from folovllm.messages import ModelRunnerOutput, SchedulerOutput
+from folovllm.messages import SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import Request, RequestStatus
 from tests.m3.helpers import check_all_free, check_kv_of_requests, manager_of
+from tests.machines import MAX_MODEL_LEN, PagedMachine, Record, RunnerFailure
 from tests.mock import VOCAB_SIZE, PagedMockRunner, mock_tokens, paged_mock_engine
 
-MAX_MODEL_LEN = 32
 USER_IDS = [f"r{i}" for i in range(7)]  # few, so that an id is used again after its request has gone
-
-
-class RunnerFailure(BaseException):
-    """What the machine throws out of a step, as Ctrl-C is."""
-
-
-@dataclass
-class Record:
-    """One request of a user. cut: samples that were ended from outside, so that only a part of each is there."""
-
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
-    hold: bool = False
-    cut: set[int] = field(default_factory=set)
-    limit: int = MAX_MODEL_LEN
-
-    def longest(self) -> int:
-        """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
-
-    def limit_to(self, capacity: int) -> None:
-        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
-        if self.params.max_tokens is None:
-            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -73,7 +44,7 @@ params_of_any_kind = st.builds(
 prompts = st.lists(st.integers(0, VOCAB_SIZE - 1), min_size=1, max_size=16)
 
 
-class SchedulerMachine(RuleBasedStateMachine):
+class SchedulerMachine(PagedMachine):
     seen: ClassVar[Counter[str]] = Counter()  # over all examples: what really happened
 
     @initialize(
@@ -108,18 +79,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
         runner = self.engine.core.runner
         assert isinstance(runner, PagedMockRunner)
-        self.runner, self.execute, self.update = runner, runner.execute_model, runner.update_states
-        runner.execute_model = self.watched_forward  # type: ignore[method-assign]
-        runner.update_states = self.watched  # type: ignore[method-assign]
-        self.records: dict[str, Record] = {}  # of user requests that are not over
-        self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
-        self.made = 0
-        self.failure = ""
-        self.poisoned: set[str] = set()
-        self.failing_call = 0
-        self.calls = 0
+        self.watch(runner)
         self.skipped = False  # running requests, by the last step
-        self.in_order = True
         self.before: list[Request] = []
         self.in_queue: list[Request] = []
         self.free_before = 0
@@ -174,45 +135,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.submit(f"h{self.made}", Record(prompt, params, 0, hold=True), parent)
         self.seen["child of a held one"] += parent is not None
 
-    @precondition(lambda self: self.held())
-    @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
-        self.engine.core.scheduler.free_held([data.draw(st.sampled_from(self.held()), "held")])
-
-    @rule(count=st.integers(1, 9))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.step()
-
-    @precondition(lambda self: self.records)
-    @rule(
-        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "middle", "after"]),
-        ops_done=st.integers(0, 4),
-        data=st.data(),
-    )
-    def trouble(self, kind: str, ops_done: int, data: st.DataObject) -> None:
-        """What ends requests before their time, and must touch no others."""
-        if kind == "abort":
-            self.abort(data.draw(st.sampled_from(sorted(self.records)), "victim"))
-        elif kind == "end one sample" and self.unfinished():
-            self.end_one_sample(data.draw(st.sampled_from(self.unfinished()), "victim"))
-        elif kind == "no token" and self.scheduler.running:
-            victim = data.draw(st.sampled_from(self.scheduler.running), "victim").request_id
-            self.cut(victim)
-            self.runner.failing.add(victim)
-        elif kind == "poison" and self.scheduler.requests:
-            victim = data.draw(st.sampled_from(sorted(self.scheduler.requests)), "victim")
-            self.cut(victim)
-            self.poisoned.add(victim)
-        elif kind == "flaky":
-            self.failing_call = ops_done  # of those of the next step; the 0th does not exist
-            self.step()
-            self.failing_call = 0
-        elif kind in ("before", "middle", "after"):
-            self.failure, self.ops_done = kind, ops_done
-            self.step()
-            self.failure = ""
-
     def abort(self, user_id: str) -> None:
         record = self.records[user_id]
         record.cut |= set(range(record.params.n))
@@ -221,15 +143,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.take(output)
         unfinished = [r for r in self.scheduler.requests.values() if not r.is_finished]
         assert not any(r.request_id.split("/")[0] == user_id for r in unfinished)
-
-    def end_one_sample(self, victim: str) -> None:
-        """As a stop string does: one of several samples ends, its siblings go on."""
-        self.cut(victim)
-        user, sequence = self.engine._request_states[victim]
-        self.engine.core.abort_requests([victim])
-        sequence.abort()
-        for output in self.engine._outputs([user], growing=()):
-            self.take(output)
 
     # ------------------------------------------------------------------ one step
 
@@ -244,66 +157,6 @@ class SchedulerMachine(RuleBasedStateMachine):
         for output in outputs:
             self.take(output)
         self.in_order = True
-
-    def watched(self, step: SchedulerOutput) -> None:
-        """Stands in for the runner's `update_states`: the scheduler has decided, nothing is computed yet."""
-        self.calls = 0
-        if not step.scheduled:
-            self.update(step)
-            return
-        self.check_plan(step)
-        self.was_given = [share.request_id for share in step.scheduled]
-        if self.failure:
-            for share in step.scheduled:
-                self.cut(share.request_id)
-            swapped = any(isinstance(op, (SwapIn, SwapOut)) for op in step.kv_ops)
-            self.seen["failed with swaps" if swapped else "failed"] += 1
-            if self.failure != "after":
-                self.half_execute(step, self.ops_done if self.failure == "middle" else 0)
-                raise RunnerFailure
-        self.update(step)
-
-    def watched_forward(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Stands in for `execute_model`. It fails with a poisoned request, or once, with half of the slots written."""
-        self.calls += 1
-        victims = self.poisoned & {share.request_id for share in step.scheduled}
-        if victims or self.calls == self.failing_call:
-            self.scrub(step)
-            self.seen["poisoned" if victims else "flaky"] += 1
-            raise ValueError(f"cannot compute {sorted(victims)}")
-        result = self.execute(step)
-        if self.failure:
-            raise RunnerFailure
-        return result
-
-    def half_execute(self, step: SchedulerOutput, ops_done: int) -> None:
-        """Do the first operations, and leave nothing sensible where the others, and the tokens, were to go."""
-        for op in step.kv_ops[:ops_done]:
-            self.runner.apply(op)
-        for op in step.kv_ops[ops_done:]:
-            if isinstance(op, SwapOut):
-                self.runner.host[op.host_block] = [None] * self.size
-            else:
-                assert isinstance(op, (BlockCopy, SwapIn))
-                self.runner.device[op.dst if isinstance(op, BlockCopy) else op.block] = [None] * self.size
-        self.scrub(step)
-
-    def scrub(self, step: SchedulerOutput) -> None:
-        for share in step.scheduled:
-            assert isinstance(share.plan, BlockPlan)
-            for position in range(share.start, share.start + share.num_tokens):
-                self.runner.device[share.plan.block_table[position // self.size]][position % self.size] = None
-
-    def held(self) -> list[str]:
-        return [i for i in self.kept if i in self.scheduler._held]
-
-    def unfinished(self) -> list[str]:
-        """The samples that go on."""
-        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
-
-    def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._request_states[sequence_id]
-        self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""

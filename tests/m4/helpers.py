@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from folovllm import LLMEngine, SamplingParams
+from folovllm import LLM, LLMEngine, SamplingParams
 from folovllm.kv_cache.interface import BlockCopy, KVOp, SwapIn, SwapOut
 from folovllm.kv_cache.prefix_cache import HashBlock, PrefixCache, hash_block
 from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
@@ -79,6 +81,21 @@ def cached_engine(
     )
     engine.core.runner = PrefixRunner(num_blocks, block_size, num_host_blocks)
     return engine
+
+
+def kept_llms(folder: Path, modes: dict[str, dict[str, Any]], **common: Any) -> Callable[[str], LLM]:
+    """An engine for each name of `modes`, with those arguments: made once, and with an empty cache for each test."""
+    made: dict[str, LLM] = {}
+
+    def get(name: str) -> LLM:
+        if name not in made:
+            kwargs = {"swap_space": 0.001, **common, **modes[name]}
+            made[name] = LLM(str(folder), dtype="float32", device="cpu", **kwargs)
+        made[name].reset_prefix_cache()
+        made[name].engine.stats.reset()
+        return made[name]
+
+    return get
 
 
 def runner_of(engine: LLMEngine) -> PrefixRunner:

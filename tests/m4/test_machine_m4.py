@@ -10,60 +10,39 @@ that collide do no harm either.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
-    RuleBasedStateMachine,
     initialize,
     invariant,
-    precondition,
     rule,
     run_state_machine_as_test,
 )
 
 from folovllm import SamplingParams
-from folovllm.kv_cache.interface import BlockCopy, BlockPlan, SwapIn, SwapOut
+from folovllm.kv_cache.interface import SwapIn
 from folovllm.kv_cache.prefix_cache import hash_block
-from folovllm.messages import ModelRunnerOutput, ScheduledRequest, SchedulerOutput
+from folovllm.messages import ScheduledRequest, SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.request import RequestStatus
 from tests.m3.helpers import check_kv_of_requests, manager_of
 from tests.m4.helpers import cached_engine, check_cache, check_nothing_is_left, colliding, runner_of
+from tests.machines import MAX_MODEL_LEN, PagedMachine, Record, RunnerFailure
 from tests.mock import VOCAB_SIZE, mock_tokens
 
-MAX_MODEL_LEN = 32
 USER_IDS = [f"r{i}" for i in range(9)]  # few, so that an id is used again after its request has gone
 TEXTS = [[(7 * i + 3) % VOCAB_SIZE for i in range(MAX_MODEL_LEN)], [5] * MAX_MODEL_LEN]
 
 
-class RunnerFailure(BaseException):
-    """What the machine throws out of a step, as Ctrl-C is."""
-
-
 @dataclass
-class Record:
-    """One request of a user. cut: samples that were ended from outside, so that only a part of each is there."""
+class CacheRecord(Record):
+    """The same, with a salt."""
 
-    prompt: list[int]
-    params: SamplingParams
-    priority: int
     salt: str
-    hold: bool = False
-    cut: set[int] = field(default_factory=set)
-    limit: int = MAX_MODEL_LEN
-
-    def longest(self) -> int:
-        """Tokens of prompt and output at most."""
-        return min(len(self.prompt) + (self.params.max_tokens or MAX_MODEL_LEN), self.limit)
-
-    def limit_to(self, capacity: int) -> None:
-        """Without max_tokens the output ends where the cache does: the last token needs no K/V."""
-        if self.params.max_tokens is None:
-            self.limit = min(MAX_MODEL_LEN, max(capacity, len(self.prompt)) + 1)
 
 
 params_of_any_kind = st.builds(
@@ -85,7 +64,7 @@ wish = st.tuples(
 )
 
 
-class CacheMachine(RuleBasedStateMachine):
+class CacheMachine(PagedMachine):
     seen: ClassVar[Counter[str]] = Counter()  # over all examples: what really happened
 
     @initialize(
@@ -136,19 +115,8 @@ class CacheMachine(RuleBasedStateMachine):
         )
         self.scheduler, self.manager = self.engine.core.scheduler, manager_of(self.engine)
         self.manager.watermark = min(watermark, blocks - 1)  # a pool whose hundredth part is so much would be slow
-        self.runner = runner_of(self.engine)
-        self.execute, self.update = self.runner.execute_model, self.runner.update_states
-        self.runner.execute_model = self.watched_forward  # type: ignore[method-assign]
-        self.runner.update_states = self.watched  # type: ignore[method-assign]
-        self.records: dict[str, Record] = {}  # of user requests that are not over
-        self.kept: dict[str, list[int]] = {}  # requests that were held when they finished: their tokens
+        self.watch(runner_of(self.engine))
         self.texts = [list(text) for text in TEXTS]
-        self.made = 0
-        self.failure = ""
-        self.poisoned: set[str] = set()
-        self.failing_call = 0
-        self.calls = 0
-        self.in_order = True
 
     # ------------------------------------------------------------------ what may happen
 
@@ -158,16 +126,16 @@ class CacheMachine(RuleBasedStateMachine):
             free = [i for i in USER_IDS if i not in self.records]
             prompt = [*self.texts[-1 - which % len(self.texts)][:cut], *rest][: MAX_MODEL_LEN - 1]
             if free and prompt:
-                self.submit(free[0], Record(prompt, params, priority if self.policy == "priority" else 0, salt))
+                self.submit(free[0], CacheRecord(prompt, params, priority if self.policy == "priority" else 0, salt))
 
     @rule(text=st.integers(0, 5), count=st.integers(2, 5), cut=st.integers(8, 24), params=params_of_any_kind)
     def add_some_that_begin_alike(self, text: int, count: int, cut: int, params: SamplingParams) -> None:
         for i in range(count):
             free = [j for j in USER_IDS if j not in self.records]
             if free:
-                self.submit(free[0], Record([*self.texts[text % len(self.texts)][:cut], i], params, 0, ""))
+                self.submit(free[0], CacheRecord([*self.texts[text % len(self.texts)][:cut], i], params, 0, ""))
 
-    def submit(self, user_id: str, record: Record, parent: str | None = None) -> None:
+    def submit(self, user_id: str, record: CacheRecord, parent: str | None = None) -> None:
         record.limit_to(self.manager.pool.num_blocks * self.size)
         longest, waiting = record.longest(), self.scheduler.num_waiting
         blocks = -(-(longest - 1) // self.size)
@@ -197,13 +165,8 @@ class CacheMachine(RuleBasedStateMachine):
         if len(prompt) >= MAX_MODEL_LEN:
             return
         params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
-        self.submit(f"h{self.made}", Record(prompt, params, 0, "", hold=True), parent)
+        self.submit(f"h{self.made}", CacheRecord(prompt, params, 0, "", hold=True), parent)
         self.seen["child of a held one"] += parent is not None
-
-    @precondition(lambda self: self.held())
-    @rule(data=st.data())
-    def let_go(self, data: st.DataObject) -> None:
-        self.engine.core.scheduler.free_held([data.draw(st.sampled_from(self.held()), "held")])
 
     @rule(really=st.sampled_from([False, False, True]))
     def reset(self, really: bool) -> None:
@@ -212,55 +175,12 @@ class CacheMachine(RuleBasedStateMachine):
             self.manager.reset_prefix_cache()
             assert self.manager.snapshot().cached == {}
 
-    @rule(count=st.integers(1, 9))
-    def steps(self, count: int) -> None:
-        for _ in range(count):
-            self.step()
-
-    @precondition(lambda self: self.records)
-    @rule(
-        kind=st.sampled_from(["abort", "end one sample", "no token", "poison", "flaky", "before", "middle", "after"]),
-        ops_done=st.integers(0, 4),
-        data=st.data(),
-    )
-    def trouble(self, kind: str, ops_done: int, data: st.DataObject) -> None:
-        """What ends requests before their time, and must touch no others."""
-        if kind == "abort":
-            self.abort(data.draw(st.sampled_from(sorted(self.records)), "victim"))
-        elif kind == "end one sample" and self.unfinished():
-            self.end_one_sample(data.draw(st.sampled_from(self.unfinished()), "victim"))
-        elif kind == "no token" and self.scheduler.running:
-            victim = data.draw(st.sampled_from(self.scheduler.running), "victim").request_id
-            self.cut(victim)
-            self.runner.failing.add(victim)
-        elif kind == "poison" and self.scheduler.requests:
-            victim = data.draw(st.sampled_from(sorted(self.scheduler.requests)), "victim")
-            self.cut(victim)
-            self.poisoned.add(victim)
-        elif kind == "flaky":
-            self.failing_call = ops_done  # of those of the next step; the 0th does not exist
-            self.step()
-            self.failing_call = 0
-        elif kind in ("before", "middle", "after"):
-            self.failure, self.ops_done = kind, ops_done
-            self.step()
-            self.failure = ""
-
     def abort(self, user_id: str) -> None:
         record = self.records[user_id]
         record.cut |= set(range(record.params.n))
         (output,) = self.engine.abort_request(user_id)
         assert output.finished
         self.take(output)
-
-    def end_one_sample(self, victim: str) -> None:
-        """As a stop string does: one of several samples ends, its siblings go on."""
-        self.cut(victim)
-        user, sequence = self.engine._request_states[victim]
-        self.engine.core.abort_requests([victim])
-        sequence.abort()
-        for output in self.engine._outputs([user], growing=()):
-            self.take(output)
 
     # ------------------------------------------------------------------ one step
 
@@ -277,66 +197,6 @@ class CacheMachine(RuleBasedStateMachine):
         for output in outputs:
             self.take(output)
         self.in_order = True
-
-    def watched(self, step: SchedulerOutput) -> None:
-        """Stands in for the runner's `update_states`: the scheduler has decided, nothing is computed yet."""
-        self.calls = 0
-        if not step.scheduled:
-            self.update(step)
-            return
-        self.check_plan(step)
-        self.was_given = [share.request_id for share in step.scheduled]
-        if self.failure:
-            for share in step.scheduled:
-                self.cut(share.request_id)
-            swapped = any(isinstance(op, (SwapIn, SwapOut)) for op in step.kv_ops)
-            self.seen["failed with swaps" if swapped else "failed"] += 1
-            if self.failure != "after":
-                self.half_execute(step, self.ops_done if self.failure == "middle" else 0)
-                raise RunnerFailure
-        self.update(step)
-
-    def watched_forward(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Stands in for `execute_model`. It fails with a poisoned request, or once, with half of the slots written."""
-        self.calls += 1
-        victims = self.poisoned & {share.request_id for share in step.scheduled}
-        if victims or self.calls == self.failing_call:
-            self.scrub(step)
-            self.seen["poisoned" if victims else "flaky"] += 1
-            raise ValueError(f"cannot compute {sorted(victims)}")
-        result = self.execute(step)
-        if self.failure:
-            raise RunnerFailure
-        return result
-
-    def half_execute(self, step: SchedulerOutput, ops_done: int) -> None:
-        """Do the first operations, and leave nothing sensible where the others, and the tokens, were to go."""
-        for op in step.kv_ops[:ops_done]:
-            self.runner.apply(op)
-        for op in step.kv_ops[ops_done:]:
-            if isinstance(op, SwapOut):
-                self.runner.host[op.host_block] = [None] * self.size
-            else:
-                assert isinstance(op, (BlockCopy, SwapIn))
-                self.runner.device[op.dst if isinstance(op, BlockCopy) else op.block] = [None] * self.size
-        self.scrub(step)
-
-    def scrub(self, step: SchedulerOutput) -> None:
-        for share in step.scheduled:
-            assert isinstance(share.plan, BlockPlan)
-            for position in range(share.start, share.start + share.num_tokens):
-                self.runner.device[share.plan.block_table[position // self.size]][position % self.size] = None
-
-    def held(self) -> list[str]:
-        return [i for i in self.kept if i in self.scheduler._held]
-
-    def unfinished(self) -> list[str]:
-        """The samples that go on."""
-        return [s.request_id for _, s in self.engine._request_states.values() if s.finish_reason is None]
-
-    def cut(self, sequence_id: str) -> None:
-        user, sequence = self.engine._request_states[sequence_id]
-        self.records[user.request_id].cut.add(sequence.index)
 
     def take(self, output: RequestOutput) -> None:
         """Every token is the one that the prompt and the tokens before it give, and the end is where it has to be."""

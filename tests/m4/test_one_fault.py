@@ -19,7 +19,7 @@ from folovllm.engine import llm_engine
 from folovllm.messages import SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.sampling import sampler
-from tests.m4.helpers import cached_engine
+from tests.m4.helpers import cached_engine, kept_llms
 from tests.mock import PagedMockRunner, check_empty, mock_tokens, paged_mock_engine
 from tests.oracle import OracleStats, assert_same_tokens, hf_greedy, random_prompt, tiny_model
 
@@ -42,17 +42,7 @@ MILESTONES = ["m1", "m2-padded", "m2-loop", "m3", "m4"]
 def llms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LLM]:
     folder = tmp_path_factory.mktemp("checkpoint")
     MODEL.save_pretrained(folder)
-    made: dict[str, LLM] = {}
-
-    def get(name: str) -> LLM:
-        if name not in made:
-            kwargs = {"swap_space": 0.001, **MODES[name]}
-            made[name] = LLM(str(folder), dtype="float32", device="cpu", max_model_len=64, **kwargs)
-        made[name].reset_prefix_cache()
-        made[name].engine.stats.reset()
-        return made[name]
-
-    return get
+    return kept_llms(folder, MODES, max_model_len=64)
 
 
 def last_layer(llm: LLM) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from folovllm import LLM, SamplingParams
 from folovllm.messages import SchedulerOutput
 from folovllm.outputs import RequestOutput
 from folovllm.runner.sampling_states import PROMPT_ROWS
+from tests.m4.helpers import kept_llms
 from tests.oracle import hf_greedy, random_prompt, tiny_model
 
 MODEL = tiny_model("qwen3", seed=3)
@@ -36,17 +37,7 @@ MILESTONES = ["m1", "m2-padded", "m2-loop", "m3", "m4"]
 def llms(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], LLM]:
     folder = tmp_path_factory.mktemp("checkpoint")
     MODEL.save_pretrained(folder)
-    made: dict[str, LLM] = {}
-
-    def get(name: str) -> LLM:
-        if name not in made:
-            kwargs = {"swap_space": 0.001, **MODES[name]}
-            made[name] = LLM(str(folder), dtype="float32", device="cpu", max_model_len=200, **kwargs)
-        made[name].reset_prefix_cache()
-        made[name].engine.stats.reset()
-        return made[name]
-
-    return get
+    return kept_llms(folder, MODES, max_model_len=200)
 
 
 @torch.no_grad()
