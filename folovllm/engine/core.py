@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 
 from folovllm.engine.retry import execute_in_parts, is_device_fault, reason_of
 from folovllm.engine.trace import EngineStats, StepRecorder, Trace
+from folovllm.errors import EngineDeadError
 from folovllm.messages import EngineCoreOutput, SchedulerOutput
 from folovllm.request import Request, RequestStatus
 from folovllm.runner.host_memory import HostHeap
@@ -48,9 +49,9 @@ class EngineCore:
         return self.recorder.stats
 
     def check_can_run(self, request: Request) -> None:
-        """Raise ValueError for a request that can never run, and RuntimeError if the device is lost."""
+        """Raise ValueError for a request that can never run, and EngineDeadError if the device is lost."""
         if self.failure is not None:
-            raise RuntimeError(f"this engine has stopped: {self.failure}; allowed: a new one, in a new process")
+            raise EngineDeadError(f"this engine has stopped: {self.failure}; allowed: a new one, in a new process")
         self.scheduler.check_can_run(request)
 
     def add_request(self, request: Request) -> None:

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from folovllm.engine.detokenizer import Detokenizer, IncrementalDecoder
 from folovllm.messages import EngineCoreOutput
 from folovllm.outputs import CompletionOutput, Logprob, PromptLogprobs, RequestMetrics, RequestOutput
-from folovllm.sampling.logprobs import WholeVocabulary
+from folovllm.sampling.logprobs import WholeVocabulary, logprob_of
 from folovllm.sampling_params import SamplingParams
 
 
@@ -101,10 +101,7 @@ class RequestState:
         if self.logprobs is None or self.cumulative_logprob is None or output.new_logprobs is None:
             return
         for token_id, entries in zip(output.new_token_ids, output.new_logprobs, strict=True):
-            if isinstance(entries, WholeVocabulary):
-                self.cumulative_logprob += entries.logprob(token_id)
-            else:
-                self.cumulative_logprob += entries[token_id].logprob
+            self.cumulative_logprob += logprob_of(entries, token_id)
             if self.token_decoder is not None:
                 add_texts(entries, token_id, self.token_decoder)
             self.logprobs.append(entries)

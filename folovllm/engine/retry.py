@@ -48,7 +48,7 @@ def execute_in_parts(runner: ModelRunner, step: SchedulerOutput) -> ModelRunnerO
     result = ModelRunnerOutput()
     while todo:
         part = todo.pop()
-        shares = [share for share in part if not share.plan.reads_any(not_written)]
+        shares = [share for share in part if not share.plan.reads_any(not_written)] if not_written else part
         if not shares:
             continue
         try:

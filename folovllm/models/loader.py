@@ -162,7 +162,7 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
     """
     if source.kind == "config":
         return None
-    if source.kind == "local" and not any((Path(source.path_or_id) / name).is_file() for name in _TOKENIZER_FILES):
+    if source.kind == "local" and not has_tokenizer(Path(source.path_or_id)):
         return None
     try:
         with _quiet():
@@ -173,6 +173,11 @@ def load_tokenizer(source: ModelSource) -> PreTrainedTokenizerBase | None:
         raise load_error(source, "the tokenizer", error) from error
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has the files of a tokenizer."""
+    return any((folder / name).is_file() for name in _TOKENIZER_FILES)
+
+
 def resolve_tokenizer(tokenizer: str) -> ModelSource:
     """Find the files of a tokenizer: a bundled name, a folder or a hub id, as in `resolve_model`.
 
@@ -180,7 +185,7 @@ def resolve_tokenizer(tokenizer: str) -> ModelSource:
     """
     path = Path(tokenizer).expanduser()
     if path.is_dir():
-        if not any((path / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(path):
             raise invalid("tokenizer", tokenizer, f"a folder with one of {', '.join(_TOKENIZER_FILES)}")
         return ModelSource(path.resolve().name, str(path), "local", has_weights=False)
     source = resolve_model(tokenizer)

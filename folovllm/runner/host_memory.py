@@ -6,6 +6,7 @@ import ctypes
 import os
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 GIB = 2**30
 M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # parameters of mallopt(3), from <malloc.h>
@@ -99,8 +100,7 @@ class HostHeap:
     def __init__(self, keep: bool) -> None:
         if keep:
             keep_freed_memory()
-        libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
-        self._trim = getattr(libc, "malloc_trim", None)  # of glibc
+        self._trim = _glibc("malloc_trim")
 
     def __del__(self) -> None:
         if self._trim is not None:
@@ -114,10 +114,15 @@ def keep_freed_memory() -> bool:
     to the system at once, which then zeroes every page again: over a tenth of such a step here. vLLM's manual advises
     another allocator for the same reason. Other C libraries are not changed.
     """
-    if not sys.platform.startswith("linux"):
-        return False
+    mallopt = _glibc("mallopt")
+    return mallopt is not None and bool(
+        mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK) and mallopt(M_TRIM_THRESHOLD, GIB)
+    )
+
+
+def _glibc(name: str) -> Any:
+    """A function of glibc; None with another C library."""
     try:
-        mallopt = ctypes.CDLL(None).mallopt
+        return getattr(ctypes.CDLL(None), name) if sys.platform.startswith("linux") else None
     except (OSError, AttributeError):
-        return False  # another C library
-    return bool(mallopt(M_MMAP_THRESHOLD, LARGEST_HEAP_BLOCK) and mallopt(M_TRIM_THRESHOLD, GIB))
+        return None

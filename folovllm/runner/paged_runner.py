@@ -90,6 +90,8 @@ class PagedRunner(ModelRunner):
         self, hidden: Tensor, scheduled: list[ScheduledRequest]
     ) -> dict[str, list[Mapping[int, Logprob]]]:
         """By request, the entries of its `prompt_rows`, from the step's hidden states [T, E]."""
+        if not any(share.prompt_rows for share in scheduled):
+            return {}
         asked: list[tuple[str, int]] = []  # request id and position
         rows: list[int] = []
         start = 0

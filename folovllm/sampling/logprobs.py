@@ -73,6 +73,11 @@ class WholeVocabulary(Mapping[int, Logprob]):
         return dict, (self._read(),)
 
 
+def logprob_of(entries: Mapping[int, Logprob], token_id: int) -> float:
+    """The log probability of one token of a row."""
+    return entries.logprob(token_id) if isinstance(entries, WholeVocabulary) else entries[token_id].logprob
+
+
 def _no_text(token_id: int) -> None:
     return None
 

@@ -1,8 +1,7 @@
 """Random numbers that are a function of what they are for: of a seed, the output token's index and a token id.
 
 A generator with a state gives its next number to the next request, so a repeated or reordered step changes all later
-ones.
-Here nothing is stored and nothing advances. The function is SplitMix64 (Steele, Lea and Flood, "Fast splittable
+ones. Here nothing is stored and nothing advances. The function is SplitMix64 (Steele, Lea and Flood, "Fast splittable
 pseudorandom number generators", OOPSLA 2014), whose n-th output can be computed on its own. It is used twice: a seed's
 n-th output is itself the seed of the noise for the n-th token. vLLM keeps a `torch.Generator` per seeded request.
 

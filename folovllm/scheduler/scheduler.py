@@ -219,7 +219,8 @@ class Scheduler:
             if share.request_id not in result.not_written:
                 self.kv.cache_blocks(share.plan)
                 request.num_computed_tokens += share.num_tokens
-            request.add_prompt_logprobs(share.prompt_rows, result.prompt_logprobs.get(share.request_id, ()))
+            if share.prompt_rows:
+                request.add_prompt_logprobs(share.prompt_rows, result.prompt_logprobs.get(share.request_id, ()))
             if request.num_computed_tokens >= request.num_prompt_tokens:  # fork before the leader may finish
                 forked += [self._fork(request, sample) for sample in self._parked.pop(request.request_id)]
             before = request.num_output_tokens
